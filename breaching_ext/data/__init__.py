@@ -1,0 +1,71 @@
+"""Datasets that this package adds to Breaching's data construction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import BreachingExtError, ConfigError, DatasetUnavailableError, unknown
+from .sample_photos import PHOTOS, SamplePhotos, interleaved_indices
+
+__all__ = [
+    "PHOTOS",
+    "SamplePhotos",
+    "build_registered_dataset",
+    "interleaved_partition",
+    "is_registered_dataset",
+    "unavailable_dataset",
+]
+
+
+def is_registered_dataset(name: str) -> bool:
+    """Return whether `case.data.name` is a dataset of this package."""
+    return name == "sample_photos"
+
+
+def build_registered_dataset(cfg_data: Any, split: str) -> tuple[Any, Any]:
+    """Build the sample photos as Breaching's `_build_dataset_vision` would: (dataset, collate function)."""
+    from breaching.cases.data import datasets_vision as upstream
+
+    if "train" not in split and "val" not in split:
+        raise unknown("case.data.examples_from_split", split, ["training", "validation"])
+    channels, height, width = cfg_data.shape
+    if channels != 3 or height != width:
+        raise ConfigError(
+            f"case.data.shape={list(cfg_data.shape)} does not fit sample_photos; valid: [3, n, n] for any n >= 1."
+        )
+    dataset = SamplePhotos(
+        size=height,
+        training="train" in split,
+        crops_per_photo=cfg_data.get("crops_per_photo", 128),
+        window=cfg_data.get("window", 0.3),
+        transform=upstream._parse_data_augmentations(cfg_data, "train" if "train" in split else "val"),
+    )
+    dataset.mean, dataset.std = (cfg_data.mean, cfg_data.std) if cfg_data.normalize else ([0], [1])
+    if cfg_data.size < len(dataset):
+        dataset = upstream.Subset(dataset, range(cfg_data.size))
+    return dataset, upstream._torchvision_collate
+
+
+def interleaved_partition(dataset: Any, clients: int, user_idx: int | None) -> Any:
+    """Partition `interleaved`: user u owns the u-th contiguous block, whose points go through the classes in turn.
+
+    Unlike Breaching's `balanced` (sorted by class) the first K points of a user belong to K different classes, and
+    unlike its `random` the partition does not depend on the global random state. Without a user index one is drawn.
+    """
+    import torch
+    from breaching.cases.data.datasets_vision import Subset
+
+    if user_idx is None:
+        user_idx = int(torch.randint(0, clients, (1,)))
+    if not 0 <= user_idx < clients:
+        raise ConfigError(f"case.user.user_idx={user_idx} does not exist; valid: 0 to {clients - 1}.")
+    return Subset(dataset, interleaved_indices(dataset.lookup, len(dataset), clients, user_idx))
+
+
+def unavailable_dataset(cfg_data: Any, error: Exception) -> BreachingExtError:
+    """Return the one-line error for one of Breaching's own datasets that cannot be loaded."""
+    return DatasetUnavailableError(
+        f"case.data.name={cfg_data.name}: not found under case.data.path={cfg_data.path} and not downloadable here "
+        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Put the dataset "
+        "there, set case.data.path, or use case=sample_photos, which needs no download."
+    )

@@ -1,0 +1,129 @@
+"""A small real colour dataset that needs no download: crops of the photos that scikit-image's wheel carries.
+
+The class of a crop is its photo. Training crops come from the left and right thirds of a photo, validation crops
+from the middle third, so the two splits share no pixel. Positions follow the Halton sequence, which makes them
+deterministic, spread out from the first crop on, and as many as asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import ConfigError
+
+#: The photos in class order (names of functions of skimage.data; all of them ship inside the wheel).
+PHOTOS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "stereo_motorcycle",
+    "immunohistochemistry",
+    "retina",
+    "hubble_deep_field",
+)
+
+
+class SamplePhotos(torch.utils.data.Dataset):
+    """Square crops of eight photos, in class-alternating order (point i has class i mod 8).
+
+    Args:
+        size: side of a crop in pixels after resizing; images are (3, size, size).
+        training: training crops (outer thirds of a photo) instead of validation crops (middle third).
+        crops_per_photo: crops of each photo in this split.
+        window: side of the square cut out of the photo, as a share of the photo's shorter side, in (0, 1/3].
+        transform: applied to the PIL image, as in torchvision.
+
+    Raises:
+        ConfigError: when a value is out of range.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        training: bool = False,
+        crops_per_photo: int = 128,
+        window: float = 0.3,
+        transform: Callable | None = None,
+    ) -> None:
+        if size < 1 or crops_per_photo < 1:
+            raise ConfigError(f"sample_photos needs size >= 1 and crops_per_photo >= 1, got {size}, {crops_per_photo}.")
+        if not 0 < window <= 1 / 3:
+            raise ConfigError(f"case.data.window={window} is out of range; valid: above 0, up to 1/3.")
+        self.size, self.training, self.window, self.transform = size, training, window, transform
+        self.classes = list(PHOTOS)
+        self.targets = [i % len(PHOTOS) for i in range(crops_per_photo * len(PHOTOS))]
+        self.lookup = dict(enumerate(self.targets))
+        self.mean: list[float] = [0]
+        self.std: list[float] = [1]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
+        index = int(index)
+        crop = self._crop(PHOTOS[self.targets[index]], index // len(PHOTOS))
+        return (self.transform(crop) if self.transform else crop), self.targets[index]
+
+    def _crop(self, photo: str, number: int) -> Image.Image:
+        image = _photo(photo)
+        height, width = image.shape[:2]
+        side = max(1, round(self.window * min(height, width)))
+        left, right = self._strip(width, number)
+        y, x = _positions(number + 1)[number]
+        top = round(y * (height - side))
+        start = left + round(x * (right - left - side))
+        window = Image.fromarray(image[top : top + side, start : start + side])
+        return window.resize((self.size, self.size), Image.Resampling.LANCZOS)
+
+    def _strip(self, width: int, number: int) -> tuple[int, int]:
+        """Return the columns this crop is taken from: the middle third, or the outer thirds in turn."""
+        thirds = [0, width // 3, width - width // 3, width]
+        third = (0, 2)[number % 2] if self.training else 1
+        return thirds[third], thirds[third + 1]
+
+
+def interleaved_indices(lookup: Mapping[int, int], length: int, clients: int, user_idx: int) -> list[int]:
+    """Return the indices of one user's block after putting the classes of a dataset in turn.
+
+    Args:
+        lookup: index -> class, as Breaching's datasets carry it.
+        length: number of points in use (the first `length` indices).
+        clients: number of users; every user gets `length // clients` points.
+        user_idx: which user, 0 to clients - 1.
+    """
+    rank: dict[int, int] = {}
+    position = []
+    for index in range(length):
+        label = lookup[index]
+        position.append((rank.get(label, 0), label, index))
+        rank[label] = rank.get(label, 0) + 1
+    order = [index for _, _, index in sorted(position)]
+    share = length // clients
+    return order[user_idx * share : (user_idx + 1) * share]
+
+
+def _positions(count: int) -> np.ndarray:
+    """Return at least `count` points of the two-dimensional Halton sequence, (n, 2) in [0, 1)."""
+    return _halton(1 << max(7, count.bit_length()))
+
+
+@functools.lru_cache(maxsize=2)
+def _halton(count: int) -> np.ndarray:
+    from scipy.stats.qmc import Halton
+
+    return Halton(d=2, scramble=False).random(count + 1)[1:]  # the first point is the corner (0, 0)
+
+
+@functools.lru_cache(maxsize=len(PHOTOS))
+def _photo(name: str) -> np.ndarray:
+    """Return a photo as an (H, W, 3) array of bytes."""
+    import skimage.data
+
+    image = getattr(skimage.data, name)()
+    return image[0] if isinstance(image, tuple) else image  # stereo_motorcycle: left view, right view, disparity

@@ -1,0 +1,26 @@
+"""Errors that name what is wrong and what to do. All are ValueErrors, so existing handlers keep working."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class BreachingExtError(ValueError):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigError(BreachingExtError):
+    """A configuration value that cannot work."""
+
+
+class SharedDataError(BreachingExtError):
+    """Gradients, labels or metadata that do not fit the model or the attack."""
+
+
+class DatasetUnavailableError(BreachingExtError):
+    """A dataset that is neither on disk nor downloadable."""
+
+
+def unknown(key: str, value: object, valid: Iterable[object]) -> ConfigError:
+    """Return the one error used for every unknown option: it names the key, the value and the valid ones."""
+    return ConfigError(f"Unknown {key}={value!r}; valid: {', '.join(str(v) for v in valid)}.")

@@ -1,0 +1,153 @@
+"""The one place that changes Breaching: attack types, lookup entries, datasets, partitions and config roots.
+
+Everything is applied by :func:`register` and taken back by :func:`unregister`; both are idempotent. Torch and
+Breaching are imported only when `register` is called, because Hydra imports our search-path plugin (and with it
+this module) in every Hydra application of the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+#: attack type (the key `attack_type` of an attack config) -> "module:class"
+ATTACK_TYPES: dict[str, str] = {
+    "joint-candidates": "breaching_ext.attacks.joint_candidates:JointCandidateAttacker",
+}
+
+#: key below `regularization` in an attack config -> "module:class"
+REGULARIZERS: dict[str, str] = {
+    "group_regularization": "breaching_ext.regularizers.group:GroupRegularization",
+}
+
+_MISSING = object()
+_undo: list[Callable[[], None]] = []
+
+
+def load(target: str) -> Any:
+    """Import "module:name" and return the named object."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def register() -> None:
+    """Make Breaching's own entry points know the attacks, regularizers and datasets of this package.
+
+    Afterwards `breaching.attacks.prepare_attack` accepts our attack types, `regularization.group_regularization`
+    is a known regularizer, and `case.data.name=sample_photos` with `partition=interleaved` is a known dataset.
+    Safe to call any number of times. A name that a later Breaching has moved is skipped with one warning.
+    """
+    if _undo:
+        return
+    _wrap("breaching.attacks", "prepare_attack", _with_our_attacks)
+    _wrap("breaching.cases.data.datasets_vision", "_build_dataset_vision", _with_our_datasets)
+    _wrap("breaching.cases.data.datasets_vision", "_split_dataset_vision", _with_our_partitions)
+    for key, target in REGULARIZERS.items():
+        _add_entry("breaching.attacks.auxiliaries.regularizers", "regularizer_lookup", key, load(target))
+
+
+def unregister() -> None:
+    """Take back everything that :func:`register` did. Safe to call any number of times."""
+    while _undo:
+        _undo.pop()()
+
+
+def is_registered() -> bool:
+    """Return whether :func:`register` is in force."""
+    return bool(_undo)
+
+
+def register_if_breaching_is_loaded() -> None:
+    """Register only when the running program has already imported Breaching (used by the Hydra plugin)."""
+    if "breaching.attacks" in sys.modules:
+        register()
+
+
+def config_root() -> str:
+    """Return the Hydra search path of our configs.
+
+    An installed package carries them as `breaching_ext.config`. In a source tree that package does not exist (the
+    files live in the top-level `config/`), so the folder itself is returned.
+    """
+    if importlib.util.find_spec("breaching_ext.config") is not None:
+        return "pkg://breaching_ext.config"
+    return f"file://{Path(__file__).resolve().parent.parent / 'config'}"
+
+
+def _wrap(module_name: str, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    module = importlib.import_module(module_name)
+    original = getattr(module, name, None)
+    if original is None:
+        log.warning("This Breaching has no %s.%s; what builds on it is not registered.", module_name, name)
+        return
+    replacement = functools.wraps(original)(wrapper(original))
+    setattr(module, name, replacement)
+
+    def undo() -> None:
+        if getattr(module, name) is replacement:  # never throw away what somebody else has put there since
+            setattr(module, name, original)
+
+    _undo.append(undo)
+
+
+def _add_entry(module_name: str, table_name: str, key: str, value: Any) -> None:
+    table = getattr(importlib.import_module(module_name), table_name, None)
+    if table is None:
+        log.warning("This Breaching has no %s.%s; %r is not registered.", module_name, table_name, key)
+        return
+    before = table.get(key, _MISSING)
+    table[key] = value
+
+    def undo() -> None:
+        if table.get(key) is value:
+            if before is _MISSING:
+                del table[key]
+            else:
+                table[key] = before
+
+    _undo.append(undo)
+
+
+def _with_our_attacks(original: Callable) -> Callable:
+    def prepare_attack(model: Any, loss: Any, cfg_attack: Any, *args: Any, **kwargs: Any) -> Any:
+        target = ATTACK_TYPES.get(cfg_attack.attack_type)
+        if target is None:
+            return original(model, loss, cfg_attack, *args, **kwargs)
+        return load(target)(model, loss, cfg_attack, *args, **kwargs)
+
+    return prepare_attack
+
+
+def _with_our_datasets(original: Callable) -> Callable:
+    def build_dataset_vision(cfg_data: Any, split: str, *args: Any, **kwargs: Any) -> Any:
+        from .data import build_registered_dataset, is_registered_dataset, unavailable_dataset
+
+        if is_registered_dataset(cfg_data.name):
+            return build_registered_dataset(cfg_data, split)
+        try:
+            return original(cfg_data, split, *args, **kwargs)
+        except (OSError, RuntimeError, ImportError) as error:  # URLError is an OSError, torchvision raises RuntimeError
+            raise unavailable_dataset(cfg_data, error) from error
+
+    return build_dataset_vision
+
+
+def _with_our_partitions(original: Callable) -> Callable:
+    def split_dataset_vision(
+        dataset: Any, cfg_data: Any, user_idx: int | None = None, return_full_dataset: bool = False
+    ) -> Any:
+        from .data import interleaved_partition
+
+        if cfg_data.partition == "interleaved" and not return_full_dataset:
+            return interleaved_partition(dataset, cfg_data.default_clients, user_idx)
+        return original(dataset, cfg_data, user_idx, return_full_dataset)
+
+    return split_dataset_vision

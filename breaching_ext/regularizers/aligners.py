@@ -1,0 +1,196 @@
+"""Registration of one image to another, for the consensus of group consistency.
+
+Yin et al. (CVPR 2021, "See through gradients", section 3.3) register every candidate to the candidates' pixel mean
+with RANSAC-flow (Shen et al., ECCV 2020): a coarse homography from matched features, then a dense flow. Its learned
+features are not distributed as a package, so the two stages here come from scikit-image without learning (SIFT
+matches and RANSAC, then TV-L1 optical flow), together with cheaper alternatives.
+
+An aligner maps (moving, reference), two (H, W, C) arrays, to sampling coordinates (2, H, W): pixel (r, c) of the
+aligned image is read from the moving image at coordinates[:, r, c]. None says that it found no alignment.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage import measure, registration, transform
+from skimage.feature import SIFT, match_descriptors
+
+from ..errors import unknown
+
+Coordinates = np.ndarray  # (2, H, W)
+
+_RANSAC_SIDE = 128  # features are looked for at this size at least: SIFT finds next to none in a 32 x 32 image
+_RANSAC_TRIALS = 300
+_MINIMAL_INLIERS = 6
+_LARGEST_SHIFT = 0.5  # of the image side; anything larger is a false match
+
+
+def _identity(shape: tuple[int, ...]) -> Coordinates:
+    return np.mgrid[: shape[0], : shape[1]].astype(float)  # (2, H, W)
+
+
+def _gray(image: np.ndarray) -> np.ndarray:
+    """Return the channel mean stretched to [0, 1]; constant images stay constant."""
+    gray = image.mean(axis=-1)
+    span = gray.max() - gray.min()
+    return (gray - gray.min()) / span if span > 0 else np.zeros_like(gray)
+
+
+def phase_correlation(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
+    """Translation from the phase correlation of the gray images, to a twentieth of a pixel.
+
+    Unnormalised correlation (Guizar-Sicairos et al. 2008): phase normalisation would follow the noise of an
+    unfinished reconstruction. The means are removed first, or the brightness would dominate.
+    """
+    first, second = _gray(reference), _gray(moving)
+    if not first.any() or not second.any():
+        return None
+    shift, _, _ = registration.phase_cross_correlation(
+        first - first.mean(), second - second.mean(), upsample_factor=20, normalization=None
+    )
+    if np.abs(shift).max() > _LARGEST_SHIFT * min(first.shape):
+        return None
+    return _identity(reference.shape) - shift[:, None, None]
+
+
+def ransac(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
+    """Homography (or, with few matches, a translation-rotation-scale) from SIFT matches, made robust by RANSAC.
+
+    Returns None where there are too few matches or inliers, or where the fitted map is not a plausible camera move.
+    """
+    factor = max(1.0, _RANSAC_SIDE / min(reference.shape[:2]))
+    keypoints = [_sift(image, factor) for image in (reference, moving)]
+    if any(found is None for found in keypoints):
+        return None
+    (points_ref, desc_ref), (points_mov, desc_mov) = keypoints  # type: ignore[misc]
+    matches = match_descriptors(desc_ref, desc_mov, cross_check=True, max_ratio=0.85)
+    if len(matches) < _MINIMAL_INLIERS:
+        return None
+    source, target = points_ref[matches[:, 0]], points_mov[matches[:, 1]]  # (M, 2) as (x, y)
+    for model_class in (transform.AffineTransform, transform.SimilarityTransform):
+        model = _fit(model_class, source, target, factor)
+        if model is not None and _plausible(model, reference.shape):
+            rows, columns = _identity(reference.shape)
+            moved = model(np.stack([columns.ravel(), rows.ravel()], axis=-1))  # (H * W, 2)
+            return moved[:, ::-1].T.reshape(2, *reference.shape[:2])
+    return None
+
+
+def _sift(image: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return keypoints (K, 2) as (x, y) in pixels of `image`, and their descriptors; None if there are none."""
+    gray = _gray(image)
+    if factor > 1.0:
+        gray = transform.resize(gray, [round(side * factor) for side in gray.shape], order=3, mode="reflect")
+    detector = SIFT(upsampling=1)
+    try:
+        detector.detect_and_extract(gray)
+    except RuntimeError:  # scikit-image's way to say that it found no feature
+        return None
+    # Pixel centres: index i of the enlarged image lies at (i + 0.5) / factor - 0.5 of the original.
+    points = (detector.keypoints[:, ::-1] + 0.5) / factor - 0.5
+    return points, detector.descriptors
+
+
+def _fit(
+    model_class: type[transform.ProjectiveTransform], source: np.ndarray, target: np.ndarray, factor: float
+) -> transform.ProjectiveTransform | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "no inliers": said by returning None
+        model, inliers = measure.ransac(
+            (source, target),
+            model_class,
+            min_samples=3,
+            residual_threshold=2.0 / factor,
+            max_trials=_RANSAC_TRIALS,
+            rng=0,  # the same images always give the same alignment
+        )
+    if model is None or inliers is None or inliers.sum() < _MINIMAL_INLIERS:
+        return None
+    refined = model_class.from_estimate(source[inliers], target[inliers])
+    return refined if refined else model
+
+
+def _plausible(model: transform.ProjectiveTransform, shape: tuple[int, ...]) -> bool:
+    """Reject maps that no two reconstructions of one image differ by: mirrored, collapsed or far away."""
+    linear = np.asarray(model.params)[:2, :2]
+    corners = np.array([[0, 0], [shape[1] - 1, 0], [0, shape[0] - 1], [shape[1] - 1, shape[0] - 1]], dtype=float)
+    moved = np.abs(model(corners) - corners).max()
+    return bool(0.5 < np.linalg.det(linear) < 2.0 and moved <= _LARGEST_SHIFT * min(shape[:2]))
+
+
+def optical_flow(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
+    """Dense TV-L1 optical flow (Zach, Pock & Bischof 2007; Wedel et al. 2009) between the gray images."""
+    first, second = _gray(reference), _gray(moving)
+    if not first.any() or not second.any():
+        return None
+    flow = registration.optical_flow_tvl1(first, second, attachment=20.0)  # (2, H, W), row and column offsets
+    if not np.isfinite(flow).all() or np.abs(flow).max() > _LARGEST_SHIFT * min(first.shape):
+        return None
+    return _identity(reference.shape) + flow
+
+
+def ransac_flow(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
+    """Coarse RANSAC transform, then dense flow on its result: the two stages of the paper's RANSAC-flow."""
+    coarse = ransac(moving, reference)
+    if coarse is None:
+        return optical_flow(moving, reference)
+    fine = optical_flow(resample(moving, coarse), reference)
+    if fine is None:
+        return coarse
+    # The flow reads from the coarsely aligned image, which itself reads from the moving one: compose the two maps.
+    return np.stack([ndimage.map_coordinates(axis, fine, order=1, mode="nearest") for axis in coarse])
+
+
+def no_alignment(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
+    """Leave the image where it is: the consensus is the pixel mean."""
+    return _identity(reference.shape)
+
+
+ALIGNERS: dict[str, Callable[[np.ndarray, np.ndarray], Coordinates | None]] = {
+    "none": no_alignment,
+    "phase_correlation": phase_correlation,
+    "ransac": ransac,
+    "optical_flow": optical_flow,
+    "ransac_flow": ransac_flow,
+}
+
+
+def resample(image: np.ndarray, coordinates: Coordinates) -> np.ndarray:
+    """Read an (H, W, C) image at coordinates (2, H, W), linearly; outside, the border continues."""
+    channels = [
+        ndimage.map_coordinates(image[..., c], coordinates, order=1, mode="nearest") for c in range(image.shape[-1])
+    ]
+    return np.stack(channels, axis=-1)
+
+
+def align(moving: torch.Tensor, reference: torch.Tensor, aligner: str) -> tuple[torch.Tensor, bool]:
+    """Align one image to another.
+
+    Args:
+        moving: image (C, H, W).
+        reference: image (C, H, W).
+        aligner: a key of :data:`ALIGNERS`.
+
+    Returns:
+        The aligned image (C, H, W), without gradient, and whether an alignment was found; where none was, the image
+        comes back as it is.
+
+    Raises:
+        ConfigError: for an unknown aligner.
+    """
+    if aligner not in ALIGNERS:
+        raise unknown("aligner", aligner, ALIGNERS)
+    moving = moving.detach()
+    if aligner == "none":
+        return moving, True
+    image, target = (x.permute(1, 2, 0).double().cpu().numpy() for x in (moving, reference.detach()))
+    coordinates = ALIGNERS[aligner](image, target)
+    if coordinates is None:
+        return moving, False
+    aligned = torch.from_numpy(resample(image, coordinates)).permute(2, 0, 1)
+    return aligned.to(dtype=moving.dtype, device=moving.device), True

@@ -1,0 +1,123 @@
+"""Group consistency between jointly optimised candidates (Yin et al., CVPR 2021, "See through gradients").
+
+R_group(x_i) = scale * mean((x_i - E)^2), where E, the consensus, is the mean of the live candidates after aligning
+each to their pixel mean (equations 11 and 12 of the paper, with the mean in place of the squared norm so that the
+scale does not depend on the image size). E is a constant for the gradient: nothing flows through the other
+candidates or through the alignment, so the gradient is exactly 2 * scale * (x_i - E) / x_i.numel().
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, unknown
+from .aligners import ALIGNERS, align
+
+
+def registered_consensus(candidates: torch.Tensor, aligner: str = "none") -> tuple[torch.Tensor, int]:
+    """Return the mean of candidates after aligning each image to the candidates' pixel mean.
+
+    Args:
+        candidates: (N, B, C, H, W).
+        aligner: a key of :data:`~breaching_ext.regularizers.aligners.ALIGNERS`.
+
+    Returns:
+        The consensus (B, C, H, W), without gradient, and the number of images whose alignment failed and which
+        entered the mean as they are.
+    """
+    candidates = candidates.detach()
+    mean = candidates.mean(dim=0)  # (B, C, H, W)
+    if aligner == "none":
+        return mean, 0
+    total, failures = torch.zeros_like(mean), 0
+    for candidate in candidates:
+        for index, image in enumerate(candidate):
+            aligned, found = align(image, mean[index], aligner)
+            total[index] += aligned
+            failures += not found
+    return total / len(candidates), failures
+
+
+class GroupRegularization(torch.nn.Module):
+    """Pull every candidate towards the registered mean of all of them.
+
+    Registered with Breaching as `regularization.group_regularization`; the joint attack calls :meth:`update` with
+    the live candidates before every step. Outside a joint attack there is no group and the term is 0.
+
+    Args:
+        setup: Breaching's dict(device=..., dtype=...).
+        scale: weight of the term; 0 switches it off.
+        warmup_iters: the term is 0 in iterations 0 ... warmup_iters - 1.
+        aligner: none | phase_correlation | ransac | optical_flow | ransac_flow.
+        update_every: iterations between two computations of the consensus.
+
+    Raises:
+        ConfigError: for an unknown aligner, a negative scale or warm-up, or update_every < 1.
+
+    References:
+        Yin et al., "See through gradients: Image batch recovery via GradInversion", CVPR 2021, section 3.3.
+    """
+
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        scale: float = 0.01,
+        warmup_iters: int = 0,
+        aligner: str = "none",
+        update_every: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if aligner not in ALIGNERS:
+            raise unknown("regularization.group_regularization.aligner", aligner, ALIGNERS)
+        for key, value, least in (
+            ("scale", scale, 0),
+            ("warmup_iters", warmup_iters, 0),
+            ("update_every", update_every, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"regularization.group_regularization.{key}={value} is too small; valid: >= {least}.")
+        self.setup = setup
+        self.scale, self.warmup_iters, self.aligner, self.update_every = scale, warmup_iters, aligner, update_every
+        self.alignment_failures = 0
+        self.alignments = 0
+        self.consensus: torch.Tensor | None = None
+
+    def initialize(self, models: Any, *args: Any, **kwargs: Any) -> None:
+        """Forget the last attack's consensus (Breaching calls this at the start of every trial)."""
+        self.consensus = None
+        self.alignment_failures = self.alignments = 0
+
+    def update(self, candidates: torch.Tensor, iteration: int) -> None:
+        """Recompute the consensus if it is due.
+
+        Args:
+            candidates: the live candidates (N, B, C, H, W); failed ones are left out by the caller.
+            iteration: 0-based outer iteration.
+        """
+        if iteration < self.warmup_iters or len(candidates) == 0:
+            return
+        due = (iteration - self.warmup_iters) % self.update_every == 0
+        if due or self.consensus is None or self.consensus.shape != candidates.shape[1:]:
+            self.consensus, failures = registered_consensus(candidates, self.aligner)
+            self.alignment_failures += failures
+            self.alignments += candidates.shape[0] * candidates.shape[1]
+
+    @property
+    def active(self) -> bool:
+        """Whether the warm-up is over and there is a consensus to pull to."""
+        return self.consensus is not None
+
+    def forward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the term for one candidate (B, C, H, W), a scalar."""
+        if self.consensus is None:
+            return tensor.new_zeros(())
+        return self.scale * (tensor - self.consensus).pow(2).mean()
+
+    def __repr__(self) -> str:
+        return (
+            f"Group consistency, scale={self.scale}, warm-up {self.warmup_iters} iterations, "
+            f"aligner {self.aligner} every {self.update_every} iterations"
+        )

@@ -1,0 +1,109 @@
+"""Checks of configurations and shared data, made before the long loop starts; each error is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from breaching.attacks.auxiliaries.objectives import objective_lookup
+from breaching.attacks.auxiliaries.regularizers import regularizer_lookup
+
+from ..errors import ConfigError, SharedDataError, unknown
+from ..matching import BATCHING_MODES
+from ..matching.client import matched_parameters
+from ..registration import REGULARIZERS
+
+OPTIMIZERS = ("adam", "adam-safe", "bert-adam", "momgd", "gd", "l-bfgs")
+SCHEDULES = ("none", "step-lr", "cosine-decay", "linear")
+SIGNS = ("none", "hard", "soft")
+SCORINGS = ("euclidean", "cosine-similarity", "total-variation", "TV", "registered-group-regularization")
+OUTPUTS = ("best", "consensus")
+
+
+def check_config(cfg: Any) -> None:
+    """Check an attack configuration.
+
+    Raises:
+        ConfigError: naming the key, its value and the valid ones.
+    """
+    restarts, optim = cfg.restarts, cfg.optim
+    if not isinstance(restarts.num_trials, int) or restarts.num_trials < 1:
+        raise ConfigError(f"restarts.num_trials={restarts.num_trials} is not possible; valid: 1, 2, 3, ...")
+    if not isinstance(optim.max_iterations, int) or optim.max_iterations < 1:
+        raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
+    _check_option("restarts.scoring", restarts.scoring, SCORINGS)
+    _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
+    _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)
+    _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
+    _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
+    _check_option("optim.signed", optim.signed or "none", SIGNS)
+    _check_option("objective.type", cfg.objective.type, objective_lookup)
+    for key in cfg.regularization or ():
+        _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
+
+
+def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:
+    if value not in valid:
+        raise unknown(key, value, valid)
+
+
+def check_shared_data(
+    model: torch.nn.Module, server_payload: Sequence[dict], shared_data: Sequence[dict], modality: str
+) -> None:
+    """Check what the client shared against the model.
+
+    Raises:
+        SharedDataError: for a gradient list of the wrong length or shapes, non-finite gradients, an unknown number
+            of data points, or labels that are not classes.
+    """
+    if len(server_payload) != len(shared_data):
+        raise SharedDataError(f"{len(server_payload)} server payloads but {len(shared_data)} sets of shared data.")
+    expected = matched_parameters(model)
+    for data in shared_data:
+        _check_gradients(list(data["gradients"]), expected)
+        number = data["metadata"]["num_data_points"]
+        if not isinstance(number, int) or number < 1:
+            raise SharedDataError(
+                f"The number of data points is {number}, but the attack must know how many images to reconstruct: "
+                "set case.user.provide_num_data_points=True or give metadata['num_data_points'] >= 1."
+            )
+        if modality == "vision":
+            _check_labels(data["metadata"]["labels"], number, server_payload[0]["metadata"].get("classes"))
+
+
+def _check_gradients(gradients: list[torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if len(gradients) != len(expected):
+        raise SharedDataError(
+            f"The client shared {len(gradients)} gradients, but the model has {len(expected)} parameters that "
+            "require a gradient (frozen parameters have no gradient in the list)."
+        )
+    for (name, parameter), gradient in zip(expected.items(), gradients, strict=True):
+        if gradient.shape != parameter.shape:
+            raise SharedDataError(
+                f"The gradient of {name} has shape {tuple(gradient.shape)}, the parameter {tuple(parameter.shape)}."
+            )
+        if not bool(torch.isfinite(gradient).all()):
+            raise SharedDataError(f"The gradient of {name} is not finite; nothing can be reconstructed from it.")
+
+
+def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None) -> None:
+    if labels is None or labels.is_floating_point():
+        return
+    if labels.shape != (number,):
+        raise SharedDataError(f"The labels have shape {tuple(labels.shape)}, but there are {number} data points.")
+    if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
+
+
+def check_initial_data(initial_data: torch.Tensor, candidates: int, shape: Sequence[int]) -> None:
+    """Check start values: (B, C, H, W) for all candidates, or (N, B, C, H, W) for one each.
+
+    Raises:
+        SharedDataError: for any other shape, or for values that are not finite.
+    """
+    single, stacked = tuple(shape), (candidates, *shape)
+    if tuple(initial_data.shape) not in (single, stacked):
+        raise SharedDataError(f"initial_data has shape {tuple(initial_data.shape)}; valid: {single} or {stacked}.")
+    if not bool(torch.isfinite(initial_data).all()):
+        raise SharedDataError("initial_data is not finite.")

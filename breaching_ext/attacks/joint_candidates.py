@@ -1,0 +1,424 @@
+"""N candidate reconstructions in one loop, with group consistency.
+
+References:
+    Yin et al., "See through gradients: Image batch recovery via GradInversion", CVPR 2021 (group consistency).
+    Geiping et al., "Inverting gradients: How easy is it to break privacy in federated learning?", NeurIPS 2020, and
+    the Breaching framework, whose sequential trials every candidate follows exactly when the group term is off.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean, GradientLoss
+from breaching.attacks.auxiliaries.regularizers import TotalVariation, regularizer_lookup
+from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
+from omegaconf import OmegaConf, open_dict
+
+from ..errors import SharedDataError
+from ..matching import build_engine
+from ..matching.build import EngineParts
+from ..matching.client import client_update, matched_parameters, unscripted
+from ..matching.engine import CandidateObjective, GradientRule
+from ..matching.objectives import gradient_distance
+from ..matching.randomness import CandidateStreams
+from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
+from ..registration import REGULARIZERS, load
+from . import checks
+from .joint_loop import JointLoop, LoopResult
+
+log = logging.getLogger(__name__)
+
+
+class JointCandidateAttacker(OptimizationBasedAttacker):
+    """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
+
+    Args:
+        model: the model under attack.
+        loss_fn: its loss, (outputs, labels) -> scalar.
+        cfg_attack: an attack config, for example `breaching.get_attack_config("joint_candidates")`.
+        setup: dict(dtype=..., device=...) as Breaching's.
+
+    Raises:
+        ConfigError: for a config value that cannot work, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: Callable[..., torch.Tensor],
+        cfg_attack: Any,
+        setup: dict[str, Any] = dict(dtype=torch.float, device=torch.device("cpu")),  # noqa: B006, C408 - Breaching's
+    ) -> None:
+        checks.check_config(cfg_attack)
+        # Breaching builds regularizers from its lookup, which knows ours only after register(); build them here, so
+        # that an attack imported into a project works either way.
+        without = copy.deepcopy(cfg_attack)
+        with open_dict(without):
+            without.regularization = None
+        super().__init__(model, loss_fn, without, setup)
+        self.cfg = cfg_attack
+        self.regularizers = [self._build_regularizer(key, value) for key, value in _switched_on(cfg_attack)]
+
+    def _build_regularizer(self, key: str, options: Any) -> torch.nn.Module:
+        kind = load(REGULARIZERS[key]) if key in REGULARIZERS else regularizer_lookup[key]
+        regularizer = kind(self.setup, **options)
+        return AnyChannelTotalVariation.like(regularizer) if type(regularizer) is TotalVariation else regularizer
+
+    @property
+    def group(self) -> GroupRegularization | None:
+        """The group term, if the config has one."""
+        return next((r for r in self.regularizers if isinstance(r, GroupRegularization)), None)
+
+    def reconstruct(
+        self,
+        server_payload: Sequence[dict] | dict,
+        shared_data: Sequence[dict] | dict,
+        server_secrets: dict | None = None,
+        initial_data: torch.Tensor | None = None,
+        dryrun: bool = False,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Reconstruct a client's data from what it shared.
+
+        Args:
+            server_payload: what the server sent, one dict a query (see :func:`~breaching_ext.attacks.observe`).
+            shared_data: what the client answered, one dict a query. It is not modified.
+            server_secrets: Breaching's server.secrets; None and {} are the same.
+            initial_data: start (B, C, H, W) for all candidates or (N, B, C, H, W) for one each, in the network's
+                normalisation; None draws starts, candidate i from seed + i.
+            dryrun: stop after one iteration.
+
+        Returns:
+            A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (N, B, C, H, W), `candidate_scores` (N,), lower
+            is better, and statistics: Breaching's keys (`Trial_0_Val`, ..., `opt_value`) and `engine`, `seed`,
+            `gradient_evaluations`, `candidate_failures`, `alignment_failures`.
+
+        Raises:
+            SharedDataError: for shared data that do not fit the model, before the loop starts.
+        """
+        payload, shared = _as_list(server_payload), _as_list(shared_data)
+        modality = payload[0]["metadata"].get("modality", "vision")
+        checks.check_shared_data(self.model_template, payload, shared, modality)
+        shared = self._own_copy(shared)
+        rec_models, labels, stats = self.prepare_attack(payload, shared)
+        if labels is None:
+            raise SharedDataError("No labels: the client provided none and label_strategy is None.")
+        labels = labels.to(self.setup["device"])
+        shape = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
+        if initial_data is not None:
+            checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
+
+        if self.cfg.restarts.get("parallel_candidates", True):
+            candidates = self._run_jointly(rec_models, shared, labels, stats, shape, initial_data, dryrun)
+        else:
+            candidates = self._run_sequentially(rec_models, shared, labels, stats, shape, initial_data, dryrun)
+        reconstruction = self._conclude(candidates, rec_models, shared, labels, stats)
+        if modality == "text":
+            reconstruction = self._postprocess_text_data(reconstruction, rec_models)
+        return _fill_in_class_attack(reconstruction, server_secrets or {}), stats
+
+    # -- the two loops -------------------------------------------------------------------------------------------
+
+    def _run_jointly(
+        self,
+        rec_models: list[torch.nn.Module],
+        shared_data: list[dict],
+        labels: torch.Tensor,
+        stats: dict,
+        shape: list[int],
+        initial_data: torch.Tensor | None,
+        dryrun: bool,
+    ) -> torch.Tensor:
+        """Return the best point of every candidate, (N, B, C, H, W)."""
+        for regularizer in self.regularizers:
+            regularizer.initialize(rec_models, shared_data, labels)
+        self._initialize_objective(rec_models, shared_data)
+        streams = self._streams()
+        starts = self._starts(streams, shape, initial_data)
+        parts = self._engine_parts(rec_models, shared_data, labels, starts, streams)
+        engine = build_engine(self.cfg.restarts.get("candidate_batching", "auto"), parts)
+        loop = JointLoop(engine, self.cfg, box=self._box(), group=self.group)
+        result = loop.run(dryrun)
+        self._record(stats, result, engine.name, engine.gradient_evaluations)
+        return result.best[0]
+
+    def _run_sequentially(
+        self,
+        rec_models: list[torch.nn.Module],
+        shared_data: list[dict],
+        labels: torch.Tensor,
+        stats: dict,
+        shape: list[int],
+        initial_data: torch.Tensor | None,
+        dryrun: bool,
+    ) -> torch.Tensor:
+        """Breaching's loop: one trial after the other, each in its own random stream."""
+        if self.group is not None:
+            log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
+        streams, trials = self._streams(), self.cfg.restarts.num_trials
+        starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *shape))
+        candidates: list[torch.Tensor] = []
+        try:
+            for trial, start in enumerate(starts):
+                with streams.use(trial):
+                    candidates.append(
+                        self._run_trial(rec_models, shared_data, labels, stats, trial, start, dryrun).detach()
+                    )
+        except KeyboardInterrupt:
+            log.warning("Interrupted: %d of %d candidates are done.", len(candidates), trials)
+            if not candidates:
+                raise
+        stats.update(engine="sequential", seed=self._seed())
+        stats["gradient_evaluations"] = sum(len(stats[f"Trial_{i}_Val"]) for i in range(trials))
+        return torch.stack(candidates)
+
+    def _run_trial(self, rec_model: Any, shared_data: Any, labels: Any, stats: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run Breaching's trial; only the objective's treatment of frozen parameters differs."""
+        initialize = self.objective.initialize
+
+        def initialize_for_matched(*inner: Any, **named: Any) -> None:
+            initialize(*inner, **named)
+            self._match_only_trainable(rec_model)
+
+        self.objective.initialize = initialize_for_matched
+        try:
+            return super()._run_trial(rec_model, shared_data, labels, stats, *args, **kwargs)
+        finally:
+            del self.objective.initialize
+
+    # -- what the engine needs -----------------------------------------------------------------------------------
+
+    def _seed(self) -> int:
+        seed = self.cfg.restarts.get("seed")
+        return (torch.initial_seed() if seed is None else int(seed)) % 2**63
+
+    def _streams(self) -> CandidateStreams:
+        return CandidateStreams(self._seed(), self.cfg.restarts.num_trials, torch.device(self.setup["device"]))
+
+    def _starts(
+        self, streams: CandidateStreams, shape: list[int], initial_data: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Return start values, each (N, ...). Streams advance as in Breaching, which draws before it looks for data."""
+        starts = []
+        for index in range(self.cfg.restarts.num_trials):
+            with streams.use(index):
+                starts.append(self._initialize_data(shape).detach())
+        stack = torch.stack(starts)  # (N, B, C, H, W)
+        if initial_data is not None:
+            stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
+        return [stack]
+
+    def _engine_parts(
+        self,
+        rec_models: list[torch.nn.Module],
+        shared_data: list[dict],
+        labels: torch.Tensor,
+        starts: list[torch.Tensor],
+        streams: CandidateStreams,
+    ) -> EngineParts:
+        optim = self.cfg.optim
+        signed = optim.signed if optim.signed in ("hard", "soft") else None
+        rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
+        objective, why_not = self._pure_objective(rec_models, shared_data, labels)
+
+        def make_closure(
+            candidate: list[torch.Tensor], optimizer: torch.optim.Optimizer, iteration: int
+        ) -> Callable[[], torch.Tensor]:
+            return self._compute_objective(candidate[0], labels, rec_models, optimizer, shared_data, iteration)
+
+        def reference(candidate: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            return self._reference(candidate[0], labels, rec_models, shared_data)
+
+        return EngineParts(
+            starts=starts,
+            streams=streams,
+            rule=rule,
+            make_closure=make_closure,
+            task_loss=lambda: torch.as_tensor(self.current_task_loss),
+            make_optimizer=self._init_optimizer,
+            reference=reference,
+            objective=objective,
+            make_stack_optimizer=self._init_optimizer,
+            why_not=why_not,
+            augmentation=self.augmentations if len(self.augmentations) else None,
+            differentiable=self.cfg.differentiable_augmentations,
+            random_steps=rule.random or len(self.augmentations) > 0,
+        )
+
+    def _pure_objective(
+        self, rec_models: list[torch.nn.Module], shared_data: list[dict], labels: torch.Tensor
+    ) -> tuple[CandidateObjective | None, str]:
+        """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
+        distance = gradient_distance(self.objective)
+        if str(self.cfg.optim.optimizer).lower() == "l-bfgs":
+            return None, "L-BFGS needs one curvature and one line search per candidate"
+        if distance is None:
+            return None, f"objective {type(self.objective).__name__} has no batched form"
+        if self.cfg.impl.JIT:
+            return None, f"impl.JIT={self.cfg.impl.JIT} makes a TorchScript model"
+        loss_fn, weight = unscripted(self.loss_fn), self.objective.task_regularization
+        updates = [
+            client_update(model, loss_fn, data["metadata"]["local_hyperparams"], self.cfg.impl.mixed_precision)
+            for model, data in zip(rec_models, shared_data, strict=True)
+        ]
+
+        def objective(candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            value, task_loss = candidate.new_zeros(()), candidate.new_zeros(())
+            for update, data in zip(updates, shared_data, strict=True):
+                gradient, query_loss = update(candidate, labels)
+                with torch.autocast(candidate.device.type, enabled=self.cfg.impl.mixed_precision):
+                    value = value + distance(gradient, data["gradients"])
+                if weight != 0:
+                    value = value + weight * query_loss
+                task_loss = task_loss + query_loss.detach()
+            for regularizer in self.regularizers:
+                value = value + regularizer(candidate)
+            return value, task_loss
+
+        return objective, ""
+
+    def _reference(
+        self, candidate: torch.Tensor, labels: torch.Tensor, rec_models: list[torch.nn.Module], shared_data: list[dict]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return Breaching's objective and gradient at one candidate, before clipping, noise and signs."""
+        leaf = candidate.detach().clone().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+        cfg, augmentations = self.cfg, self.augmentations
+        self.cfg, self.augmentations = copy.deepcopy(cfg), torch.nn.Sequential()
+        with open_dict(self.cfg):
+            self.cfg.optim.update(signed=None, grad_clip=None, langevin_noise=0.0)
+        try:
+            optimizer = torch.optim.SGD([leaf], lr=0.0)
+            value = self._compute_objective(leaf, labels, rec_models, optimizer, shared_data, 0)()
+        finally:
+            self.cfg, self.augmentations = cfg, augmentations
+        return value.detach(), [leaf.grad]
+
+    def _initialize_objective(self, rec_models: list[torch.nn.Module], shared_data: list[dict]) -> None:
+        self.objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
+        self._match_only_trainable(rec_models)
+
+    def _match_only_trainable(self, rec_models: list[torch.nn.Module], objective: Any = None) -> None:
+        """Let Breaching's objective skip parameters that do not require a gradient; without any, change nothing."""
+        objective = objective or self.objective
+        frozen = any(not p.requires_grad for model in rec_models for p in model.parameters())
+        if not frozen or not isinstance(objective, GradientLoss):
+            return
+        hyperparams, mixed = objective.local_hyperparams, self.cfg.impl.mixed_precision
+        loss_fn = unscripted(self.loss_fn)
+        updates = {id(model): client_update(model, loss_fn, hyperparams, mixed) for model in rec_models}
+        objective._grad_fn = lambda model, candidate, labels: updates[id(model)](candidate, labels)
+
+    def _box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (-self.dm / self.ds, (1 - self.dm) / self.ds) if self.cfg.optim.boxed else None
+
+    # -- choosing ------------------------------------------------------------------------------------------------
+
+    def _conclude(
+        self,
+        candidates: torch.Tensor,
+        rec_models: list[torch.nn.Module],
+        shared_data: list[dict],
+        labels: torch.Tensor,
+        stats: dict,
+    ) -> dict[str, torch.Tensor]:
+        """Score the candidates and choose the output; the ground truth plays no part in either."""
+        scores = self._score_candidates(candidates, labels, rec_models, shared_data)
+        best = self._select_optimal_reconstruction(list(candidates), scores, stats)
+        if self.cfg.restarts.get("output", "best") == "consensus":
+            best = self._consensus(candidates[scores.isfinite()] if scores.isfinite().any() else candidates)
+        return dict(data=best, labels=labels, candidates=candidates, candidate_scores=scores)
+
+    def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
+        consensus, _ = registered_consensus(candidates, self.group.aligner if self.group else "none")
+        box = self._box()
+        return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
+
+    def _score_candidates(
+        self, candidates: torch.Tensor, labels: torch.Tensor, rec_models: list[torch.nn.Module], shared_data: list[dict]
+    ) -> torch.Tensor:
+        """Return a score for every candidate, (N,), lower is better; infinite where it is not finite."""
+        if self.cfg.restarts.scoring == "registered-group-regularization":
+            finite = candidates[candidates.flatten(1).isfinite().all(dim=1)]
+            target = self._consensus(finite) if len(finite) else candidates[0]
+            scores = (candidates - target).pow(2).flatten(1).mean(dim=1)
+        else:
+            values = [self._score_trial(c, labels, rec_models, shared_data) for c in candidates]
+            scores = torch.stack([torch.as_tensor(v).detach().reshape(()).float().cpu() for v in values])
+        return torch.where(scores.isfinite(), scores, float("inf")).cpu()
+
+    def _score_trial(
+        self,
+        candidate: torch.Tensor,
+        labels: torch.Tensor,
+        rec_model: list[torch.nn.Module],
+        shared_data: list[dict],
+    ) -> torch.Tensor | float:
+        """Score one candidate. Breaching's total-variation score lacks an argument, and its others frozen models."""
+        if self.cfg.restarts.scoring in ("TV", "total-variation"):
+            with torch.no_grad():
+                return AnyChannelTotalVariation(self.setup, scale=1.0)(candidate)
+        objective = Euclidean() if self.cfg.restarts.scoring == "euclidean" else CosineSimilarity()
+        objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
+        self._match_only_trainable(rec_model, objective)
+        score = sum(
+            objective(model, data["gradients"], candidate, labels)[0]
+            for model, data in zip(rec_model, shared_data, strict=True)
+        )
+        return score
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    def _own_copy(self, shared_data: list[dict]) -> list[dict]:
+        """Copy what is shared to the attack's device; Breaching would cast and normalise the user's own tensors."""
+        device = self.setup["device"]
+        copies = []
+        for data in shared_data:
+            gradients = [g.detach().clone().to(device) for g in data["gradients"]]
+            buffers = None if data["buffers"] is None else [b.detach().clone().to(device) for b in data["buffers"]]
+            metadata = dict(data["metadata"])
+            if metadata["labels"] is not None:
+                metadata["labels"] = metadata["labels"].to(device)
+            copies.append({**data, "gradients": gradients, "buffers": buffers, "metadata": metadata})
+        return copies
+
+    def _record(self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int) -> None:
+        for index, values in enumerate(result.histories):
+            stats[f"Trial_{index}_Val"] = values
+        stats.update(
+            engine=engine,
+            seed=self._seed(),
+            gradient_evaluations=gradient_evaluations,
+            candidate_failures=result.failures,
+            interrupted=result.interrupted,
+            alignment_failures=self.group.alignment_failures if self.group else 0,
+            alignments=self.group.alignments if self.group else 0,
+        )
+
+
+def _switched_on(cfg: Any) -> list[tuple[str, dict]]:
+    """Return (key, options) of every regularizer whose scale is above 0, in the config's order."""
+    options = OmegaConf.to_container(cfg.regularization, resolve=True) if cfg.regularization else {}
+    assert isinstance(options, dict)
+    return [(str(key), value) for key, value in options.items() if value and value["scale"] > 0]
+
+
+def _as_list(value: Sequence[dict] | dict) -> list[dict]:
+    return [value] if isinstance(value, dict) else list(value)
+
+
+def _fill_in_class_attack(reconstruction: dict, secrets: dict) -> dict:
+    """Put the images that a fishing server (Breaching's ClassAttack) singled out back into their batch."""
+    if "ClassAttack" not in secrets:
+        return reconstruction
+    secret, target = secrets["ClassAttack"], reconstruction["data"]
+    data = target.new_zeros(secret["true_num_data"], *target.shape[1:])
+    data[secret["target_indx"]] = target
+    return {**reconstruction, "data": data, "labels": secret["all_labels"]}
+
+
+__all__ = ["JointCandidateAttacker", "matched_parameters"]

@@ -1,0 +1,149 @@
+"""The loop over all candidates: consensus, step, projection, best so far, failures, progress."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..matching.engine import CandidateEngine
+from ..regularizers import GroupRegularization
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LoopResult:
+    """What the loop found.
+
+    Attributes:
+        best: each candidate's best parameters, each (N, ...).
+        best_values: their objectives (N,).
+        histories: objective values of each candidate, up to the iteration in which it failed, if it did.
+        failures: candidate -> iteration in which its objective was not finite.
+        interrupted: whether Ctrl-C ended the loop.
+    """
+
+    best: list[torch.Tensor]
+    best_values: torch.Tensor
+    histories: list[list[float]] = field(default_factory=list)
+    failures: dict[int, int] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+class JointLoop:
+    """Run an engine to the end, keeping every candidate's best point.
+
+    As in Breaching, the value that decides is the objective before a step, and what is kept is the point after it.
+
+    Args:
+        engine: the engine that owns the candidates.
+        cfg: the attack config (`optim` and `impl.progress` are read).
+        box: least and largest valid image values, or None.
+        group: the group term, if there is one; it gets the live candidates before every step.
+    """
+
+    def __init__(
+        self,
+        engine: CandidateEngine,
+        cfg: Any,
+        box: tuple[torch.Tensor, torch.Tensor] | None = None,
+        group: GroupRegularization | None = None,
+    ) -> None:
+        self.engine, self.optim, self.box, self.group = engine, cfg.optim, box, group
+        self.progress = cfg.impl.get("progress", "auto")
+        start = engine.parameters
+        count, device = len(start[0]), start[0].device
+        self.alive = torch.ones(count, dtype=torch.bool, device=device)
+        infinite = torch.full((count,), float("inf"), dtype=start[0].dtype, device=device)
+        self.result = LoopResult([p.clone() for p in start], infinite)
+        self._values: list[torch.Tensor] = []
+
+    def run(self, dryrun: bool = False) -> LoopResult:
+        """Run all iterations (one if `dryrun`); Ctrl-C ends the loop and keeps what there is."""
+        iterations = 1 if dryrun else self.optim.max_iterations
+        try:
+            with logging_redirect_tqdm(), self._bar(iterations) as bar:
+                for iteration in bar:
+                    if not self._iterate(iteration, bar):
+                        break
+        except KeyboardInterrupt:
+            log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
+            self.result.interrupted = True
+        self.result.histories = self._histories()
+        return self.result
+
+    def _iterate(self, iteration: int, bar: tqdm) -> bool:
+        """Take one step; returns whether any candidate is still alive."""
+        if self.group is not None:
+            self.group.update(self.engine.parameters[0][self.alive], iteration)
+        values, task_losses = self.engine.step(iteration, self.alive)
+        if self.box is not None:
+            images, *others = self.engine.parameters
+            self.engine.overwrite([torch.max(torch.min(images, self.box[1]), self.box[0]), *others], self.alive)
+        self._values.append(values)
+        self._keep_best(values)
+        self._report(iteration, values, task_losses, bar)
+        failed = self.alive & ~values.isfinite()
+        if bool(failed.any()):
+            self._freeze(failed, iteration)
+        return bool(self.alive.any())
+
+    def _keep_best(self, values: torch.Tensor) -> None:
+        """Keep candidates that improved. A step can leave a point that is not finite behind a finite value."""
+        parameters = self.engine.parameters
+        finite = torch.stack([p.flatten(1).isfinite().all(dim=1) for p in parameters]).all(dim=0)
+        better = self.alive & finite & (values < self.result.best_values)
+        self.result.best_values = torch.where(better, values, self.result.best_values)
+        for best, parameter in zip(self.result.best, parameters, strict=True):
+            best[better] = parameter[better]
+
+    def _freeze(self, failed: torch.Tensor, iteration: int) -> None:
+        self.alive = self.alive & ~failed
+        self.engine.overwrite(self.result.best, failed)
+        for index in failed.nonzero().flatten().tolist():
+            self.result.failures[index] = iteration
+            log.warning(
+                "Candidate %d: objective not finite in iteration %d; frozen at its best, the others go on.",
+                index,
+                iteration + 1,
+            )
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def _bar(self, iterations: int) -> tqdm:
+        disable = {"auto": None, True: False, False: True}.get(self.progress)  # None: only where there is a terminal
+        self._clock = time.perf_counter()
+        return tqdm(range(iterations), desc="candidates", unit="it", disable=disable, leave=False)
+
+    def _report(self, iteration: int, values: torch.Tensor, task_losses: torch.Tensor, bar: tqdm) -> None:
+        last = iteration + 1 == self.optim.max_iterations
+        if not bar.disable and (last or iteration % 10 == 0):
+            best = " ".join(f"{v:.3g}" for v in self.result.best_values.tolist()[:8])
+            bar.set_postfix_str(f"best {best}", refresh=False)
+        if last or iteration % self.optim.callback == 0:
+            now = time.perf_counter()
+            log.info(
+                "| It: %d | Rec. loss: %s | Task loss: %s | T: %.2fs",
+                iteration + 1,
+                _short(values),
+                _short(task_losses),
+                now - self._clock,
+            )
+            self._clock = now
+
+    def _histories(self) -> list[list[float]]:
+        if not self._values:
+            return [[] for _ in self.alive]
+        columns = torch.stack(self._values).T.tolist()  # (N, iterations)
+        return [values[: self.result.failures.get(index, len(values))] for index, values in enumerate(columns)]
+
+
+def _short(values: torch.Tensor, most: int = 8) -> str:
+    shown = " ".join(f"{v:.4f}" for v in values.tolist()[:most])
+    return shown + (" ..." if len(values) > most else "")

@@ -1,0 +1,60 @@
+"""Put gradients that were observed elsewhere into the form that Breaching's attacks take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+
+def observe(
+    model: torch.nn.Module,
+    gradients: Sequence[torch.Tensor],
+    shape: Sequence[int],
+    num_data_points: int,
+    classes: int,
+    labels: torch.Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    buffers: Sequence[torch.Tensor] | None = None,
+    local_hyperparams: dict[str, Any] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Wrap a model and the update that a client sent for it, for `attacker.reconstruct`; no simulation involved.
+
+    Args:
+        model: the model in the state in which the client received it.
+        gradients: one tensor for each parameter that requires a gradient, in the order of `model.parameters()`;
+            after several local steps, the parameters' change.
+        shape: shape of one data point, for example (3, 32, 32).
+        num_data_points: how many data points the update averages.
+        classes: number of classes.
+        labels: (B,) integer labels, if known; None to have the attack infer them.
+        mean, std: per-channel normalisation of the client's data, if it is normalised.
+        buffers: batch-norm statistics that the client sent, if it did.
+        local_hyperparams: Breaching's dict (steps, data_per_step, lr, labels) for several local steps.
+
+    Returns:
+        (server_payload, shared_data), each a list with one entry, one query to the client.
+    """
+    metadata: dict[str, Any] = dict(
+        name="observed", modality="vision", task="classification", shape=list(shape), classes=classes
+    )
+    if mean is not None and std is not None:
+        metadata.update(mean=list(mean), std=list(std))
+    payload = dict(
+        parameters=[p.detach().clone() for p in model.parameters()],
+        buffers=[b.detach().clone() for b in model.buffers()],
+        metadata=OmegaConf.create(metadata),
+    )
+    shared = dict(
+        gradients=[g.detach().clone() for g in gradients],
+        buffers=None if buffers is None else [b.detach().clone() for b in buffers],
+        metadata=dict(
+            num_data_points=num_data_points,
+            labels=None if labels is None else labels.detach().clone(),
+            local_hyperparams=local_hyperparams,
+        ),
+    )
+    return [payload], [shared]

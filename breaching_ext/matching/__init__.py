@@ -1,0 +1,18 @@
+"""The matching engine: one step of every candidate at once.
+
+An engine owns the candidates and their optimizers and knows nothing of attacks, group terms or selection:
+
+- `ListEngine` steps them one after another through Breaching's own closure: any model, any objective;
+- `VmapEngine` evaluates the whole stack with torch.func, with the same values;
+- a compiled engine takes the same place (`restarts.candidate_batching=compile`).
+
+`build_engine` picks one, checks it against the slow path on the first candidate, and says in the log why it falls
+back.
+"""
+
+from .build import BATCHING_MODES, build_engine
+from .engine import CandidateEngine, StepResult
+from .list_engine import ListEngine
+from .vmap_engine import VmapEngine
+
+__all__ = ["BATCHING_MODES", "CandidateEngine", "ListEngine", "StepResult", "VmapEngine", "build_engine"]

@@ -1,0 +1,74 @@
+"""Candidates stepped one after another, each with its own optimizer: works with everything Breaching has."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from .engine import ClosureFactory, OptimizerFactory, StepResult
+from .randomness import CandidateStreams
+
+
+class ListEngine:
+    """The slow, obvious engine, and the reference for the others.
+
+    Args:
+        starts: start values, each (N, ...).
+        make_closure: Breaching's closure for one candidate; it returns the objective and leaves the task loss in
+            `task_loss(...)`.
+        make_optimizer: optimizer and schedule for one candidate.
+        task_loss: returns the task loss of the closure called last.
+        streams: random streams, if a step draws random numbers.
+    """
+
+    name = "list"
+
+    def __init__(
+        self,
+        starts: list[torch.Tensor],
+        make_closure: ClosureFactory,
+        make_optimizer: OptimizerFactory,
+        task_loss,  # noqa: ANN001
+        streams: CandidateStreams | None = None,
+    ) -> None:
+        self._make_closure, self._task_loss, self._streams = make_closure, task_loss, streams
+        self._candidates = [[_leaf(start[i]) for start in starts] for i in range(len(starts[0]))]
+        self._optimizers = [make_optimizer(candidate) for candidate in self._candidates]
+        self._last = torch.full((2, len(self._candidates)), float("nan"), dtype=starts[0].dtype)
+        self.gradient_evaluations = 0
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [torch.stack([p.detach() for p in group]) for group in zip(*self._candidates, strict=True)]
+
+    def step(self, iteration: int, alive: torch.Tensor) -> StepResult:
+        values, task_losses = self._last.clone()
+        for index in alive.nonzero().flatten().tolist():
+            optimizer, scheduler = self._optimizers[index]
+            with self._streams.use(index) if self._streams else contextlib.nullcontext():
+                closure = self._counted(self._make_closure(self._candidates[index], optimizer, iteration))
+                values[index] = optimizer.step(closure).detach()
+            task_losses[index] = self._task_loss().detach()
+            scheduler.step()
+        self._last = torch.stack([values, task_losses])
+        return StepResult(values.to(alive.device), task_losses.to(alive.device))
+
+    def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        chosen = range(len(self._candidates)) if where is None else where.nonzero().flatten().tolist()
+        for index in chosen:
+            for parameter, value in zip(self._candidates[index], parameters, strict=True):
+                parameter.data.copy_(value[index])
+
+    def _counted(self, closure):  # noqa: ANN001, ANN202
+        def counted() -> torch.Tensor:
+            self.gradient_evaluations += 1
+            return closure()
+
+        return counted
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    leaf = value.detach().clone().requires_grad_()
+    leaf.grad = torch.zeros_like(leaf)
+    return leaf

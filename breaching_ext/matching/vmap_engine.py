@@ -1,0 +1,124 @@
+"""The whole stack of candidates evaluated at once with torch.func, and stepped by one elementwise optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.func import grad_and_value, vmap
+
+from .engine import CandidateObjective, GradientRule, OptimizerFactory, StepResult
+from .randomness import CandidateStreams
+
+Augmentation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class VmapEngine:
+    """N candidates as stacks (N, ...), one evaluation for all of them.
+
+    The optimizer works elementwise (Adam, SGD and their variants), so one optimizer over a stack is N independent
+    ones; an optimizer that couples the entries of a tensor must not be used here.
+
+    Args:
+        starts: start values, each (N, ...).
+        objective: one candidate's parameters -> (objective, task loss); pure.
+        make_optimizer: optimizer and schedule over the stacks.
+        rule: what happens to each candidate's gradient before the optimizer sees it.
+        streams: the candidates' random streams, for noise and augmentations.
+        augmentation: random change of one candidate's images (B, C, H, W) before they are evaluated, or None.
+        differentiable: whether the gradient flows through the augmentation; if not, it changes the candidate itself,
+            as in Breaching.
+    """
+
+    name = "vmap"
+
+    def __init__(
+        self,
+        starts: list[torch.Tensor],
+        objective: CandidateObjective,
+        make_optimizer: OptimizerFactory,
+        rule: GradientRule,
+        streams: CandidateStreams,
+        augmentation: Augmentation | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        self._stacks = [start.detach().clone().requires_grad_() for start in starts]
+        self._optimizer, self._scheduler = make_optimizer(self._stacks)
+        self._rule, self._streams = rule, streams
+        self._augmentation, self._differentiable = augmentation, differentiable
+        self._evaluate = _stacked(objective, len(starts))
+        self._task_losses = starts[0].new_zeros(len(starts[0]))
+        self.gradient_evaluations = 0
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [stack.detach() for stack in self._stacks]
+
+    def evaluate(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Return gradients (each (N, ...)), objectives (N,) and task losses (N,) at the current candidates."""
+        images, *others = self._stacks
+        if self._augmentation is None:
+            gradients, values, task_losses = self._evaluate(images.detach(), *(o.detach() for o in others))
+            return list(gradients), values, task_losses
+        augmented = self._augmented(images)
+        gradients, values, task_losses = self._evaluate(augmented.detach(), *(o.detach() for o in others))
+        first, *rest = gradients
+        if self._differentiable:
+            (first,) = torch.autograd.grad(augmented, images, grad_outputs=first)
+        return [first, *rest], values, task_losses
+
+    def step(self, iteration: int, alive: torch.Tensor) -> StepResult:
+        frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
+        values = self._optimizer.step(lambda: self._closure(iteration, alive))
+        self._scheduler.step()
+        if frozen is not None:
+            self.overwrite(frozen, ~alive)
+        return StepResult(values.detach(), self._task_losses)
+
+    def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        with torch.no_grad():
+            for stack, value in zip(self._stacks, parameters, strict=True):
+                if where is not None:
+                    value = torch.where(where.view(-1, *[1] * (value.dim() - 1)), value, stack)
+                stack.copy_(value)
+
+    def _closure(self, iteration: int, alive: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            gradients, values, self._task_losses = self.evaluate()
+        self.gradient_evaluations += int(alive.sum())
+        lr = self._optimizer.param_groups[0]["lr"]
+        for stack, gradient in zip(self._stacks, gradients, strict=True):
+            stack.grad = self._rule(gradient, self._noise(gradient), iteration, lr)
+        return values
+
+    def _noise(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        if not self._rule.random:
+            return None
+        noise = []
+        for index in range(len(gradient)):
+            with self._streams.use(index):
+                noise.append(torch.randn_like(gradient[index]))
+        return torch.stack(noise)
+
+    def _augmented(self, images: torch.Tensor) -> torch.Tensor:
+        """Augment each candidate with its own random stream; Breaching's augmentations branch on random numbers."""
+        assert self._augmentation is not None
+        augmented = []
+        for index in range(len(images)):
+            with self._streams.use(index):
+                augmented.append(self._augmentation(images[index] if self._differentiable else images.data[index]))
+        stacked = torch.stack(augmented)
+        if not self._differentiable:
+            images.data.copy_(stacked)
+        return stacked
+
+
+def _stacked(objective: CandidateObjective, parameters: int) -> Callable[..., tuple]:
+    """Return stacks -> (gradients, values (N,), task losses (N,))."""
+    gradient = grad_and_value(objective, argnums=tuple(range(parameters)), has_aux=True)
+
+    def evaluate(*stacks: torch.Tensor) -> tuple:
+        gradients, (values, task_losses) = vmap(gradient, randomness="different")(*stacks)
+        return gradients, values, task_losses
+
+    return evaluate

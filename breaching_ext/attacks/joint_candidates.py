@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean, GradientLoss
+from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
 from breaching.attacks.auxiliaries.regularizers import TotalVariation, regularizer_lookup
 from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from omegaconf import OmegaConf, open_dict
@@ -22,16 +22,18 @@ from omegaconf import OmegaConf, open_dict
 from ..errors import SharedDataError
 from ..matching import build_engine
 from ..matching.build import EngineParts
-from ..matching.client import client_update, matched_parameters, unscripted
 from ..matching.engine import CandidateObjective, GradientRule
-from ..matching.objectives import gradient_distance
 from ..matching.randomness import CandidateStreams
-from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from ..registration import REGULARIZERS, load
+from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from . import checks
+from .candidate_objective import match_only_trainable, pure_objective
 from .joint_loop import JointLoop, LoopResult
+from .observation import own_copy
 
 log = logging.getLogger(__name__)
+
+_DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
 class JointCandidateAttacker(OptimizationBasedAttacker):
@@ -52,7 +54,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         model: torch.nn.Module,
         loss_fn: Callable[..., torch.Tensor],
         cfg_attack: Any,
-        setup: dict[str, Any] = dict(dtype=torch.float, device=torch.device("cpu")),  # noqa: B006, C408 - Breaching's
+        setup: dict[str, Any] = _DEFAULT_SETUP,
     ) -> None:
         checks.check_config(cfg_attack)
         # Breaching builds regularizers from its lookup, which knows ours only after register(); build them here, so
@@ -103,7 +105,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         payload, shared = _as_list(server_payload), _as_list(shared_data)
         modality = payload[0]["metadata"].get("modality", "vision")
         checks.check_shared_data(self.model_template, payload, shared, modality)
-        shared = self._own_copy(shared)
+        shared = own_copy(shared, self.setup["device"])
         rec_models, labels, stats = self.prepare_attack(payload, shared)
         if labels is None:
             raise SharedDataError("No labels: the client provided none and label_strategy is None.")
@@ -182,7 +184,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
 
         def initialize_for_matched(*inner: Any, **named: Any) -> None:
             initialize(*inner, **named)
-            self._match_only_trainable(rec_model)
+            match_only_trainable(self.objective, rec_model, self.loss_fn)
 
         self.objective.initialize = initialize_for_matched
         try:
@@ -253,33 +255,11 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         self, rec_models: list[torch.nn.Module], shared_data: list[dict], labels: torch.Tensor
     ) -> tuple[CandidateObjective | None, str]:
         """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
-        distance = gradient_distance(self.objective)
         if str(self.cfg.optim.optimizer).lower() == "l-bfgs":
             return None, "L-BFGS needs one curvature and one line search per candidate"
-        if distance is None:
-            return None, f"objective {type(self.objective).__name__} has no batched form"
-        if self.cfg.impl.JIT:
-            return None, f"impl.JIT={self.cfg.impl.JIT} makes a TorchScript model"
-        loss_fn, weight = unscripted(self.loss_fn), self.objective.task_regularization
-        updates = [
-            client_update(model, loss_fn, data["metadata"]["local_hyperparams"], self.cfg.impl.mixed_precision)
-            for model, data in zip(rec_models, shared_data, strict=True)
-        ]
-
-        def objective(candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            value, task_loss = candidate.new_zeros(()), candidate.new_zeros(())
-            for update, data in zip(updates, shared_data, strict=True):
-                gradient, query_loss = update(candidate, labels)
-                with torch.autocast(candidate.device.type, enabled=self.cfg.impl.mixed_precision):
-                    value = value + distance(gradient, data["gradients"])
-                if weight != 0:
-                    value = value + weight * query_loss
-                task_loss = task_loss + query_loss.detach()
-            for regularizer in self.regularizers:
-                value = value + regularizer(candidate)
-            return value, task_loss
-
-        return objective, ""
+        return pure_objective(
+            self.objective, self.regularizers, self.loss_fn, self.cfg.impl, rec_models, shared_data, labels
+        )
 
     def _reference(
         self, candidate: torch.Tensor, labels: torch.Tensor, rec_models: list[torch.nn.Module], shared_data: list[dict]
@@ -288,7 +268,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         leaf = candidate.detach().clone().requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
         cfg, augmentations = self.cfg, self.augmentations
-        self.cfg, self.augmentations = copy.deepcopy(cfg), torch.nn.Sequential()
+        self.cfg, self.augmentations = copy.deepcopy(cfg), torch.nn.Sequential()  # what the closure reads
         with open_dict(self.cfg):
             self.cfg.optim.update(signed=None, grad_clip=None, langevin_noise=0.0)
         try:
@@ -300,18 +280,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
 
     def _initialize_objective(self, rec_models: list[torch.nn.Module], shared_data: list[dict]) -> None:
         self.objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
-        self._match_only_trainable(rec_models)
-
-    def _match_only_trainable(self, rec_models: list[torch.nn.Module], objective: Any = None) -> None:
-        """Let Breaching's objective skip parameters that do not require a gradient; without any, change nothing."""
-        objective = objective or self.objective
-        frozen = any(not p.requires_grad for model in rec_models for p in model.parameters())
-        if not frozen or not isinstance(objective, GradientLoss):
-            return
-        hyperparams, mixed = objective.local_hyperparams, self.cfg.impl.mixed_precision
-        loss_fn = unscripted(self.loss_fn)
-        updates = {id(model): client_update(model, loss_fn, hyperparams, mixed) for model in rec_models}
-        objective._grad_fn = lambda model, candidate, labels: updates[id(model)](candidate, labels)
+        match_only_trainable(self.objective, rec_models, self.loss_fn)
 
     def _box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (-self.dm / self.ds, (1 - self.dm) / self.ds) if self.cfg.optim.boxed else None
@@ -331,7 +300,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         best = self._select_optimal_reconstruction(list(candidates), scores, stats)
         if self.cfg.restarts.get("output", "best") == "consensus":
             best = self._consensus(candidates[scores.isfinite()] if scores.isfinite().any() else candidates)
-        return dict(data=best, labels=labels, candidates=candidates, candidate_scores=scores)
+        return {"data": best, "labels": labels, "candidates": candidates, "candidate_scores": scores}
 
     def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
         consensus, _ = registered_consensus(candidates, self.group.aligner if self.group else "none")
@@ -341,15 +310,14 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
     def _score_candidates(
         self, candidates: torch.Tensor, labels: torch.Tensor, rec_models: list[torch.nn.Module], shared_data: list[dict]
     ) -> torch.Tensor:
-        """Return a score for every candidate, (N,), lower is better; infinite where it is not finite."""
+        """Return a score for every candidate, (N,) on the CPU, lower is better; infinite where it is not finite."""
         if self.cfg.restarts.scoring == "registered-group-regularization":
             finite = candidates[candidates.flatten(1).isfinite().all(dim=1)]
             target = self._consensus(finite) if len(finite) else candidates[0]
             scores = (candidates - target).pow(2).flatten(1).mean(dim=1)
         else:
-            values = [self._score_trial(c, labels, rec_models, shared_data) for c in candidates]
-            scores = torch.stack([torch.as_tensor(v).detach().reshape(()).float().cpu() for v in values])
-        return torch.where(scores.isfinite(), scores, float("inf")).cpu()
+            scores = torch.stack([self._score_trial(c, labels, rec_models, shared_data) for c in candidates])
+        return torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
 
     def _score_trial(
         self,
@@ -357,34 +325,19 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         labels: torch.Tensor,
         rec_model: list[torch.nn.Module],
         shared_data: list[dict],
-    ) -> torch.Tensor | float:
+    ) -> torch.Tensor:
         """Score one candidate. Breaching's total-variation score lacks an argument, and its others frozen models."""
         if self.cfg.restarts.scoring in ("TV", "total-variation"):
             with torch.no_grad():
                 return AnyChannelTotalVariation(self.setup, scale=1.0)(candidate)
         objective = Euclidean() if self.cfg.restarts.scoring == "euclidean" else CosineSimilarity()
         objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
-        self._match_only_trainable(rec_model, objective)
-        score = sum(
-            objective(model, data["gradients"], candidate, labels)[0]
-            for model, data in zip(rec_model, shared_data, strict=True)
-        )
-        return score
+        match_only_trainable(objective, rec_model, self.loss_fn)
+        queries = zip(rec_model, shared_data, strict=True)
+        values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
+        return torch.stack(values).sum().detach()
 
     # -- small things --------------------------------------------------------------------------------------------
-
-    def _own_copy(self, shared_data: list[dict]) -> list[dict]:
-        """Copy what is shared to the attack's device; Breaching would cast and normalise the user's own tensors."""
-        device = self.setup["device"]
-        copies = []
-        for data in shared_data:
-            gradients = [g.detach().clone().to(device) for g in data["gradients"]]
-            buffers = None if data["buffers"] is None else [b.detach().clone().to(device) for b in data["buffers"]]
-            metadata = dict(data["metadata"])
-            if metadata["labels"] is not None:
-                metadata["labels"] = metadata["labels"].to(device)
-            copies.append({**data, "gradients": gradients, "buffers": buffers, "metadata": metadata})
-        return copies
 
     def _record(self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int) -> None:
         for index, values in enumerate(result.histories):
@@ -419,6 +372,3 @@ def _fill_in_class_attack(reconstruction: dict, secrets: dict) -> dict:
     data = target.new_zeros(secret["true_num_data"], *target.shape[1:])
     data[secret["target_indx"]] = target
     return {**reconstruction, "data": data, "labels": secret["all_labels"]}
-
-
-__all__ = ["JointCandidateAttacker", "matched_parameters"]

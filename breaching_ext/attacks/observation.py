@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,23 +38,46 @@ def observe(
     Returns:
         (server_payload, shared_data), each a list with one entry, one query to the client.
     """
-    metadata: dict[str, Any] = dict(
-        name="observed", modality="vision", task="classification", shape=list(shape), classes=classes
-    )
+    metadata: dict[str, Any] = {
+        "name": "observed",
+        "modality": "vision",
+        "task": "classification",
+        "shape": list(shape),
+        "classes": classes,
+    }
     if mean is not None and std is not None:
         metadata.update(mean=list(mean), std=list(std))
-    payload = dict(
-        parameters=[p.detach().clone() for p in model.parameters()],
-        buffers=[b.detach().clone() for b in model.buffers()],
-        metadata=OmegaConf.create(metadata),
-    )
-    shared = dict(
-        gradients=[g.detach().clone() for g in gradients],
-        buffers=None if buffers is None else [b.detach().clone() for b in buffers],
-        metadata=dict(
-            num_data_points=num_data_points,
-            labels=None if labels is None else labels.detach().clone(),
-            local_hyperparams=local_hyperparams,
-        ),
-    )
+    payload = {
+        "parameters": _clones(model.parameters()),
+        "buffers": _clones(model.buffers()),
+        "metadata": OmegaConf.create(metadata),
+    }
+    shared = {
+        "gradients": _clones(gradients),
+        "buffers": None if buffers is None else _clones(buffers),
+        "metadata": {
+            "num_data_points": num_data_points,
+            "labels": None if labels is None else labels.detach().clone(),
+            "local_hyperparams": local_hyperparams,
+        },
+    }
     return [payload], [shared]
+
+
+def own_copy(shared_data: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Copy what was shared to a device; Breaching would cast and normalise the user's own tensors in place."""
+    copies = []
+    for data in shared_data:
+        metadata = dict(data["metadata"])
+        if metadata["labels"] is not None:
+            metadata["labels"] = metadata["labels"].to(device)
+        tensors = {
+            key: None if data[key] is None else [t.to(device) for t in _clones(data[key])]
+            for key in ("gradients", "buffers")
+        }
+        copies.append({**data, **tensors, "metadata": metadata})
+    return copies
+
+
+def _clones(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in tensors]

@@ -8,7 +8,7 @@ deterministic, spread out from the first crop on, and as many as asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -59,8 +59,8 @@ class SamplePhotos(torch.utils.data.Dataset):
         self.classes = list(PHOTOS)
         self.targets = [i % len(PHOTOS) for i in range(crops_per_photo * len(PHOTOS))]
         self.lookup = dict(enumerate(self.targets))
-        self.mean: list[float] = [0]
-        self.std: list[float] = [1]
+        self.mean: Sequence[float] = [0]
+        self.std: Sequence[float] = [1]
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -36,7 +36,7 @@ class CandidateEngine(Protocol):
         """Put values, each (N, ...), into the candidates that the mask `where` (N,) selects (all by default)."""
 
 
-#: (one candidate's parameters, their optimizer, iteration) -> closure that sets gradients and returns (value, task loss)
+#: (one candidate's parameters, their optimizer, iteration) -> closure that sets gradients and returns the objective
 ClosureFactory = Callable[[list[torch.Tensor], torch.optim.Optimizer, int], Callable[[], torch.Tensor]]
 
 #: parameters -> (optimizer, learning-rate schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
@@ -29,7 +30,7 @@ class ListEngine:
         starts: list[torch.Tensor],
         make_closure: ClosureFactory,
         make_optimizer: OptimizerFactory,
-        task_loss,  # noqa: ANN001
+        task_loss: Callable[[], torch.Tensor],
         streams: CandidateStreams | None = None,
     ) -> None:
         self._make_closure, self._task_loss, self._streams = make_closure, task_loss, streams
@@ -40,27 +41,30 @@ class ListEngine:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
+        """See `CandidateEngine`."""
         return [torch.stack([p.detach() for p in group]) for group in zip(*self._candidates, strict=True)]
 
     def step(self, iteration: int, alive: torch.Tensor) -> StepResult:
+        """See `CandidateEngine`."""
         values, task_losses = self._last.clone()
         for index in alive.nonzero().flatten().tolist():
             optimizer, scheduler = self._optimizers[index]
             with self._streams.use(index) if self._streams else contextlib.nullcontext():
                 closure = self._counted(self._make_closure(self._candidates[index], optimizer, iteration))
-                values[index] = optimizer.step(closure).detach()
+                values[index] = optimizer.step(closure).detach()  # type: ignore[arg-type, attr-defined]
             task_losses[index] = self._task_loss().detach()
             scheduler.step()
         self._last = torch.stack([values, task_losses])
         return StepResult(values.to(alive.device), task_losses.to(alive.device))
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        """See `CandidateEngine`."""
         chosen = range(len(self._candidates)) if where is None else where.nonzero().flatten().tolist()
         for index in chosen:
             for parameter, value in zip(self._candidates[index], parameters, strict=True):
                 parameter.data.copy_(value[index])
 
-    def _counted(self, closure):  # noqa: ANN001, ANN202
+    def _counted(self, closure: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         def counted() -> torch.Tensor:
             self.gradient_evaluations += 1
             return closure()

@@ -6,8 +6,11 @@ returns a scalar. Terms are added in Breaching's order, so the numbers are the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from breaching.attacks.auxiliaries import objectives as upstream
@@ -18,12 +21,12 @@ GradientDistance = Callable[[Gradient, Gradient], torch.Tensor]
 
 def euclidean(rec: Gradient, data: Gradient) -> torch.Tensor:
     """Half the squared Euclidean distance."""
-    return 0.5 * sum((r - d).pow(2).sum() for r, d in zip(rec, data, strict=True))
+    return 0.5 * _total((r - d).pow(2).sum() for r, d in zip(rec, data, strict=True))
 
 
 def l1(rec: Gradient, data: Gradient) -> torch.Tensor:
     """Half the L1 distance."""
-    return 0.5 * sum((r - d).abs().sum() for r, d in zip(rec, data, strict=True))
+    return 0.5 * _total((r - d).abs().sum() for r, d in zip(rec, data, strict=True))
 
 
 def cosine(rec: Gradient, data: Gradient) -> torch.Tensor:
@@ -61,10 +64,10 @@ def tag(rec: Gradient, data: Gradient, scale_scheme: str, tag_scale: float) -> t
     else:
         weights = torch.ones_like(weights)
     terms = zip(rec, data, weights, strict=True)
-    return 0.5 * sum((r - d).pow(2).sum() + tag_scale * w * (r - d).abs().sum() for r, d, w in terms)
+    return 0.5 * _total((r - d).pow(2).sum() + tag_scale * w * (r - d).abs().sum() for r, d, w in terms)
 
 
-def gradient_distance(objective: torch.nn.Module) -> GradientDistance | None:
+def gradient_distance(objective: Any) -> GradientDistance | None:
     """Return the pure function that equals a Breaching objective, its scale included; None if there is none.
 
     The exact type decides: a subclass may have changed anything.
@@ -88,8 +91,12 @@ _EQUIVALENTS: dict[type, Callable[..., GradientDistance]] = {
 
 
 def _dot(rec: Gradient, data: Gradient) -> torch.Tensor:
-    return sum((r * d).sum() for r, d in zip(rec, data, strict=True))  # type: ignore[return-value]
+    return _total((r * d).sum() for r, d in zip(rec, data, strict=True))
 
 
 def _squared_norm(gradient: Gradient) -> torch.Tensor:
-    return sum(g.pow(2).sum() for g in gradient)  # type: ignore[return-value]
+    return _total(g.pow(2).sum() for g in gradient)
+
+
+def _total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(operator.add, terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch.func import grad_and_value, vmap
@@ -52,6 +53,7 @@ class VmapEngine:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
+        """See `CandidateEngine`."""
         return [stack.detach() for stack in self._stacks]
 
     def evaluate(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -68,14 +70,17 @@ class VmapEngine:
         return [first, *rest], values, task_losses
 
     def step(self, iteration: int, alive: torch.Tensor) -> StepResult:
+        """See `CandidateEngine`."""
         frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
-        values = self._optimizer.step(lambda: self._closure(iteration, alive))
+        # torch's optimizers hand through whatever the closure returns; here one value per candidate
+        values = cast(torch.Tensor, self._optimizer.step(lambda: cast(float, self._closure(iteration, alive))))
         self._scheduler.step()
         if frozen is not None:
             self.overwrite(frozen, ~alive)
         return StepResult(values.detach(), self._task_losses)
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        """See `CandidateEngine`."""
         with torch.no_grad():
             for stack, value in zip(self._stacks, parameters, strict=True):
                 if where is not None:

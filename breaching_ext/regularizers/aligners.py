@@ -64,10 +64,10 @@ def ransac(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
     Returns None where there are too few matches or inliers, or where the fitted map is not a plausible camera move.
     """
     factor = max(1.0, _RANSAC_SIDE / min(reference.shape[:2]))
-    keypoints = [_sift(image, factor) for image in (reference, moving)]
-    if any(found is None for found in keypoints):
+    in_reference, in_moving = _sift(reference, factor), _sift(moving, factor)
+    if in_reference is None or in_moving is None:
         return None
-    (points_ref, desc_ref), (points_mov, desc_mov) = keypoints  # type: ignore[misc]
+    (points_ref, desc_ref), (points_mov, desc_mov) = in_reference, in_moving
     matches = match_descriptors(desc_ref, desc_mov, cross_check=True, max_ratio=0.85)
     if len(matches) < _MINIMAL_INLIERS:
         return None
@@ -91,9 +91,9 @@ def _sift(image: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray] | N
         detector.detect_and_extract(gray)
     except RuntimeError:  # scikit-image's way to say that it found no feature
         return None
+    keypoints, descriptors = np.asarray(detector.keypoints), np.asarray(detector.descriptors)
     # Pixel centres: index i of the enlarged image lies at (i + 0.5) / factor - 0.5 of the original.
-    points = (detector.keypoints[:, ::-1] + 0.5) / factor - 0.5
-    return points, detector.descriptors
+    return (keypoints[:, ::-1] + 0.5) / factor - 0.5, descriptors
 
 
 def _fit(

@@ -1,0 +1,70 @@
+"""The objective of one candidate in two forms: Breaching's own, taught about frozen parameters, and a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from breaching.attacks.auxiliaries.objectives import GradientLoss
+
+from ..matching.client import client_update, unscripted
+from ..matching.engine import CandidateObjective
+from ..matching.objectives import gradient_distance
+
+
+def match_only_trainable(
+    objective: Any, rec_models: Sequence[torch.nn.Module], loss_fn: Callable[..., torch.Tensor]
+) -> None:
+    """Let an initialised Breaching objective skip parameters that do not require a gradient.
+
+    Clients send no gradient for frozen backbones, and Breaching would ask autograd for one. Where nothing is frozen,
+    nothing changes.
+    """
+    frozen = any(not p.requires_grad for model in rec_models for p in model.parameters())
+    if not frozen or not isinstance(objective, GradientLoss):
+        return
+    hyperparams, mixed = objective.local_hyperparams, objective.cfg_impl.mixed_precision
+    updates = {id(model): client_update(model, unscripted(loss_fn), hyperparams, mixed) for model in rec_models}
+    objective._grad_fn = lambda model, candidate, labels: updates[id(model)](candidate, labels)
+
+
+def pure_objective(
+    objective: Any,
+    regularizers: Sequence[torch.nn.Module],
+    loss_fn: Callable[..., torch.Tensor],
+    cfg_impl: Any,
+    rec_models: Sequence[torch.nn.Module],
+    shared_data: Sequence[dict[str, Any]],
+    labels: torch.Tensor,
+) -> tuple[CandidateObjective | None, str]:
+    """Return Breaching's objective of one candidate as a pure function that torch.func can transform.
+
+    The function maps images (B, C, H, W) to (objective, task loss), summed over the queries as in Breaching. Where
+    there is no such function, returns None and the reason.
+    """
+    distance = gradient_distance(objective)
+    if distance is None:
+        return None, f"objective {type(objective).__name__} has no batched form"
+    if cfg_impl.JIT:
+        return None, f"impl.JIT={cfg_impl.JIT} makes a TorchScript model"
+    mixed, task_weight = cfg_impl.mixed_precision, objective.task_regularization
+    updates = [
+        client_update(model, unscripted(loss_fn), data["metadata"]["local_hyperparams"], mixed)
+        for model, data in zip(rec_models, shared_data, strict=True)
+    ]
+
+    def candidate_objective(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, task_loss = images.new_zeros(()), images.new_zeros(())
+        for update, data in zip(updates, shared_data, strict=True):
+            gradient, query_loss = update(images, labels)
+            with torch.autocast(images.device.type, enabled=mixed):
+                value = value + distance(gradient, data["gradients"])
+            if task_weight != 0:
+                value = value + task_weight * query_loss
+            task_loss = task_loss + query_loss.detach()
+        for regularizer in regularizers:
+            value = value + regularizer(images)
+        return value, task_loss
+
+    return candidate_objective, ""

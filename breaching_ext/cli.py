@@ -1,0 +1,73 @@
+"""`breaching-ext`: a Hydra application over Breaching's config tree and ours."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from .errors import BreachingExtError
+from .files import write_json
+
+log = logging.getLogger(__name__)
+
+
+def _task(cfg: Any) -> float | None:
+    """Run one job; returns its mean PSNR, which Hydra's sweepers can optimise."""
+    _silence_upstream()  # here too: a launcher may run this in a process of its own
+    from .run import run
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        result = run(cfg, folder)
+    except Exception as error:
+        write_json(folder / "metrics.json", {"error": f"{type(error).__name__}: {error}", "seed": cfg.get("seed")})
+        if not isinstance(error, BreachingExtError) or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        log.error("%s", error)
+        sys.exit(1)
+    print(summary(result.record))
+    print(f"\nSaved to {folder}: reconstruction.png, candidates.png, metrics.json, candidates.pt, config.yaml")
+    return result.record["psnr"]
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Return the table that a run prints: one row an image, then the means."""
+    columns = [name for name in ("psnr", "ssim", "lpips", "mse", "label_acc") if name in record["per_image"]]
+    digits = {"psnr": "{:.2f}", "mse": "{:.5f}", "label_acc": "{:.0%}"}
+    lines = ["", "image" + "".join(f"{'PSNR [dB]' if c == 'psnr' else c:>11}" for c in columns)]
+    images = len(record["per_image"]["psnr"])
+    for index in range(images):
+        cells = (digits.get(c, "{:.3f}").format(record["per_image"][c][index]) for c in columns)
+        lines.append(f"{index:<5}" + "".join(f"{cell:>11}" for cell in cells))
+    lines.append("mean " + "".join(f"{digits.get(c, '{:.3f}').format(record[c]):>11}" for c in columns))
+    if record.get("lpips") is None:
+        lines.append(record.get("lpips_reason", ""))
+    lines.append(f"{record['seconds']:.1f} s on {record['device']}, engine {record.get('engine', 'Breaching')}")
+    return "\n".join(lines)
+
+
+_application = hydra.main(config_path="pkg://breaching.config", config_name="breaching_ext", version_base="1.3")(_task)
+
+
+def main() -> None:
+    """Entry point of the console command `breaching-ext` and of `python -m breaching_ext`."""
+    _silence_upstream()
+    _application()
+
+
+def _silence_upstream() -> None:
+    """Breaching scripts its losses with an interface that newer torch deprecates; nothing a user could act on."""
+    import torch  # noqa: F401 - before the filter, because torch puts filters of its own in front
+
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""One run from a config: case, shared gradient, attack, evaluation, files."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from .errors import ConfigError
+from .evaluation import Evaluation, assign, evaluate, to_images
+from .evaluation.figures import save_candidates, save_reconstruction
+from .files import write_atomically, write_json
+from .registration import register
+from .regularizers import registered_consensus
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunResult:
+    """What one run produced: the reconstruction, its evaluation, and the record that metrics.json holds."""
+
+    reconstruction: dict[str, torch.Tensor]
+    true_data: dict[str, torch.Tensor]
+    evaluation: Evaluation
+    stats: dict[str, Any]
+    record: dict[str, Any]
+
+
+def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
+    """Simulate a case, attack it and evaluate the result.
+
+    Args:
+        cfg: a full config as `breaching-ext` composes it (`case`, `attack`, `seed`, `device`, `dryrun`).
+        output_dir: where reconstruction.png, candidates.png, metrics.json and candidates.pt go; None writes nothing.
+
+    Raises:
+        BreachingExtError: for a config or data that cannot work, before the long loop starts.
+    """
+    register()
+    import breaching
+
+    if cfg.case.data.modality != "vision":
+        raise ConfigError(
+            f"case.data.modality={cfg.case.data.modality}: breaching-ext evaluates images; valid: vision. Text attacks "
+            "run through Breaching's own scripts, which know our attacks as well."
+        )
+    setup = {"device": resolve_device(cfg.device), "dtype": getattr(torch, cfg.case.impl.dtype)}
+    seed_everything(cfg.seed)
+    user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
+    attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
+    shared_data, payloads, true_data = server.run_protocol(user)
+    log.info(_what_is_attacked(cfg))
+
+    start = time.perf_counter()
+    reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
+    seconds = time.perf_counter() - start
+
+    mean, std = (cfg.case.data.mean, cfg.case.data.std) if cfg.case.data.normalize else (None, None)
+    evaluation = evaluate(
+        to_images(reconstruction["data"], mean, std),
+        to_images(true_data["data"], mean, std),
+        reconstruction["labels"],
+        true_data["labels"],
+    )
+    record = _record(cfg, evaluation, stats, reconstruction, seconds, setup["device"])
+    result = RunResult(reconstruction, true_data, evaluation, dict(stats), record)
+    if output_dir is not None:
+        save(result, cfg, output_dir, mean, std)
+    return result
+
+
+def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, std: Any = None) -> None:
+    """Write metrics.json, candidates.pt, config.yaml and the two pictures, each atomically."""
+    folder = Path(output_dir)
+    write_json(folder / "metrics.json", result.record)
+    tensors = {
+        **result.reconstruction,
+        "true_data": result.true_data["data"],
+        "true_labels": result.true_data["labels"],
+    }
+    tensors = {k: v.detach().cpu() for k, v in tensors.items() if v is not None}
+    write_atomically(folder / "candidates.pt", lambda target: torch.save(tensors, target))
+    write_atomically(folder / "config.yaml", lambda target: OmegaConf.save(cfg, target))
+
+    true, data = (to_images(x, mean, std) for x in (tensors["true_data"], tensors["data"]))
+    means = result.evaluation.means
+    title = f"{cfg.attack.type} on {cfg.case.name}, {cfg.case.model}: mean PSNR {means['psnr']:.1f} dB"
+    save_reconstruction(
+        folder / "reconstruction.png", true, data[result.evaluation.order], result.evaluation.per_image["psnr"], title
+    )
+    if "candidates" in tensors:
+        _save_candidate_sheet(folder / "candidates.png", true, tensors, mean, std, title)
+
+
+def _save_candidate_sheet(path: Path, true: torch.Tensor, tensors: dict, mean: Any, std: Any, title: str) -> None:
+    candidates = to_images(tensors["candidates"], mean, std)
+    consensus, _ = registered_consensus(candidates)
+    scores = tensors["candidate_scores"]
+    best = int(scores.argmin())
+    order = assign(candidates[best], true)  # one order for all rows, so that a column shows one image
+    names = [f"candidate {i}{' (chosen)' if i == best else ''}\nscore {s:.3g}" for i, s in enumerate(scores.tolist())]
+    save_candidates(path, true, candidates[:, order], consensus[order], names, title)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `auto` (CUDA, then the CPU) or a torch device name.
+
+    Raises:
+        ConfigError: when the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={name} cannot be used here ({first}); valid: auto, cpu, cuda, cuda:N, mps."
+        ) from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("breaching-ext", "breaching", "torch", "torchvision", "hydra-core", "scikit-image", "lpips"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # breaching-ext run from a source tree
+            found[package] = "source tree" if package == "breaching-ext" else "not installed"
+    return found
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device with the hardware's name where torch knows it."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _record(
+    cfg: Any, evaluation: Evaluation, stats: dict, reconstruction: dict, seconds: float, device: torch.device
+) -> dict[str, Any]:
+    scores = reconstruction.get("candidate_scores")
+    kept = ("engine", "gradient_evaluations", "candidate_failures", "alignment_failures", "interrupted")
+    return {
+        **evaluation.as_dict(),
+        "candidate_scores": None if scores is None else scores.tolist(),
+        "opt_value": stats["opt_value"],
+        **{key: stats[key] for key in kept if key in stats},
+        "seconds": seconds,
+        "device": describe_device(device),
+        "seed": cfg.seed,
+        "attack": cfg.attack.type,
+        "attack_type": cfg.attack.attack_type,
+        "case": cfg.case.name,
+        "model": cfg.case.model,
+        "num_data_points": cfg.case.user.num_data_points,
+        "labels_known": bool(cfg.case.user.provide_labels),
+        "buffers_known": bool(cfg.case.user.provide_buffers),
+        "user_idx": cfg.case.user.get("user_idx"),
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+
+
+def _what_is_attacked(cfg: Any) -> str:
+    points = cfg.case.user.num_data_points
+    labels = "known" if cfg.case.user.provide_labels else "unknown"
+    return (
+        f"{cfg.case.name}: {points} image{'s' if points > 1 else ''} of client {cfg.case.user.get('user_idx')} from "
+        f"their shared update, model {cfg.case.model}, labels {labels}; attack {cfg.attack.type}."
+    )

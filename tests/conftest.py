@@ -1,5 +1,30 @@
 """Shared test settings: one thread a process, so that timings and results do not depend on the machine."""
 
+import os
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the root of the source tree."""
+    return ROOT
+
+
+@pytest.fixture
+def lpips_backbone(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point torch at LPIPS's backbone beside the checkout, or skip."""
+    home = ROOT.parent / "shared" / "torch_home"
+    if not home.exists():
+        pytest.skip("no AlexNet weights for LPIPS at ../shared/torch_home")
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    return home

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
@@ -36,6 +36,20 @@ log = logging.getLogger(__name__)
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
+class Target(NamedTuple):
+    """What is attacked: one model and one set of shared data a query, the labels, and the shape (B, C, H, W)."""
+
+    models: list[torch.nn.Module]
+    shared_data: list[dict]
+    labels: torch.Tensor
+    shape: list[int]
+
+    @property
+    def local_hyperparams(self) -> Any:
+        """Breaching's description of a client's local steps, None for a single gradient."""
+        return self.shared_data[0]["metadata"]["local_hyperparams"]
+
+
 class JointCandidateAttacker(OptimizationBasedAttacker):
     """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
 
@@ -48,6 +62,11 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
     Raises:
         ConfigError: for a config value that cannot work, before anything is computed.
     """
+
+    cfg: Any
+    augmentations: torch.nn.Sequential
+    regularizers: list[Any]
+    _closure_calls = 0
 
     def __init__(
         self,
@@ -113,12 +132,10 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         shape = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         if initial_data is not None:
             checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
-
-        if self.cfg.restarts.get("parallel_candidates", True):
-            candidates = self._run_jointly(rec_models, shared, labels, stats, shape, initial_data, dryrun)
-        else:
-            candidates = self._run_sequentially(rec_models, shared, labels, stats, shape, initial_data, dryrun)
-        reconstruction = self._conclude(candidates, rec_models, shared, labels, stats)
+        target = Target(rec_models, shared, labels, shape)
+        jointly = self.cfg.restarts.get("parallel_candidates", True)
+        candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)
+        reconstruction = self._conclude(candidates, target, stats)
         if modality == "text":
             reconstruction = self._postprocess_text_data(reconstruction, rec_models)
         return _fill_in_class_attack(reconstruction, server_secrets or {}), stats
@@ -126,22 +143,15 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
     # -- the two loops -------------------------------------------------------------------------------------------
 
     def _run_jointly(
-        self,
-        rec_models: list[torch.nn.Module],
-        shared_data: list[dict],
-        labels: torch.Tensor,
-        stats: dict,
-        shape: list[int],
-        initial_data: torch.Tensor | None,
-        dryrun: bool,
+        self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
     ) -> torch.Tensor:
         """Return the best point of every candidate, (N, B, C, H, W)."""
         for regularizer in self.regularizers:
-            regularizer.initialize(rec_models, shared_data, labels)
-        self._initialize_objective(rec_models, shared_data)
+            regularizer.initialize(target.models, target.shared_data, target.labels)
+        self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
+        match_only_trainable(self.objective, target.models, self.loss_fn)
         streams = self._streams()
-        starts = self._starts(streams, shape, initial_data)
-        parts = self._engine_parts(rec_models, shared_data, labels, starts, streams)
+        parts = self._engine_parts(target, self._starts(target, streams, initial_data), streams)
         engine = build_engine(self.cfg.restarts.get("candidate_batching", "auto"), parts)
         loop = JointLoop(engine, self.cfg, box=self._box(), group=self.group)
         result = loop.run(dryrun)
@@ -149,33 +159,24 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         return result.best[0]
 
     def _run_sequentially(
-        self,
-        rec_models: list[torch.nn.Module],
-        shared_data: list[dict],
-        labels: torch.Tensor,
-        stats: dict,
-        shape: list[int],
-        initial_data: torch.Tensor | None,
-        dryrun: bool,
+        self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
     ) -> torch.Tensor:
         """Breaching's loop: one trial after the other, each in its own random stream."""
         if self.group is not None:
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
+        self._closure_calls = 0
         streams, trials = self._streams(), self.cfg.restarts.num_trials
-        starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *shape))
+        starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
         candidates: list[torch.Tensor] = []
         try:
             for trial, start in enumerate(starts):
                 with streams.use(trial):
-                    candidates.append(
-                        self._run_trial(rec_models, shared_data, labels, stats, trial, start, dryrun).detach()
-                    )
+                    candidates.append(self._run_trial(*target[:3], stats, trial, start, dryrun).detach())
         except KeyboardInterrupt:
             log.warning("Interrupted: %d of %d candidates are done.", len(candidates), trials)
             if not candidates:
                 raise
-        stats.update(engine="sequential", seed=self._seed())
-        stats["gradient_evaluations"] = sum(len(stats[f"Trial_{i}_Val"]) for i in range(trials))
+        stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=self._closure_calls)
         return torch.stack(candidates)
 
     def _run_trial(self, rec_model: Any, shared_data: Any, labels: Any, stats: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +193,16 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         finally:
             del self.objective.initialize
 
+    def _compute_objective(self, *args: Any, **kwargs: Any) -> Callable[[], torch.Tensor]:
+        """Return Breaching's closure, counted: an optimizer may call it more than once a step."""
+        closure = super()._compute_objective(*args, **kwargs)
+
+        def counted() -> torch.Tensor:
+            self._closure_calls += 1
+            return closure()
+
+        return counted
+
     # -- what the engine needs -----------------------------------------------------------------------------------
 
     def _seed(self) -> int:
@@ -202,38 +213,30 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         return CandidateStreams(self._seed(), self.cfg.restarts.num_trials, torch.device(self.setup["device"]))
 
     def _starts(
-        self, streams: CandidateStreams, shape: list[int], initial_data: torch.Tensor | None
+        self, target: Target, streams: CandidateStreams, initial_data: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """Return start values, each (N, ...). Streams advance as in Breaching, which draws before it looks for data."""
         starts = []
         for index in range(self.cfg.restarts.num_trials):
             with streams.use(index):
-                starts.append(self._initialize_data(shape).detach())
+                starts.append(self._initialize_data(target.shape).detach())
         stack = torch.stack(starts)  # (N, B, C, H, W)
         if initial_data is not None:
             stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
         return [stack]
 
-    def _engine_parts(
-        self,
-        rec_models: list[torch.nn.Module],
-        shared_data: list[dict],
-        labels: torch.Tensor,
-        starts: list[torch.Tensor],
-        streams: CandidateStreams,
-    ) -> EngineParts:
+    def _engine_parts(self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams) -> EngineParts:
+        """Describe to the engine how one candidate is started, evaluated and stepped."""
         optim = self.cfg.optim
         signed = optim.signed if optim.signed in ("hard", "soft") else None
         rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
-        objective, why_not = self._pure_objective(rec_models, shared_data, labels)
+        objective, why_not = self._pure_objective(target)
+        models, shared_data, labels = target[:3]
 
         def make_closure(
             candidate: list[torch.Tensor], optimizer: torch.optim.Optimizer, iteration: int
         ) -> Callable[[], torch.Tensor]:
-            return self._compute_objective(candidate[0], labels, rec_models, optimizer, shared_data, iteration)
-
-        def reference(candidate: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-            return self._reference(candidate[0], labels, rec_models, shared_data)
+            return self._compute_objective(candidate[0], labels, models, optimizer, shared_data, iteration)
 
         return EngineParts(
             starts=starts,
@@ -242,7 +245,7 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
             make_closure=make_closure,
             task_loss=lambda: torch.as_tensor(self.current_task_loss),
             make_optimizer=self._init_optimizer,
-            reference=reference,
+            reference=lambda candidate: self._reference(candidate, target),
             objective=objective,
             make_stack_optimizer=self._init_optimizer,
             why_not=why_not,
@@ -251,21 +254,15 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
             random_steps=rule.random or len(self.augmentations) > 0,
         )
 
-    def _pure_objective(
-        self, rec_models: list[torch.nn.Module], shared_data: list[dict], labels: torch.Tensor
-    ) -> tuple[CandidateObjective | None, str]:
+    def _pure_objective(self, target: Target) -> tuple[CandidateObjective | None, str]:
         """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
         if str(self.cfg.optim.optimizer).lower() == "l-bfgs":
             return None, "L-BFGS needs one curvature and one line search per candidate"
-        return pure_objective(
-            self.objective, self.regularizers, self.loss_fn, self.cfg.impl, rec_models, shared_data, labels
-        )
+        return pure_objective(self.objective, self.regularizers, self.loss_fn, self.cfg.impl, *target[:3])
 
-    def _reference(
-        self, candidate: torch.Tensor, labels: torch.Tensor, rec_models: list[torch.nn.Module], shared_data: list[dict]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _reference(self, candidate: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return Breaching's objective and gradient at one candidate, before clipping, noise and signs."""
-        leaf = candidate.detach().clone().requires_grad_()
+        leaf = candidate[0].detach().clone().requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
         cfg, augmentations = self.cfg, self.augmentations
         self.cfg, self.augmentations = copy.deepcopy(cfg), torch.nn.Sequential()  # what the closure reads
@@ -273,50 +270,38 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
             self.cfg.optim.update(signed=None, grad_clip=None, langevin_noise=0.0)
         try:
             optimizer = torch.optim.SGD([leaf], lr=0.0)
-            value = self._compute_objective(leaf, labels, rec_models, optimizer, shared_data, 0)()
+            models, shared_data, labels = target[:3]
+            value = self._compute_objective(leaf, labels, models, optimizer, shared_data, 0)()
         finally:
             self.cfg, self.augmentations = cfg, augmentations
         return value.detach(), [leaf.grad]
-
-    def _initialize_objective(self, rec_models: list[torch.nn.Module], shared_data: list[dict]) -> None:
-        self.objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
-        match_only_trainable(self.objective, rec_models, self.loss_fn)
 
     def _box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (-self.dm / self.ds, (1 - self.dm) / self.ds) if self.cfg.optim.boxed else None
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
-    def _conclude(
-        self,
-        candidates: torch.Tensor,
-        rec_models: list[torch.nn.Module],
-        shared_data: list[dict],
-        labels: torch.Tensor,
-        stats: dict,
-    ) -> dict[str, torch.Tensor]:
+    def _conclude(self, candidates: torch.Tensor, target: Target, stats: dict) -> dict[str, torch.Tensor]:
         """Score the candidates and choose the output; the ground truth plays no part in either."""
-        scores = self._score_candidates(candidates, labels, rec_models, shared_data)
+        scores = self._score_candidates(candidates, target)
         best = self._select_optimal_reconstruction(list(candidates), scores, stats)
         if self.cfg.restarts.get("output", "best") == "consensus":
             best = self._consensus(candidates[scores.isfinite()] if scores.isfinite().any() else candidates)
-        return {"data": best, "labels": labels, "candidates": candidates, "candidate_scores": scores}
+        return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
 
     def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
         consensus, _ = registered_consensus(candidates, self.group.aligner if self.group else "none")
         box = self._box()
         return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
 
-    def _score_candidates(
-        self, candidates: torch.Tensor, labels: torch.Tensor, rec_models: list[torch.nn.Module], shared_data: list[dict]
-    ) -> torch.Tensor:
+    def _score_candidates(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
         """Return a score for every candidate, (N,) on the CPU, lower is better; infinite where it is not finite."""
         if self.cfg.restarts.scoring == "registered-group-regularization":
             finite = candidates[candidates.flatten(1).isfinite().all(dim=1)]
-            target = self._consensus(finite) if len(finite) else candidates[0]
-            scores = (candidates - target).pow(2).flatten(1).mean(dim=1)
+            centre = self._consensus(finite) if len(finite) else candidates[0]
+            scores = (candidates - centre).pow(2).flatten(1).mean(dim=1)
         else:
-            scores = torch.stack([self._score_trial(c, labels, rec_models, shared_data) for c in candidates])
+            scores = torch.stack([self._score_trial(c, target.labels, *target[:2]) for c in candidates])
         return torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
 
     def _score_trial(
@@ -342,14 +327,15 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
     def _record(self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int) -> None:
         for index, values in enumerate(result.histories):
             stats[f"Trial_{index}_Val"] = values
+        group = self.group
         stats.update(
             engine=engine,
             seed=self._seed(),
             gradient_evaluations=gradient_evaluations,
             candidate_failures=result.failures,
             interrupted=result.interrupted,
-            alignment_failures=self.group.alignment_failures if self.group else 0,
-            alignments=self.group.alignments if self.group else 0,
+            alignment_failures=group.alignment_failures if group else 0,
+            alignments=group.alignments if group else 0,
         )
 
 

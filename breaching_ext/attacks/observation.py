@@ -71,6 +71,10 @@ def own_copy(shared_data: Sequence[dict[str, Any]], device: torch.device) -> lis
         metadata = dict(data["metadata"])
         if metadata["labels"] is not None:
             metadata["labels"] = metadata["labels"].to(device)
+        if metadata["local_hyperparams"] is not None:
+            steps = dict(metadata["local_hyperparams"])
+            steps["labels"] = [labels.to(device) for labels in steps["labels"]]
+            metadata["local_hyperparams"] = steps
         tensors = {
             key: None if data[key] is None else [t.to(device) for t in _clones(data[key])]
             for key in ("gradients", "buffers")

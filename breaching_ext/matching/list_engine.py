@@ -51,7 +51,7 @@ class ListEngine:
             optimizer, scheduler = self._optimizers[index]
             with self._streams.use(index) if self._streams else contextlib.nullcontext():
                 closure = self._counted(self._make_closure(self._candidates[index], optimizer, iteration))
-                values[index] = optimizer.step(closure).detach()  # type: ignore[arg-type, attr-defined]
+                values[index] = optimizer.step(closure).detach()
             task_losses[index] = self._task_loss().detach()
             scheduler.step()
         self._last = torch.stack([values, task_losses])

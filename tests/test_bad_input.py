@@ -1,0 +1,129 @@
+"""Every bad input is refused before the loop starts, in one line that says what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import attack_config, build_model, loss, observed
+
+from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks.joint_loop import JointLoop
+from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
+
+SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+@pytest.fixture(autouse=True)
+def _no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self, dryrun=False):
+        raise AssertionError("the loop was entered")
+
+    monkeypatch.setattr(JointLoop, "run", never)
+
+
+def attack(model, payload, shared, *overrides, **more):
+    cfg = attack_config("joint_candidates", list(overrides))
+    return JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared, **more)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["restarts.num_trials=0"], ["restarts.num_trials", "0"]),
+        (["restarts.scoring=magic"], ["restarts.scoring", "magic", "cosine-similarity"]),
+        (["restarts.output=worst"], ["restarts.output", "worst", "consensus"]),
+        (["restarts.candidate_batching=fast"], ["candidate_batching", "fast", "vmap"]),
+        (["optim.optimizer=sgd"], ["optim.optimizer", "sgd", "momgd"]),
+        (["optim.step_size_decay=steps"], ["step_size_decay", "steps", "cosine-decay"]),
+        (["optim.signed=very"], ["optim.signed", "very", "hard"]),
+        (["optim.max_iterations=0"], ["max_iterations", "0"]),
+        (["objective.type=l7"], ["objective.type", "l7", "euclidean"]),
+        (["objective.type=pearlmutter-loss"], ["objective.type", "pearlmutter-loss", "euclidean"]),
+        (["+regularization.magic.scale=1"], ["regularization", "magic", "total_variation"]),
+        (["regularization.group_regularization.aligner=magic"], ["aligner", "magic", "ransac_flow"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_configs(overrides, words):
+    with pytest.raises(ConfigError) as error:
+        JointCandidateAttacker(build_model("own"), loss(), attack_config("joint_candidates", overrides), SETUP)
+    assert all(word in str(error.value) for word in words)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def broken(what: str):
+    model = build_model("own")
+    payload, shared, images, _ = observed(model)
+    data, more = shared[0], {}
+    if what == "too few gradients":
+        data["gradients"] = data["gradients"][:-1]
+    elif what == "wrong shape":
+        data["gradients"][0] = data["gradients"][0].flatten()
+    elif what == "not finite":
+        data["gradients"][2].view(-1)[0] = float("nan")
+    elif what == "labels out of range":
+        data["metadata"]["labels"] = torch.tensor([0, 8])
+    elif what == "wrong number of labels":
+        data["metadata"]["labels"] = torch.tensor([0])
+    elif what == "unknown number of data points":
+        data["metadata"]["num_data_points"] = None
+    elif what == "two payloads":
+        payload = payload * 2
+    elif what == "start of the wrong shape":
+        more["initial_data"] = images[:1]
+    elif what == "start that is not finite":
+        more["initial_data"] = images * float("inf")
+    return model, payload, shared, more
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("too few gradients", ["5", "6"]),
+        ("wrong shape", ["conv.weight", "(450,)", "(6, 3, 5, 5)"]),
+        ("not finite", ["mix.weight", "not finite"]),
+        ("labels out of range", ["[0, 8]", "0 to 7"]),
+        ("wrong number of labels", ["(1,)", "2 data points"]),
+        ("unknown number of data points", ["None", "provide_num_data_points"]),
+        ("two payloads", ["2", "1"]),
+        ("start of the wrong shape", ["(1, 3, 32, 32)", "(2, 3, 32, 32)", "(4, 2, 3, 32, 32)"]),
+        ("start that is not finite", ["not finite"]),
+    ],
+)
+def test_shared_data(what, words):
+    model, payload, shared, more = broken(what)
+    with pytest.raises(SharedDataError) as error:
+        attack(model, payload, shared, **more)
+    assert all(word in str(error.value) for word in words)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_labels_at_all():
+    model = build_model("own")
+    payload, shared, *_ = observed(model, labels=None)
+    with pytest.raises(SharedDataError, match="label_strategy"):
+        attack(model, payload, shared, "label_strategy=null")
+
+
+def test_a_device_that_does_not_exist():
+    from breaching_ext.run import resolve_device
+
+    with pytest.raises(ConfigError, match="device=warp"):
+        resolve_device("warp")
+
+
+def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    import breaching
+    from omegaconf import OmegaConf
+
+    import breaching_ext
+
+    breaching_ext.register()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there: fails at once, everywhere
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    cfg = OmegaConf.create(
+        {"name": "CIFAR10", "path": str(tmp_path), "modality": "vision", "examples_from_split": "validation"}
+    )
+    with pytest.raises(BreachingExtError, match=r"CIFAR10.*sample_photos") as error:
+        breaching.cases.data.construct_dataloader(cfg, OmegaConf.create({}))
+    assert len(str(error.value).splitlines()) == 1

@@ -1,0 +1,88 @@
+"""The command, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+
+def breaching_ext(root, cwd, *overrides: str, home: str = "") -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    if home:
+        env["TORCH_HOME"] = home
+    return subprocess.run(
+        [sys.executable, "-m", "breaching_ext", *overrides], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+def only_run(folder):
+    (found,) = folder.glob("outputs/*/*/*")
+    return found
+
+
+def test_default_run_is_clean_and_complete(root, tmp_path):
+    done = breaching_ext(root, tmp_path, "attack.optim.max_iterations=4", "name=short", home=str(tmp_path / "nothing"))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr + done.stdout
+    assert "mean" in done.stdout
+    folder = only_run(tmp_path)
+    assert folder.parts[-3] == "short"
+    record = json.loads((folder / "metrics.json").read_text())
+    for key in ("psnr", "ssim", "label_acc", "mse"):
+        assert len(record["per_image"][key]) == 4
+        assert record[key] == pytest.approx(sum(record["per_image"][key]) / 4)
+    assert record["lpips"] is None
+    assert "alexnet" in record["lpips_reason"]
+    assert record["gradient_evaluations"] == 4 * 4
+    assert record["seed"] == 0
+    assert record["engine"] == "vmap"
+    assert {"seconds", "device", "versions", "config"} <= set(record)
+    tensors = torch.load(folder / "candidates.pt")
+    assert tensors["candidates"].shape == (4, 4, 3, 32, 32)
+    assert Image.open(folder / "reconstruction.png").size[0] > 400
+    assert Image.open(folder / "candidates.png").size[1] > 400
+    assert (folder / "config.yaml").exists()
+    assert (folder / ".hydra" / "overrides.yaml").exists()
+
+
+def test_same_command_same_result(root, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        done = breaching_ext(root, tmp_path / name, "attack.optim.max_iterations=3", "seed=4")
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(only_run(tmp_path / name) / "candidates.pt") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_an_attack_and_case_of_breachings_own(root, tmp_path):
+    """Breaching's attacks run through our command; they return no candidates, and nothing depends on them."""
+    overrides = ["attack=invertinggradients", "attack.optim.max_iterations=2", "case.model=lenet_zhu"]
+    done = breaching_ext(root, tmp_path, *overrides)
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    assert (folder / "reconstruction.png").exists()
+    assert not (folder / "candidates.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["attack.restarts.scoring=magic"], ["restarts.scoring", "magic"]),
+        (["case.user.provide_num_data_points=False"], ["number of data points", "provide_num_data_points"]),
+        (["device=warp"], ["device=warp"]),
+    ],
+    ids=["scoring", "points", "device"],
+)
+def test_an_error_is_one_line_and_is_recorded(root, tmp_path, overrides, words):
+    done = breaching_ext(root, tmp_path, *overrides)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words)
+    error = json.loads((only_run(tmp_path) / "metrics.json").read_text())["error"]
+    assert all(word in error for word in words)

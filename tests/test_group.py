@@ -1,0 +1,170 @@
+"""Group consistency: its gradient, its warm-up, and the aligners."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import attack_config, build_model, loss, observed, photos
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.errors import ConfigError
+from breaching_ext.regularizers import ALIGNERS, AnyChannelTotalVariation, GroupRegularization, align
+from breaching_ext.regularizers.group import registered_consensus
+
+SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.tuples(*[st.integers(1, 4)] * 3, st.integers(1, 6), st.integers(1, 6)),
+    scale=st.floats(1e-3, 10),
+    seed=st.integers(0, 999),
+)
+def test_gradient_is_the_analytic_one_with_the_consensus_held_fixed(shape, scale, seed):
+    candidates = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    candidates.requires_grad_()
+    group = GroupRegularization(SETUP, scale=scale)
+    group.update(candidates, 0)
+    total = sum(group(candidate) for candidate in candidates)
+    (gradient,) = torch.autograd.grad(total, candidates)
+    consensus = candidates.detach().mean(dim=0)
+    expected = 2 * scale * (candidates.detach() - consensus) / consensus.numel()
+    assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_warm_up_and_update_every_are_exact():
+    group = GroupRegularization(SETUP, scale=1.0, warmup_iters=3, update_every=2)
+    values, consensus = [], []
+    for iteration in range(7):
+        stack = torch.full((2, 1, 1, 2, 2), float(iteration), dtype=torch.float64)
+        group.update(stack, iteration)
+        values.append(group(stack[0] + 1).item())
+        consensus.append(None if group.consensus is None else group.consensus.mean().item())
+    assert values[:3] == [0, 0, 0]
+    assert consensus == [None, None, None, 3, 3, 5, 5]
+    assert values[3:] == [1, 4, 1, 4]
+
+
+def test_a_new_attack_forgets_the_old_consensus():
+    group = GroupRegularization(SETUP, scale=1.0)
+    group.update(torch.ones(2, 1, 1, 2, 2), 0)
+    group.initialize([], [], None)
+    assert not group.active
+    assert group(torch.zeros(1, 1, 2, 2)).item() == 0
+
+
+@pytest.mark.parametrize("batching", ["list", "vmap"])
+def test_warm_up_in_the_attack(batching):
+    """Until the warm-up ends, a run with the group term equals one without; the next step differs."""
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+
+    def run(scale: float, iterations: int) -> torch.Tensor:
+        overrides = [
+            f"regularization.group_regularization.scale={scale}",
+            "regularization.group_regularization.warmup_iters=4",
+            f"restarts.candidate_batching={batching}",
+            "restarts.num_trials=3",
+            "restarts.seed=0",
+            "optim.signed=null",
+            "optim.step_size_decay=null",
+        ]
+        cfg = attack_config("joint_candidates", overrides, iterations)
+        return JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)[0]["candidates"]
+
+    assert torch.equal(run(10.0, 4), run(0.0, 4))
+    assert not torch.equal(run(10.0, 5), run(0.0, 5))
+
+
+def test_engines_agree_with_the_group_term_on():
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    results = []
+    for batching in ("list", "vmap"):
+        overrides = [
+            "regularization.group_regularization.scale=0.5",
+            "regularization.group_regularization.warmup_iters=2",
+            "regularization.group_regularization.aligner=phase_correlation",
+            "regularization.group_regularization.update_every=3",
+            f"restarts.candidate_batching={batching}",
+            "restarts.seed=0",
+            "optim.signed=soft",
+        ]
+        attacker = JointCandidateAttacker(model, loss(), attack_config("joint_candidates", overrides, 12), SETUP)
+        results.append(attacker.reconstruct(payload, shared))
+    (listed, stats), (batched, _) = results
+    assert (listed["candidates"] - batched["candidates"]).norm() / listed["candidates"].norm() < 1e-8
+    assert stats["alignments"] == 4 * 4 * 2  # iterations 2, 5, 8, 11; 4 candidates of 2 images
+
+
+def large_photo(index: int) -> torch.Tensor:
+    import numpy as np
+    import skimage.data
+    import skimage.transform
+
+    photo = [skimage.data.astronaut, skimage.data.coffee][index]()
+    small = skimage.transform.resize(photo[:400, 100:500], (64, 64), anti_aliasing=True)
+    return torch.from_numpy(np.ascontiguousarray(small)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("aligner", [name for name in ALIGNERS if name != "none"])
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("shift", [(3.0, -2.0), (-1.5, 2.5), (0.0, 0.0)])
+def test_a_shifted_copy_is_aligned_to_within_half_a_pixel(aligner, index, shift):
+    """Measured by what is left: the displacement field of the aligner against the true shift, away from the border."""
+    image = large_photo(index)
+    moved = torch.from_numpy(ndimage.shift(image.numpy(), (0, *shift), order=1, mode="nearest"))
+    reference, moving = (x.permute(1, 2, 0).numpy() for x in (image, moved))
+    coordinates = ALIGNERS[aligner](moving, reference)
+    assert coordinates is not None
+    import numpy as np
+
+    rows, columns = np.mgrid[:64, :64]
+    error = np.stack([coordinates[0] - rows - shift[0], coordinates[1] - columns - shift[1]])[:, 8:-8, 8:-8]
+    assert np.median(np.hypot(*error)) < 0.5
+    aligned, found = align(moved, image, aligner)
+    assert found
+    inner = (slice(None), slice(8, -8), slice(8, -8))
+    if any(shift):
+        assert (aligned - image)[inner].pow(2).mean() < 0.25 * (moved - image)[inner].pow(2).mean()
+
+
+@pytest.mark.parametrize("aligner", list(ALIGNERS))
+def test_a_hopeless_image_stays_and_is_counted(aligner):
+    candidates = torch.zeros(2, 1, 3, 32, 32, dtype=torch.float64)
+    consensus, failures = registered_consensus(candidates, aligner)
+    assert torch.equal(consensus, candidates[0])
+    assert failures == (0 if aligner == "none" else 2)
+
+
+def test_consensus_of_shifted_copies_is_sharper_when_aligned():
+    images, _ = photos(1)
+    stack = torch.stack([torch.roll(images, shift, dims=-1) for shift in (-2, 0, 2)])
+    aligned, failures = registered_consensus(stack, "phase_correlation")
+    assert failures == 0
+    blurred, _ = registered_consensus(stack, "none")
+    inner = (..., slice(6, -6))
+    assert (aligned - images)[inner].pow(2).mean() < 0.5 * (blurred - images)[inner].pow(2).mean()
+
+
+@pytest.mark.parametrize("options", [{"aligner": "magic"}, {"scale": -1.0}, {"update_every": 0}, {"warmup_iters": -1}])
+def test_bad_options(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        GroupRegularization(SETUP, **options)
+
+
+def test_total_variation_equals_breachings_on_colour_and_works_on_any_channel_count():
+    from breaching.attacks.auxiliaries.regularizers import TotalVariation
+
+    images, _ = photos(2)
+    for options in ({}, {"inner_exp": 2, "outer_exp": 0.5, "double_opponents": True}):
+        theirs, ours = TotalVariation(SETUP, 0.3, **options), AnyChannelTotalVariation(SETUP, 0.3, **options)
+        assert torch.equal(theirs(images), ours(images))
+    ours = AnyChannelTotalVariation(SETUP, 0.3)
+    gray = images[:, :1]
+    assert ours(gray).item() == pytest.approx(ours(gray.expand(-1, 3, -1, -1)).item(), rel=1e-12)
+    with pytest.raises(ConfigError, match="double_opponents"):
+        AnyChannelTotalVariation(SETUP, 0.3, double_opponents=True)(gray)

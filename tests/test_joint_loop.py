@@ -1,0 +1,192 @@
+"""Nothing is lost: failures, Ctrl-C, the user's own tensors; and the engines' fallbacks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from cases import attack_config, build_model, loss, observed, photos
+
+from breaching_ext.attacks import JointCandidateAttacker, observe
+from breaching_ext.matching import ListEngine
+
+SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+def attack(model, payload, shared, overrides=(), iterations=8, loss_fn=None, **more):
+    cfg = attack_config("joint_candidates", ["restarts.seed=5", "restarts.num_trials=3", *overrides], iterations)
+    return JointCandidateAttacker(model, loss_fn or loss(), cfg, SETUP).reconstruct(payload, shared, **more)
+
+
+class Fragile(torch.nn.Module):
+    """A model whose output is NaN for images with a value above 50."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build_model("own")
+
+    def forward(self, x):
+        return self.inner(x) * torch.where(x.amax() > 50, torch.nan, 1.0)
+
+
+@pytest.mark.parametrize("batching", ["list", "vmap"])
+def test_a_failing_candidate_is_frozen_and_named_and_the_others_go_on(batching, caplog):
+    """Candidate 1 starts where the objective is NaN; the others must not notice."""
+    model = Fragile()
+    payload, shared, images, _ = observed(model)
+    overrides = [
+        f"restarts.candidate_batching={batching}",
+        "regularization.group_regularization.scale=0.1",
+        "regularization.group_regularization.warmup_iters=2",
+        "optim.boxed=false",
+    ]
+    starts = torch.stack([images * 0, images + 60, images * 0.5])
+    with caplog.at_level(logging.WARNING):
+        result, stats = attack(model, payload, shared, overrides, initial_data=starts)
+    alone, _ = attack(model, payload, shared, [*overrides, "restarts.num_trials=2"], initial_data=starts[[0, 2]])
+    assert stats["candidate_failures"] == {1: 0}
+    assert "Candidate 1" in caplog.text
+    assert torch.isinf(result["candidate_scores"][1])
+    assert torch.allclose(result["candidates"][[0, 2]], alone["candidates"], atol=1e-12)
+    assert stats["Trial_1_Val"] == []
+    assert len(stats["Trial_0_Val"]) == 8
+    assert result["data"].isfinite().all()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_ctrl_c_returns_the_best_so_far(sequential, monkeypatch):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    calls = {"n": 0}
+    original = ListEngine.step
+
+    def interrupted(self, iteration, alive):
+        calls["n"] += 1
+        if calls["n"] == 5:
+            raise KeyboardInterrupt
+        return original(self, iteration, alive)
+
+    monkeypatch.setattr(ListEngine, "step", interrupted)
+    result, stats = attack(model, payload, shared, ["restarts.candidate_batching=list"])
+    assert stats["interrupted"]
+    assert len(stats["Trial_0_Val"]) == 4
+    full, _ = attack(model, payload, shared, ["restarts.candidate_batching=vmap"], iterations=8)
+    assert result["data"].shape == full["data"].shape
+    assert min(stats["Trial_0_Val"]) < stats["Trial_0_Val"][0]
+
+
+def test_the_users_tensors_are_left_alone():
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    before = [g.clone() for g in shared[0]["gradients"]]
+    attack(model, payload, shared, ["normalize_gradients=true"], iterations=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, shared[0]["gradients"], strict=True))
+
+
+def test_same_seed_same_result_and_the_global_random_state_is_untouched():
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    state = torch.get_rng_state()
+    first, _ = attack(model, payload, shared, ["optim.langevin_noise=0.1"])
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(7)
+    second, _ = attack(model, payload, shared, ["optim.langevin_noise=0.1"])
+    assert torch.equal(first["candidates"], second["candidates"])
+
+
+class BatchSizeBranch(torch.nn.Module):
+    """A model that torch.func cannot transform: it looks at the numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build_model("own")
+
+    def forward(self, x):
+        return self.inner(x * 2) if x.mean() > 1e9 else self.inner(x)
+
+
+def test_fallback_to_list_says_why(caplog):
+    model = BatchSizeBranch()
+    payload, shared, *_ = observed(model)
+    with caplog.at_level(logging.INFO):
+        _, stats = attack(model, payload, shared, iterations=1)
+    assert stats["engine"] == "list"
+    assert "torch.func cannot transform" in caplog.text
+
+
+def test_a_loss_that_the_batched_form_would_get_wrong_is_noticed(caplog):
+    """A loss with state gives another value at every call; the check against Breaching's value sees it."""
+
+    class Drifting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, outputs, labels):
+            self.calls += 1
+            return torch.nn.functional.cross_entropy(outputs, labels) * self.calls
+
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    with caplog.at_level(logging.INFO):
+        _, stats = attack(model, payload, shared, ["objective.type=euclidean"], iterations=1, loss_fn=Drifting())
+    assert stats["engine"] == "list"
+    assert "differs from Breaching's" in caplog.text
+
+
+def test_lbfgs_counts_every_evaluation():
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    _, stats = attack(
+        model, payload, shared, ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"], iterations=2
+    )
+    assert stats["gradient_evaluations"] > 2 * 3  # several evaluations a step
+
+
+@pytest.mark.parametrize(
+    "scoring", ["euclidean", "cosine-similarity", "total-variation", "TV", "registered-group-regularization"]
+)
+@pytest.mark.parametrize("output", ["best", "consensus"])
+def test_scorings_and_outputs(scoring, output):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    result, stats = attack(model, payload, shared, [f"restarts.scoring={scoring}", f"restarts.output={output}"])
+    scores = result["candidate_scores"]
+    assert scores.shape == (3,)
+    assert scores.isfinite().all()
+    assert stats["opt_value"] == pytest.approx(scores.min().item())
+    expected = result["candidates"][scores.argmin()] if output == "best" else result["candidates"].mean(dim=0)
+    assert torch.allclose(result["data"], expected)
+
+
+def test_one_channel_images_and_unknown_labels():
+    """Fashion-MNIST-like input, and labels inferred from the gradient's bias (Breaching's bias-corrected)."""
+    model = build_model("own", channels=1)
+    payload, shared, _, labels = observed(model, batch=3, channels=1, labels=None)
+    result, _ = attack(model, payload, shared)
+    assert result["data"].shape == (3, 1, 32, 32)
+    assert result["labels"].tolist() == labels.tolist()
+
+
+def test_a_dict_instead_of_a_list_is_one_query():
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    result, _ = attack(model, payload[0], shared[0], iterations=1)
+    assert result["data"].shape == (2, 3, 32, 32)
+
+
+def test_all_candidates_fail():
+    model = Fragile()
+    payload, shared, images, _ = observed(model)
+    result, stats = attack(model, payload, shared, ["optim.boxed=false"], initial_data=images + 60)
+    assert sorted(stats["candidate_failures"]) == [0, 1, 2]
+    assert result["candidates"].shape == (3, 2, 3, 32, 32)
+
+
+def test_observe_without_normalisation():
+    model = build_model("own")
+    images, labels = photos(2)
+    gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(model(images), labels), model.parameters())
+    payload, shared = observe(model, gradients, (3, 32, 32), 2, 8, labels)
+    result, _ = attack(model, payload, shared)
+    assert result["data"].min() >= 0  # boxed to [0, 1] itself
+    assert result["data"].max() <= 1

@@ -1,0 +1,121 @@
+"""The embedded dataset: deterministic, without overlap between the splits, and usable in Breaching's partitions."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import breaching
+import numpy as np
+import pytest
+import torch
+
+from breaching_ext.data import PHOTOS, SamplePhotos, interleaved_partition
+from breaching_ext.data.sample_photos import _photo, _positions
+from breaching_ext.errors import ConfigError
+from breaching_ext.registration import register
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register()
+
+
+def user(*overrides: str):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = breaching.get_case_config("sample_photos", overrides=list(overrides))
+        return breaching.cases.construct_case(cfg)[0]
+
+
+def test_deterministic_and_class_alternating():
+    first, second = SamplePhotos(), SamplePhotos()
+    assert all(np.array_equal(first[i][0], second[i][0]) for i in range(16))
+    assert [first[i][1] for i in range(9)] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    assert len({np.asarray(first[i][0]).tobytes() for i in range(256)}) == 256
+
+
+def test_more_crops_do_not_change_the_first_ones():
+    assert np.array_equal(_positions(10)[:10], _positions(1000)[:10])
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_splits_share_no_pixel(photo):
+    """Every training window ends where the middle third begins, or starts where it ends."""
+    width = _photo(photo).shape[1]
+    training, validation = SamplePhotos(training=True), SamplePhotos()
+    middle = {validation._strip(width, n) for n in range(4)}
+    outer = {training._strip(width, n) for n in range(4)}
+    assert len(middle) == 1
+    (low, high), *_ = middle
+    assert all(right <= low or left >= high for left, right in outer)
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 64, 224])
+def test_any_size(size):
+    assert SamplePhotos(size=size)[3][0].size == (size, size)
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"crops_per_photo": 0}, {"window": 0.0}, {"window": 0.5}])
+def test_bad_options(options):
+    with pytest.raises(ConfigError):
+        SamplePhotos(**options)
+
+
+@pytest.mark.parametrize("points", [1, 4, 16, 64])
+def test_users_own_as_many_images_as_they_say(points):
+    owner = user(f"user.num_data_points={points}")
+    data = owner._load_data()
+    assert data["inputs"].shape == (points, 3, 32, 32)
+    assert data["labels"][:8].tolist() == list(range(min(points, 8)))
+
+
+def test_users_share_no_image():
+    seen = [user(f"user.user_idx={u}", "user.num_data_points=64")._load_data()["inputs"] for u in (0, 1, 15)]
+    flat = torch.cat(seen).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(flat)
+
+
+@pytest.mark.parametrize("partition", ["balanced", "unique-class", "random", "random-full", "mixup", "none", "interleaved"])
+def test_breachings_partitions_work(partition):
+    data = user(f"data.partition={partition}", "user.user_idx=2", "user.num_data_points=4")._load_data()
+    assert data["inputs"].shape == (4, 3, 32, 32)
+    if partition == "unique-class":
+        assert data["labels"].tolist() == [2, 2, 2, 2]
+
+
+def test_training_split_and_several_users_at_once():
+    owner = user("data.examples_from_split=training", "user.user_idx=3")
+    assert owner._load_data()["labels"].tolist() == [0, 1, 2, 3]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = breaching.get_case_config(
+            "sample_photos", overrides=["user=multiuser_aggregate", "user.user_range=[0,3]", "user.num_data_points=4"]
+        )
+        aggregate = breaching.cases.construct_case(cfg)[0]
+    assert len(aggregate.users) == 3
+
+
+def test_a_user_that_does_not_exist():
+    with pytest.raises(ConfigError, match="0 to 15"):
+        user("user.user_idx=16")
+
+
+@pytest.mark.parametrize("shape", ["[1,32,32]", "[3,32,16]"])
+def test_a_shape_that_does_not_fit(shape):
+    with pytest.raises(ConfigError, match=r"case\.data\.shape"):
+        user(f"data.shape={shape}")
+
+
+def test_interleaving_works_for_any_labels():
+    class Sorted(torch.utils.data.Dataset):
+        lookup = dict(enumerate([0, 0, 0, 1, 1, 2]))
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return self.lookup[index]
+
+    assert [interleaved_partition(Sorted(), 2, u)[i] for u in (0, 1) for i in range(3)] == [0, 1, 2, 0, 1, 0]

@@ -137,7 +137,11 @@ def test_lbfgs_counts_every_evaluation():
     model = build_model("own")
     payload, shared, *_ = observed(model)
     _, stats = attack(
-        model, payload, shared, ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"], iterations=2
+        model,
+        payload,
+        shared,
+        ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"],
+        iterations=2,
     )
     assert stats["gradient_evaluations"] > 2 * 3  # several evaluations a step
 

@@ -66,7 +66,9 @@ def test_models_and_objectives(model_name, optimizer, objective):
     model = build_model(model_name)
     payload, shared, *_ = observed(model)
     iterations = 6 if model_name == "ResNet20" else 30
-    cfg = config(f"optim.optimizer={optimizer}", f"objective.type={objective}", "optim.signed=soft", iterations=iterations)
+    cfg = config(
+        f"optim.optimizer={optimizer}", f"objective.type={objective}", "optim.signed=soft", iterations=iterations
+    )
     check(model, cfg, payload, shared)
 
 
@@ -76,7 +78,12 @@ def test_models_and_objectives(model_name, optimizer, objective):
 def test_signs(signed, optimizer, objective):
     model = build_model("own")
     payload, shared, *_ = observed(model)
-    check(model, config(f"optim.signed={signed}", f"optim.optimizer={optimizer}", f"objective.type={objective}"), payload, shared)
+    check(
+        model,
+        config(f"optim.signed={signed}", f"optim.optimizer={optimizer}", f"objective.type={objective}"),
+        payload,
+        shared,
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_batch_norm_statistics():
 
 
 def test_batch_norm_in_training_mode():
-    """The client shares no statistics and the server has none either: Breaching then runs the model in training mode."""
+    """Neither client nor server shares statistics: Breaching then runs the model in training mode."""
     model = build_model("ResNet20")
     payload, shared, *_ = observed(model, batch=3)
     payload[0]["buffers"] = None

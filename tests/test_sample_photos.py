@@ -77,7 +77,9 @@ def test_users_share_no_image():
     assert len(torch.unique(flat, dim=0)) == len(flat)
 
 
-@pytest.mark.parametrize("partition", ["balanced", "unique-class", "random", "random-full", "mixup", "none", "interleaved"])
+@pytest.mark.parametrize(
+    "partition", ["balanced", "unique-class", "random", "random-full", "mixup", "none", "interleaved"]
+)
 def test_breachings_partitions_work(partition):
     data = user(f"data.partition={partition}", "user.user_idx=2", "user.num_data_points=4")._load_data()
     assert data["inputs"].shape == (4, 3, 32, 32)
@@ -110,7 +112,8 @@ def test_a_shape_that_does_not_fit(shape):
 
 def test_interleaving_works_for_any_labels():
     class Sorted(torch.utils.data.Dataset):
-        lookup = dict(enumerate([0, 0, 0, 1, 1, 2]))
+        def __init__(self):
+            self.lookup = dict(enumerate([0, 0, 0, 1, 1, 2]))
 
         def __len__(self):
             return 6

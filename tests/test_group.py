@@ -42,7 +42,7 @@ def test_warm_up_and_update_every_are_exact():
         stack = torch.full((2, 1, 1, 2, 2), float(iteration), dtype=torch.float64)
         group.update(stack, iteration)
         values.append(group(stack[0] + 1).item())
-        consensus.append(None if group.consensus is None else group.consensus.mean().item())
+        consensus.append(group.consensus.mean().item() if group.active else None)
     assert values[:3] == [0, 0, 0]
     assert consensus == [None, None, None, 3, 3, 5, 5]
     assert values[3:] == [1, 4, 1, 4]

@@ -151,7 +151,10 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
         match_only_trainable(self.objective, target.models, self.loss_fn)
         streams = self._streams()
-        parts = self._engine_parts(target, self._starts(target, streams, initial_data), streams)
+        starts = self._starts(target, streams, initial_data)
+        if self.group is not None:
+            self.group.prepare(starts[0])
+        parts = self._engine_parts(target, starts, streams)
         engine = build_engine(self.cfg.restarts.get("candidate_batching", "auto"), parts)
         loop = JointLoop(engine, self.cfg, box=self._box(), group=self.group)
         result = loop.run(dryrun)

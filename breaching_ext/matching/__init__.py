@@ -4,15 +4,24 @@ An engine owns the candidates and their optimizers and knows nothing of attacks,
 
 - `ListEngine` steps them one after another through Breaching's own closure: any model, any objective;
 - `VmapEngine` evaluates the whole stack with torch.func, with the same values;
-- a compiled engine takes the same place (`restarts.candidate_batching=compile`).
+- `CompiledEngine` compiles that evaluation with torch.compile.
 
 `build_engine` picks one, checks it against the slow path on the first candidate, and says in the log why it falls
 back.
 """
 
 from .build import BATCHING_MODES, build_engine
+from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, StepResult
 from .list_engine import ListEngine
 from .vmap_engine import VmapEngine
 
-__all__ = ["BATCHING_MODES", "CandidateEngine", "ListEngine", "StepResult", "VmapEngine", "build_engine"]
+__all__ = [
+    "BATCHING_MODES",
+    "CandidateEngine",
+    "CompiledEngine",
+    "ListEngine",
+    "StepResult",
+    "VmapEngine",
+    "build_engine",
+]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from .compiled_engine import CompilationError, CompiledEngine
 from .engine import CandidateEngine, CandidateObjective, ClosureFactory, GradientRule, OptimizerFactory
 from .list_engine import ListEngine
 from .randomness import CandidateStreams
@@ -57,21 +59,18 @@ def build_engine(mode: str, parts: EngineParts) -> CandidateEngine:
     """Return the engine for `restarts.candidate_batching`.
 
     Args:
-        mode: `list`, `vmap` (also what `compile` gives until a compiled engine exists), or `auto`: vmap where it
-            works and there is more than one candidate. The choice does not depend on timing, so the same run always
-            takes the same engine.
+        mode: `list`, `vmap`, `compile`, or `auto`: vmap where it works and there is more than one candidate. The
+            choice does not depend on timing, so the same run always takes the same engine. What does not work falls
+            back, compile to vmap and vmap to list, and the log says why.
         parts: what the attack supplies.
     """
-    if mode == "compile":
-        log.warning("candidate_batching=compile: there is no compiled engine yet; taking vmap, which gives the same.")
     if mode == "list" or (mode == "auto" and len(parts.starts[0]) == 1):
         return _list_engine(parts)
     reason = parts.why_not
     if not reason:
-        engine, reason = _checked_vmap_engine(parts)
-        if engine is not None:
-            log.info("Candidates are batched with vmap.")
-            return engine
+        reason = _check_objective(parts)
+    if not reason:
+        return _stacked_engine(mode, parts)
     level = logging.INFO if mode == "auto" else logging.WARNING
     log.log(level, "candidate_batching=%s: stepping the candidates one by one (list), because %s.", mode, reason)
     return _list_engine(parts)
@@ -82,8 +81,23 @@ def _list_engine(parts: EngineParts) -> ListEngine:
     return ListEngine(parts.starts, parts.make_closure, parts.make_optimizer, parts.task_loss, streams)
 
 
-def _checked_vmap_engine(parts: EngineParts) -> tuple[VmapEngine | None, str]:
-    """Build the vmap engine and compare its value and gradient with Breaching's on the first candidate."""
+def _stacked_engine(mode: str, parts: EngineParts) -> VmapEngine:
+    if mode == "compile":
+        try:
+            return CompiledEngine(*_stacked_arguments(parts))
+        except CompilationError as error:
+            log.warning("candidate_batching=compile: taking vmap, because %s.", error)
+    log.info("Candidates are batched with vmap.")
+    return VmapEngine(*_stacked_arguments(parts))
+
+
+def _stacked_arguments(parts: EngineParts) -> tuple[Any, ...]:
+    arguments = (parts.objective, parts.make_stack_optimizer, parts.rule, parts.streams)
+    return (parts.starts, *arguments, parts.augmentation, parts.differentiable)
+
+
+def _check_objective(parts: EngineParts) -> str:
+    """Compare the pure objective with Breaching's on the first candidate; returns what speaks against it."""
     assert parts.objective is not None
     assert parts.make_stack_optimizer is not None
     probe = [start[:1] for start in parts.starts]
@@ -91,22 +105,13 @@ def _checked_vmap_engine(parts: EngineParts) -> tuple[VmapEngine | None, str]:
         plain = VmapEngine(probe, parts.objective, parts.make_stack_optimizer, parts.rule, parts.streams)
         gradients, values, _ = plain.evaluate()
     except Exception as error:  # whatever a user's model or loss throws under torch.func: the list engine still works
-        return None, f"torch.func cannot transform this model or loss ({type(error).__name__}: {_first_line(error)})"
+        return f"torch.func cannot transform this model or loss ({type(error).__name__}: {_first_line(error)})"
     value, reference = parts.reference([start[0] for start in parts.starts])
     difference = max(_relative(values, value), *(_relative(g, r) for g, r in zip(gradients, reference, strict=True)))
     tolerance = 1e-6 if probe[0].dtype == torch.float64 else 5e-3
     if difference > tolerance:  # false for NaN: a start at which nothing is finite says nothing about the engine
-        return None, f"the batched objective differs from Breaching's by {difference:.1e} (tolerance {tolerance:.0e})"
-    engine = VmapEngine(
-        parts.starts,
-        parts.objective,
-        parts.make_stack_optimizer,
-        parts.rule,
-        parts.streams,
-        parts.augmentation,
-        parts.differentiable,
-    )
-    return engine, ""
+        return f"the batched objective differs from Breaching's by {difference:.1e} (tolerance {tolerance:.0e})"
+    return ""
 
 
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -81,14 +81,19 @@ class GroupRegularization(torch.nn.Module):
                 raise ConfigError(f"regularization.group_regularization.{key}={value} is too small; valid: >= {least}.")
         self.setup = setup
         self.scale, self.warmup_iters, self.aligner, self.update_every = scale, warmup_iters, aligner, update_every
-        self.alignment_failures = 0
-        self.alignments = 0
-        self.consensus: torch.Tensor | None = None
+        self.initialize([])
 
     def initialize(self, models: Any, *args: Any, **kwargs: Any) -> None:
         """Forget the last attack's consensus (Breaching calls this at the start of every trial)."""
-        self.consensus = None
+        self.active = False
+        self.consensus: torch.Tensor | None = None
+        self._weight: torch.Tensor | None = None
         self.alignment_failures = self.alignments = 0
+
+    def prepare(self, candidates: torch.Tensor) -> None:
+        """Allocate for candidates (N, B, C, H, W), so that a compiled evaluation never sees a tensor appear."""
+        self.consensus = torch.zeros_like(candidates[0])
+        self._weight = candidates.new_zeros(())
 
     def update(self, candidates: torch.Tensor, iteration: int) -> None:
         """Recompute the consensus if it is due.
@@ -99,22 +104,24 @@ class GroupRegularization(torch.nn.Module):
         """
         if iteration < self.warmup_iters or len(candidates) == 0:
             return
+        if self.consensus is None or self.consensus.shape != candidates.shape[1:]:
+            self.prepare(candidates)
         due = (iteration - self.warmup_iters) % self.update_every == 0
-        if due or self.consensus is None or self.consensus.shape != candidates.shape[1:]:
-            self.consensus, failures = registered_consensus(candidates, self.aligner)
+        if due or not self.active:
+            assert self.consensus is not None
+            assert self._weight is not None
+            consensus, failures = registered_consensus(candidates, self.aligner)
+            self.consensus.copy_(consensus)
+            self._weight.fill_(self.scale)
+            self.active = True
             self.alignment_failures += failures
             self.alignments += candidates.shape[0] * candidates.shape[1]
 
-    @property
-    def active(self) -> bool:
-        """Whether the warm-up is over and there is a consensus to pull to."""
-        return self.consensus is not None
-
     def forward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the term for one candidate (B, C, H, W), a scalar."""
-        if self.consensus is None:
+        if self.consensus is None or self._weight is None:
             return tensor.new_zeros(())
-        return self.scale * (tensor - self.consensus).pow(2).mean()
+        return self._weight * (tensor - self.consensus).pow(2).mean()  # the weight is 0 until the warm-up ends
 
     def __repr__(self) -> str:
         return (

@@ -57,6 +57,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
         )
     setup = {"device": resolve_device(cfg.device), "dtype": getattr(torch, cfg.case.impl.dtype)}
     seed_everything(cfg.seed)
+    _place_checkpoint(cfg, output_dir)
     user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
     shared_data, payloads, true_data = server.run_protocol(user)
@@ -182,6 +183,13 @@ def _record(
         "versions": versions(),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
+
+
+def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
+    """Keep checkpoints in the run's folder, unless the config says where; Breaching's attacks have none."""
+    impl = cfg.attack.impl
+    if output_dir is not None and impl.get("checkpoint_every") and not impl.get("checkpoint_path"):
+        impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
 
 
 def _what_is_attacked(cfg: Any) -> str:

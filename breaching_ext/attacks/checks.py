@@ -32,6 +32,9 @@ def check_config(cfg: Any) -> None:
         raise ConfigError(f"restarts.num_trials={restarts.num_trials} is not possible; valid: 1, 2, 3, ...")
     if not isinstance(optim.max_iterations, int) or optim.max_iterations < 1:
         raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
+    every = cfg.impl.get("checkpoint_every")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
     _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)

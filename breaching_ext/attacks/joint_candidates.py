@@ -28,6 +28,7 @@ from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from . import checks
 from .candidate_objective import match_only_trainable, pure_objective
+from .checkpoint import Checkpoint, fingerprint
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 
@@ -156,10 +157,16 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
             self.group.prepare(starts[0])
         parts = self._engine_parts(target, starts, streams)
         engine = build_engine(self.cfg.restarts.get("candidate_batching", "auto"), parts)
-        loop = JointLoop(engine, self.cfg, box=self._box(), group=self.group)
-        result = loop.run(dryrun)
+        checkpoint = self._checkpoint(target, starts, engine.name)
+        result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint).run(dryrun)
         self._record(stats, result, engine.name, engine.gradient_evaluations)
         return result.best[0]
+
+    def _checkpoint(self, target: Target, starts: list[torch.Tensor], engine: str) -> Checkpoint | None:
+        every, path = self.cfg.impl.get("checkpoint_every"), self.cfg.impl.get("checkpoint_path")
+        if not every or not path:
+            return None
+        return Checkpoint(path, every, fingerprint(self.cfg, target.shared_data, starts, engine))
 
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool

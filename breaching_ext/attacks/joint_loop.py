@@ -1,4 +1,4 @@
-"""The loop over all candidates: consensus, step, projection, best so far, failures, progress."""
+"""The loop over all candidates: consensus, step, projection, best so far, failures, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..matching.engine import CandidateEngine
 from ..regularizers import GroupRegularization
+from .checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class JointLoop:
         cfg: the attack config (`optim` and `impl.progress` are read).
         box: least and largest valid image values, or None.
         group: the group term, if there is one; it gets the live candidates before every step.
+        checkpoint: where to keep the state, or None.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class JointLoop:
         cfg: Any,
         box: tuple[torch.Tensor, torch.Tensor] | None = None,
         group: GroupRegularization | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.engine, self.optim, self.box, self.group = engine, cfg.optim, box, group
+        self.checkpoint = checkpoint
         self.progress = cfg.impl.get("progress", "auto")
         start = engine.parameters
         count, device = len(start[0]), start[0].device
@@ -66,12 +70,18 @@ class JointLoop:
 
     def run(self, dryrun: bool = False) -> LoopResult:
         """Run all iterations (one if `dryrun`); Ctrl-C ends the loop and keeps what there is."""
-        iterations = 1 if dryrun else self.optim.max_iterations
+        start = self._resume()
+        iterations = min(start + 1, self.optim.max_iterations) if dryrun else self.optim.max_iterations
         try:
-            with logging_redirect_tqdm(), self._bar(iterations) as bar:
+            with logging_redirect_tqdm(), self._bar(start, iterations) as bar:
                 for iteration in bar:
-                    if not self._iterate(iteration, bar):
+                    going_on = self._iterate(iteration, bar)
+                    if self.checkpoint is not None and self.checkpoint.due(iteration):
+                        self.checkpoint.save(self._state(iteration + 1))
+                    if not going_on:
                         break
+            if self.checkpoint is not None:
+                self.checkpoint.remove()
         except KeyboardInterrupt:
             log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
             self.result.interrupted = True
@@ -114,12 +124,43 @@ class JointLoop:
                 iteration + 1,
             )
 
+    # -- going on where another process stopped ------------------------------------------------------------------
+
+    def _state(self, iteration: int) -> dict[str, Any]:
+        return {
+            "iteration": iteration,
+            "engine": self.engine.state(),
+            "group": self.group.state() if self.group else None,
+            "alive": self.alive,
+            "best": self.result.best,
+            "best_values": self.result.best_values,
+            "failures": self.result.failures,
+            "values": self._values,
+        }
+
+    def _resume(self) -> int:
+        """Restore the checkpoint, if there is one; returns the first iteration that is still to do."""
+        state = self.checkpoint.load() if self.checkpoint is not None else None
+        if state is None:
+            return 0
+        device = self.alive.device
+        self.engine.restore(state["engine"], state["iteration"])
+        if self.group is not None:
+            self.group.restore(state["group"])
+        self.alive = state["alive"].to(device)
+        self.result.best = [p.to(device) for p in state["best"]]
+        self.result.best_values = state["best_values"].to(device)
+        self.result.failures = state["failures"]
+        self._values = [v.to(device) for v in state["values"]]
+        return state["iteration"]
+
     # -- telling -------------------------------------------------------------------------------------------------
 
-    def _bar(self, iterations: int) -> tqdm:
+    def _bar(self, start: int, iterations: int) -> tqdm:
         disable = {"auto": None, True: False, False: True}.get(self.progress)  # None: only where there is a terminal
         self._clock = time.perf_counter()
-        return tqdm(range(iterations), desc="candidates", unit="it", disable=disable, leave=False)
+        todo = range(start, iterations)
+        return tqdm(todo, desc="candidates", unit="it", initial=start, total=iterations, disable=disable, leave=False)
 
     def _report(self, iteration: int, values: torch.Tensor, task_losses: torch.Tensor, bar: tqdm) -> None:
         last = iteration + 1 == self.optim.max_iterations

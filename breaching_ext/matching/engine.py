@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +34,12 @@ class CandidateEngine(Protocol):
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
         """Put values, each (N, ...), into the candidates that the mask `where` (N,) selects (all by default)."""
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on: parameters, optimizers, random streams."""
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Put a fresh engine where another one was after `steps` steps."""
 
 
 #: (one candidate's parameters, their optimizer, iteration) -> closure that sets gradients and returns the objective

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .engine import ClosureFactory, OptimizerFactory, StepResult
 from .randomness import CandidateStreams
+from .state import optimizer_state, restore_optimizer
 
 
 class ListEngine:
@@ -63,6 +65,25 @@ class ListEngine:
         for index in chosen:
             for parameter, value in zip(self._candidates[index], parameters, strict=True):
                 parameter.data.copy_(value[index])
+
+    def state(self) -> dict[str, Any]:
+        """See `CandidateEngine`."""
+        return {
+            "parameters": self.parameters,
+            "optimizers": [optimizer_state(optimizer) for optimizer, _ in self._optimizers],
+            "streams": list(self._streams.states) if self._streams else [],
+            "last": self._last,
+            "gradient_evaluations": self.gradient_evaluations,
+        }
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """See `CandidateEngine`."""
+        self.overwrite(state["parameters"])
+        for (optimizer, scheduler), saved in zip(self._optimizers, state["optimizers"], strict=True):
+            restore_optimizer(optimizer, scheduler, saved, steps)
+        if self._streams:
+            self._streams.states = list(state["streams"])
+        self._last, self.gradient_evaluations = state["last"], state["gradient_evaluations"]
 
     def _counted(self, closure: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         def counted() -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.func import grad_and_value, vmap
 
 from .engine import CandidateObjective, GradientRule, OptimizerFactory, StepResult
 from .randomness import CandidateStreams
+from .state import optimizer_state, restore_optimizer
 
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,6 +87,22 @@ class VmapEngine:
                 if where is not None:
                     value = torch.where(where.view(-1, *[1] * (value.dim() - 1)), value, stack)
                 stack.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """See `CandidateEngine`."""
+        return {
+            "parameters": [p.clone() for p in self.parameters],
+            "optimizer": optimizer_state(self._optimizer),
+            "streams": list(self._streams.states),
+            "gradient_evaluations": self.gradient_evaluations,
+        }
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """See `CandidateEngine`."""
+        self.overwrite([p.to(s.device) for p, s in zip(state["parameters"], self._stacks, strict=True)])
+        restore_optimizer(self._optimizer, self._scheduler, state["optimizer"], steps)
+        self._streams.states = list(state["streams"])
+        self.gradient_evaluations = state["gradient_evaluations"]
 
     def _closure(self, iteration: int, alive: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():

@@ -117,6 +117,25 @@ class GroupRegularization(torch.nn.Module):
             self.alignment_failures += failures
             self.alignments += candidates.shape[0] * candidates.shape[1]
 
+    def state(self) -> dict[str, Any]:
+        """Return what the term depends on, for a checkpoint."""
+        return {
+            "consensus": self.consensus,
+            "weight": self._weight,
+            "active": self.active,
+            "alignments": self.alignments,
+            "alignment_failures": self.alignment_failures,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`, in the tensors that exist (see :meth:`prepare`)."""
+        assert self.consensus is not None
+        assert self._weight is not None
+        self.consensus.copy_(state["consensus"])
+        self._weight.copy_(state["weight"])
+        self.active = state["active"]
+        self.alignments, self.alignment_failures = state["alignments"], state["alignment_failures"]
+
     def forward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the term for one candidate (B, C, H, W), a scalar."""
         if self.consensus is None or self._weight is None:

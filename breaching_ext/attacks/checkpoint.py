@@ -1,0 +1,74 @@
+"""Checkpoints of a joint run: written atomically every so often, picked up by the next run of the same attack."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from ..errors import ConfigError
+from ..files import write_atomically
+
+log = logging.getLogger(__name__)
+
+_NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress")
+
+
+class Checkpoint:
+    """The file in which a run keeps its state.
+
+    Args:
+        path: the file.
+        every: iterations between two checkpoints.
+        fingerprint: identifies config, shared gradients and engine (see :func:`fingerprint`); a checkpoint of
+            another run is refused rather than continued.
+    """
+
+    def __init__(self, path: str | Path, every: int, fingerprint: str) -> None:
+        self.path, self.every, self.fingerprint = Path(path), every, fingerprint
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the saved state, or None where there is no checkpoint.
+
+        Raises:
+            ConfigError: when the file belongs to another run.
+        """
+        if not self.path.exists():
+            return None
+        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        if content["fingerprint"] != self.fingerprint:
+            raise ConfigError(
+                f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine; remove "
+                "it or choose another path."
+            )
+        log.info("Resuming after iteration %d from %s.", content["state"]["iteration"], self.path)
+        return content["state"]
+
+    def due(self, iteration: int) -> bool:
+        """Whether to save after this 0-based iteration."""
+        return (iteration + 1) % self.every == 0
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state; a run that is killed meanwhile leaves the previous checkpoint whole."""
+        content = {"fingerprint": self.fingerprint, "state": state}
+        write_atomically(self.path, lambda target: torch.save(content, target))
+
+    def remove(self) -> None:
+        """Forget the checkpoint of a run that is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(cfg: Any, shared_data: Sequence[dict[str, Any]], starts: Sequence[torch.Tensor], engine: str) -> str:
+    """Return a digest of everything that decides a run: config, engine, gradients and starts."""
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    settings["impl"] = {k: v for k, v in settings["impl"].items() if k not in _NOT_PART_OF_THE_RUN}
+    digest = hashlib.sha256(f"{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
+    for tensor in [*starts, *(g for data in shared_data for g in data["gradients"])]:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

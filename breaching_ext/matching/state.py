@@ -1,0 +1,33 @@
+"""What an optimizer and its schedule need to go on bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a copy of everything the optimizer remembers, step size included."""
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any], steps: int
+) -> None:
+    """Put a fresh optimizer and its fresh schedule where they were after `steps` steps.
+
+    The schedule is replayed: Breaching's warm-up holds its inner schedule in a form that cannot be pickled. The
+    optimizer's tensors are put back as they are, because `load_state_dict` casts all of them to the parameter's type.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "scheduler.step() before optimizer.step()": on purpose
+        for _ in range(steps):
+            scheduler.step()
+    state = copy.deepcopy(state)
+    optimizer.load_state_dict(state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, value in state["state"].items():
+        optimizer.state[parameters[index]] = value

@@ -14,17 +14,16 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import warnings
 from pathlib import Path
 
 import breaching
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
 from tqdm import tqdm
 
 from breaching_ext.evaluation import evaluate, to_images
+from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.registration import register
 from breaching_ext.run import seed_everything, versions
@@ -87,15 +86,6 @@ def _merge(overrides: list[str], more: list[str]) -> list[str]:
     return list(keyed.values())
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half-width of its 95 % t-interval."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
-
-
 def table(rows: list[dict]) -> str:
     """Return a markdown table: means with intervals, and the paired difference to the reference."""
     reference = next(iter(ARMS))
@@ -110,15 +100,11 @@ def table(rows: list[dict]) -> str:
             for metric in METRICS:
                 values = [r[metric] for r in mine if r[metric] is not None]
                 digits = 2 if "psnr" in metric else 3
-                cells.append(_pm(*interval(values), digits) if values else "-")
+                cells.append(plus_minus(values, digits) if values else "-")
             differences = [r["psnr"] - base[r["seed"]] for r in mine if r["seed"] in base]
-            gain = "reference" if arm == reference else _pm(*interval(differences), 2, sign=True)
+            gain = "reference" if arm == reference else plus_minus(differences, 2, sign=True)
             lines.append(f"| {batch} | {arm} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} | {cells[3]} |")
     return "\n".join(lines)
-
-
-def _pm(mean: float, half: float, digits: int, sign: bool = False) -> str:
-    return f"{mean:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -130,7 +116,7 @@ def plot(rows: list[dict], path: Path) -> None:
         base = {r["seed"]: r["psnr"] for r in rows if r["batch"] == batch and r["arm"] == reference}
         for position, arm in enumerate(others):
             gains = [r["psnr"] - base[r["seed"]] for r in rows if r["batch"] == batch and r["arm"] == arm]
-            mean, half = interval(gains)
+            mean, half = mean_interval(gains)
             axis.plot(gains, [position] * len(gains), "o", color="tab:blue", alpha=0.4, markersize=4)
             axis.errorbar(mean, position, xerr=half, fmt="s", color="black", capsize=3, markersize=4)
         axis.axvline(0, color="gray", linewidth=0.8)

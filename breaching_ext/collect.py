@@ -1,0 +1,140 @@
+"""`breaching-ext-collect`: the metrics of a sweep as one CSV, one table with intervals and one plot.
+
+    breaching-ext --multirun seed=0,1,2 attack=joint_candidates,seethroughgradients_group
+    breaching-ext-collect multirun-or-outputs-folder
+
+A run is a folder with a metrics.json. Runs that differ only in seed and client belong to one group. A run that failed
+is a row that says why, and a folder that Hydra made but that holds no metrics.json is a run that was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .evaluation.statistics import mean_interval, plus_minus
+from .files import write_atomically
+
+COLUMNS = (
+    "folder", "attack", "case", "model", "num_data_points", "labels_known", "seed", "user_idx", "psnr", "worst_psnr",
+    "ssim", "lpips", "mse", "label_acc", "seconds", "gradient_evaluations", "engine", "device", "overrides", "error",
+)  # fmt: skip
+_REPEATS = ("seed", "case.user.user_idx", "attack.restarts.seed")
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return one row a run found below `folder`, in path order, with the keys of :data:`COLUMNS`."""
+    homes = {path.parent for path in folder.rglob("metrics.json")}
+    homes |= {path.parent for path in folder.rglob(".hydra")}
+    return [_row(home, folder) for home in sorted(homes)]
+
+
+def _row(home: Path, root: Path) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row["folder"] = str(home.relative_to(root))
+    row["overrides"] = " ".join(sorted(_overrides(home)))
+    try:
+        record = json.loads((home / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {**row, "error": "no metrics.json: the run was killed or is still running"}
+    except json.JSONDecodeError as error:
+        return {**row, "error": f"metrics.json is damaged: {error}"}
+    row.update({key: record[key] for key in COLUMNS if key in record})
+    if record.get("per_image", {}).get("psnr"):
+        row["worst_psnr"] = min(record["per_image"]["psnr"])
+    return row
+
+
+def _overrides(home: Path) -> list[str]:
+    """Return what the user changed, without what only repeats a run (seed, client)."""
+    file = home / ".hydra" / "overrides.yaml"
+    if not file.exists():
+        return []
+    lines = [line[2:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
+    return [line for line in lines if line.split("=")[0] not in _REPEATS]
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the finished runs by what they have in common: attack, case, model, batch size and overrides."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["error"] is None:
+            name = f"{row['attack']}, {row['case']}, {row['model']}, B={row['num_data_points']}"
+            found[f"{name} ({row['overrides']})" if row["overrides"] else name].append(row)
+    return dict(found)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a markdown table of means with 95 % intervals, and the failed runs below it."""
+    lines = ["| runs | n | PSNR [dB] | worst image [dB] | SSIM | LPIPS | label acc. | seconds |", "|" + "---|" * 8]
+    digits = {"psnr": 2, "worst_psnr": 2, "ssim": 3, "lpips": 3, "label_acc": 2, "seconds": 1}
+    for name, members in groups(rows).items():
+        cells = []
+        for metric, places in digits.items():
+            values = [m[metric] for m in members if m[metric] is not None]
+            cells.append(plus_minus(values, places) if values else "-")
+        lines.append(f"| {name} | {len(members)} | {' | '.join(cells)} |")
+    failed = [row for row in rows if row["error"] is not None]
+    lines += [f"\n{len(failed)} of {len(rows)} runs failed:"] if failed else []
+    lines += [f"- {row['folder']}: {row['error']}" for row in failed]
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the PSNR of every run and each group's mean with its 95 % interval."""
+    found = groups(rows)
+    figure = Figure(figsize=(8, 1.2 + 0.5 * max(1, len(found))), layout="constrained")
+    axis = figure.subplots()
+    for position, members in enumerate(found.values()):
+        values = [m["psnr"] for m in members]
+        mean, half = mean_interval(values)
+        axis.plot(values, [position] * len(values), "o", color="tab:blue", alpha=0.4)
+        axis.errorbar(mean, position, xerr=half, fmt="s", color="black", capsize=3)
+    axis.set_yticks(range(len(found)), list(found), fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("PSNR [dB], mean with 95 % interval")
+    write_atomically(path, lambda target: figure.savefig(target, dpi=150))
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Read all runs below a folder and write runs.csv, table.md and psnr.png into it; returns the rows."""
+    rows = read_runs(folder)
+    if not rows:
+        return rows
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "runs.csv", lambda target: target.write_text(text.getvalue(), encoding="utf-8"))
+    write_atomically(folder / "table.md", lambda target: target.write_text(table(rows) + "\n", encoding="utf-8"))
+    plot(rows, folder / "psnr.png")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="breaching-ext-collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs"), help="default: outputs")
+    folder = parser.parse_args(arguments).folder
+    rows = collect(folder)
+    if not rows:
+        print(f"No runs below {folder}: nothing there has a metrics.json or a .hydra folder.", file=sys.stderr)
+        return 1
+    print(table(rows))
+    print(f"\nSaved to {folder}: runs.csv, table.md, psnr.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""A sweep's metrics become one CSV, one table and one plot; failures are rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from breaching_ext.collect import collect, groups, main, read_runs, table
+from breaching_ext.evaluation.statistics import mean_interval, plus_minus
+
+
+def make_run(folder, overrides=(), **content):
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
+    if content:
+        (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def finished(psnr, seed, **more):
+    base = {"attack": "joint", "case": "photos", "model": "cnn6", "num_data_points": 2, "ssim": 0.5, "lpips": None}
+    base |= {"seconds": 3.0, "label_acc": 1.0, "engine": "vmap", "per_image": {"psnr": [psnr - 1, psnr + 1]}}
+    return {**base, "psnr": psnr, "seed": seed, **more}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    make_run(tmp_path / "0", ["seed=0", "case.user.user_idx=3"], **finished(20.0, 0))
+    make_run(tmp_path / "1", ["seed=1"], **finished(22.0, 1))
+    make_run(tmp_path / "2", ["seed=0", "attack.optim.signed=soft"], **finished(25.0, 0))
+    make_run(tmp_path / "3", ["seed=1"], error="ConfigError: no", seed=1)
+    make_run(tmp_path / "4", ["seed=2"])
+    make_run(tmp_path / "5")
+    (tmp_path / "5" / "metrics.json").write_text("{half")
+    return tmp_path
+
+
+def test_every_run_is_a_row_and_failures_say_why(sweep):
+    rows = collect(sweep)
+    with (sweep / "runs.csv").open() as file:
+        assert [r["folder"] for r in csv.DictReader(file)] == ["0", "1", "2", "3", "4", "5"]
+    errors = [row["error"] for row in rows]
+    assert errors[:3] == [None] * 3
+    assert errors[3] == "ConfigError: no"
+    assert "killed" in errors[4]
+    assert "damaged" in errors[5]
+    assert rows[0]["worst_psnr"] == 19.0
+    assert (sweep / "psnr.png").stat().st_size > 1000
+
+
+def test_runs_that_differ_in_seed_and_client_form_a_group(sweep):
+    found = groups(read_runs(sweep))
+    assert sorted(len(members) for members in found.values()) == [1, 2]
+    text = table(read_runs(sweep))
+    assert "21.00 ± 12.71" in text  # t(0.975, 1) * sqrt(2) / sqrt(2)
+    assert "3 of 6 runs failed" in text
+
+
+def test_the_command(sweep, capsys, tmp_path):
+    assert main([str(sweep)]) == 0
+    assert "runs.csv" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 1
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12))
+def test_interval_is_scipys(values):
+    mean, half = mean_interval(values)
+    assert mean == pytest.approx(sum(values) / len(values), abs=1e-9)
+    error = stats.sem(values)
+    if error > 1e-9:
+        low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
+        assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+def test_one_value_has_no_interval():
+    assert math.isnan(mean_interval([3.0])[1])
+    assert plus_minus([3.0]) == "3.00"
+    with pytest.raises(ValueError, match="No values"):
+        mean_interval([])

@@ -109,6 +109,9 @@ class BatchedQP:
 
         b is signed like `solution.signed`: it is the derivative with respect to the active bound of R y.
         """
+        if len(solution.margin):
+            tolerance = SIGN_TOLERANCE * (1.0 + float(solution.y.abs().max()))
+            self.single.warn_kink(float(solution.margin.min()), tolerance)
         return self._kkt(solution.factor, v, torch.zeros_like(solution.signed))
 
     def row_values(self, signed: Tensor, side: Tensor) -> Tensor:

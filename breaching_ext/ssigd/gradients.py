@@ -22,6 +22,7 @@ def adjoint_gradient(
     *,
     y: Array | None = None,
     noise: tuple[Array, Array] | None = None,
+    warn: bool = True,
 ) -> Array:
     """Return ∇F(x) from a solved lower level.
 
@@ -31,6 +32,7 @@ def adjoint_gradient(
         solution: lower-level solution at x; its active set defines the Jacobian.
         y: where ∇f is taken, (p,); default the solution itself. An inexact ŷ with the right active set goes here.
         noise: added to ∇ₓf (n,) and ∇ᵧf (p,): a stochastic gradient f̃(·; ξ).
+        warn: False where a one-sided gradient at a kink is meant, default True.
 
     Returns:
         The implicit gradient, (n,).
@@ -38,7 +40,7 @@ def adjoint_gradient(
     grad_x, grad_y = problem.upper_gradients(x, solution.y if y is None else y)
     if noise is not None:
         grad_x, grad_y = grad_x + noise[0], grad_y + noise[1]
-    a, b = problem.solver.adjoint(solution, grad_y)
+    a, b = problem.solver.adjoint(solution, grad_y, warn=warn)
     gradient = grad_x - problem.arrays.P @ a
     if problem.coupled_constraints:
         gradient = gradient - b @ problem.arrays.A[solution.active]

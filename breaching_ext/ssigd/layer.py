@@ -87,7 +87,8 @@ class QPLayer(nn.Module):
     Args:
         Q: (n, n), positive definite; its symmetric part counts.
         G: (m, n).
-        min_margin: raise DegenerateError below this strict-complementarity margin; None (default) warns once.
+        min_margin: raise DegenerateError below this strict-complementarity margin; None (default) warns once where a
+            gradient is taken at a margin of zero.
 
     Attributes:
         last_solution: the certificate of the last call: a QPSolution, or a BatchedSolution for a batch.

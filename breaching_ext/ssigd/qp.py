@@ -38,7 +38,7 @@ class ParametricQP:
         Q: Hessian, (n, n); its symmetric part counts. Must be positive definite.
         G: constraint matrix, (m, n); m = 0 is allowed.
         min_margin: raise DegenerateError where the strict-complementarity margin is below this value.
-            None (default) logs one warning where the margin is zero to rounding.
+            None (default) logs one warning where a gradient is taken at a margin of zero.
 
     Raises:
         NonFiniteError: Q or G holds NaN or infinity.
@@ -121,7 +121,7 @@ class ParametricQP:
                 self._correct(side, index, force, slack, Ry, upper)
         raise NotCertifiedError(f"the active set did not settle in {MAX_CORRECTIONS} corrections; rescale Q and G")
 
-    def adjoint(self, solution: QPSolution, v: Array) -> tuple[Array, Array]:
+    def adjoint(self, solution: QPSolution, v: Array, *, warn: bool = True) -> tuple[Array, Array]:
         """Solve the KKT system once for a vector-Jacobian product.
 
         With [Q Gₐᵀ; Gₐ 0][a; b] = [v; 0] on the active rows: vᵀdy = −aᵀdc + bᵀdh − ½(ayᵀ+yaᵀ):dQ − (λaᵀ + byᵀ):dG.
@@ -129,10 +129,13 @@ class ParametricQP:
         Args:
             solution: what `solve` returned.
             v: cotangent of y, (n,).
+            warn: False where a one-sided gradient at a kink is meant, default True.
 
         Returns:
             a of shape (n,) and b over the active rows `solution.active`, (k,).
         """
+        if warn:
+            self.warn_kink(solution.margin, SIGN_TOLERANCE * (1.0 + np.abs(solution.y).max()))
         index, side, factor = solution.work
         a, b, _ = self._kkt(index, v, np.zeros(len(index)), factor)
         return a, b * side
@@ -230,19 +233,22 @@ class ParametricQP:
         margin = max(float(min(force.min(initial=np.inf), slack.min(initial=np.inf))), 0.0)
         if margin <= SIGN_TOLERANCE * reach:
             self._check_licq(np.flatnonzero((side != 0) | (slack <= SIGN_TOLERANCE * reach)))
-        self._check_margin(margin, reach)
-        return margin
-
-    def _check_margin(self, margin: float, reach: float) -> None:
         if self.min_margin is not None and margin < self.min_margin:
             raise DegenerateError(
-                f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a constraint is "
-                "weakly active and y* has a kink here; perturb the linear term (q) or lower min_margin"
+                f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a constraint "
+                "is weakly active and y* has a kink here; perturb the linear term (q) or lower min_margin"
             )
-        if margin <= SIGN_TOLERANCE * reach and not self._warned:
+        return margin
+
+    def warn_kink(self, margin: float, tolerance: float) -> None:
+        """Log, once for each solver, that a gradient is taken where y* has none: margin ≤ tolerance."""
+        if margin <= tolerance and not self._warned:
             self._warned = True
-            logger.warning("a constraint is weakly active (margin %.1e): y* has a kink here, its gradient is one-sided; "
-                           "perturb the linear term with q, or pass min_margin to raise instead", margin)  # fmt: skip
+            logger.warning(
+                "a constraint is weakly active (margin %.1e): y* has a kink here and its gradient is one-sided; "
+                "perturb the linear term with q, or set min_margin to raise instead",
+                margin,
+            )
 
     def _check_vectors(self, c: ArrayLike, h: ArrayLike) -> tuple[Array, Array]:
         c, h = np.ascontiguousarray(c, dtype=float), np.ascontiguousarray(h, dtype=float)

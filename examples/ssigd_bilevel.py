@@ -33,7 +33,9 @@ def config_folder() -> Path:
 def main() -> None:
     folder = config_folder()
     names = sorted(path.stem for path in folder.glob("*.yaml"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", choices=names)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--output", type=Path, default=ROOT / "examples" / "results" / "ssigd")
@@ -43,12 +45,12 @@ def main() -> None:
         OmegaConf.load(folder / f"{arguments.config}.yaml"), OmegaConf.from_dotlist(arguments.overrides)
     )
     report = run_experiment(OmegaConf.to_container(config, resolve=True))
-    runs = {label: result.history for label, result in report.runs.items()}
+    runs = {label: result.thinned() for label, result in report.runs.items()}
     write_json(arguments.output / f"{arguments.config}.json", {**report.summary, "histories": runs})
     figure = plot_runs(report.runs, report.reference, title=arguments.config)
     save_figure(figure, arguments.output / f"{arguments.config}.png")
     print_table(report)
-    print(f"written: {arguments.output / arguments.config}.json and .png")
+    print(f"written: {arguments.config}.json and {arguments.config}.png in {arguments.output}")
 
 
 def print_table(report: Report) -> None:
@@ -58,7 +60,9 @@ def print_table(report: Report) -> None:
     for row in report.summary["rows"]:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for group, rows in groups.items():
-        print(", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True)), f"({len(rows)} runs)")
+        print(
+            ", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True)), f"({len(rows)} runs)"
+        )
         for key, value in rows[0].items():
             if isinstance(value, float):
                 values = [row[key] for row in rows]

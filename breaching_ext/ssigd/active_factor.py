@@ -42,6 +42,6 @@ class ActiveFactor:
         return torch.zeros_like(right).scatter_(1, self.rows, part)
 
     def sound(self, K: Tensor) -> Tensor:
-        """Return where the factor exists and no pivot is small, that is where LICQ holds comfortably, (N,)."""
+        """Return where the factor exists and no pivot is small: where LICQ holds comfortably, (N,)."""
         pivots = self.cholesky.diagonal(dim1=1, dim2=2) ** 2
         return (~self.valid | (pivots >= PIVOT_TOLERANCE * K.diagonal()[self.rows])).all(dim=1)

@@ -37,9 +37,9 @@ def implicit_gradient(
         problem: the bilevel problem.
         x: where, (n,).
         q: linear perturbation of the lower level, (p,), or None for none.
-        backend: "kkt" (default) solves by daqp and differentiates exactly by one adjoint KKT solve; "cvxpylayers"
-            differentiates CVXPY's cone program by autograd; "fd" takes central differences of CVXPY re-solves.
-            The last two need the extra [ssigd].
+        backend: "kkt" (default) solves by daqp and differentiates exactly by one adjoint KKT solve;
+            "cvxpylayers" differentiates CVXPY's cone program by autograd; "fd" takes central differences of
+            CVXPY re-solves. The last two need the extra [ssigd].
         **options: of the backend: solver_args (cvxpylayers); step, solver and the solver's options (fd).
 
     Returns:

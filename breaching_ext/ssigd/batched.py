@@ -1,9 +1,9 @@
 """The certified QP for a batch of (c, h) with Q and G shared: many x, or many perturbations q, at once.
 
-Pure torch, on any device: a short ADMM run (Stellato et al., "OSQP", Math. Prog. Comp. 2020) guesses the active
-sets, a primal-dual active-set method (Hintermüller, Ito, Kunisch, SIAM J. Optim. 2002) settles them with exact KKT
-solves, and members that are not certified after that are solved one by one by `ParametricQP`, which raises the
-named error where a member has no solution.
+Pure torch, on any device: a short ADMM run (Stellato et al., "OSQP", Math. Prog. Comp. 2020) guesses the
+active sets, a primal-dual active-set method (Hintermüller, Ito, Kunisch, SIAM J. Optim. 2002) settles them
+with exact KKT solves, and members that are not certified after that are solved one by one by `ParametricQP`,
+which raises the named error where a member has no solution.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ class BatchedQP:
     """
 
     def __init__(
-        self, single: ParametricQP, *, device: torch.device | str = "cpu", admm_steps: int = 40, polish_steps: int = 15
+        self,
+        single: ParametricQP,
+        *,
+        device: torch.device | str = "cpu",
+        admm_steps: int = 40,
+        polish_steps: int = 15,
     ) -> None:
         """See the class."""
         self.single, self.device = single, torch.device(device)
@@ -105,7 +110,8 @@ class BatchedQP:
         return solution
 
     def adjoint(self, solution: BatchedSolution, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a (N, n) and b (N, p) of the adjoint KKT systems for cotangents v (N, n); as ParametricQP.adjoint.
+        """Return a (N, n) and b (N, p) of the adjoint KKT systems for cotangents v (N, n); as
+        ParametricQP.adjoint.
 
         b is signed like `solution.signed`: it is the derivative with respect to the active bound of R y.
         """
@@ -124,7 +130,9 @@ class BatchedQP:
     def _check(self, c: Tensor, h: Tensor) -> None:
         n, m = self.single.n, self.single.m
         if c.ndim != 2 or c.shape[1] != n or h.shape != (c.shape[0], m):
-            raise SSIGDError(f"c has shape {tuple(c.shape)} and h {tuple(h.shape)}; expected (N, {n}) and (N, {m})")
+            raise SSIGDError(
+                f"c has shape {tuple(c.shape)} and h {tuple(h.shape)}; expected (N, {n}) and (N, {m})"
+            )
         for name, value in (("c", c), ("h", h)):
             bad = (~torch.isfinite(value)).any(dim=1)
             if bool(bad.any()):
@@ -157,7 +165,7 @@ class BatchedQP:
     def _settle(
         self, free: Tensor, lower: Tensor, upper: Tensor, side: Tensor, c: Tensor
     ) -> tuple[Tensor, ActiveFactor, Tensor]:
-        """Primal-dual active-set steps on the members whose set still changes; return sets, factor, who settled."""
+        """Take active-set steps on the members whose set still changes; return sets, factor, who settled."""
         tolerance = SIGN_TOLERANCE * (1.0 + c.abs().amax(dim=1, keepdim=True))
         todo = torch.arange(len(side), device=side.device)
         factor: ActiveFactor | None = None
@@ -177,7 +185,13 @@ class BatchedQP:
         return side, factor, settled
 
     def _next_sides(
-        self, factor: ActiveFactor, free: Tensor, lower: Tensor, upper: Tensor, side: Tensor, tolerance: Tensor
+        self,
+        factor: ActiveFactor,
+        free: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        side: Tensor,
+        tolerance: Tensor,
     ) -> Tensor:
         """Drop rows whose multiplier has the wrong sign and add rows that are violated."""
         bound = torch.where(side > 0, upper, lower)

@@ -22,7 +22,7 @@ MAX_CONDITION = 1e14
 
 
 def check_matrices(Q: ArrayLike, G: ArrayLike) -> tuple[Array, Array]:
-    """Return float64 copies of the symmetric part of Q (n, n) and of G (m, n), or raise what is wrong with them."""
+    """Return float64 copies of the symmetric part of Q (n, n) and of G (m, n), or raise what is wrong."""
     Q, G = np.array(Q, dtype=float), np.array(G, dtype=float)
     if Q.ndim != 2 or Q.shape[0] != Q.shape[1] or G.ndim != 2 or G.shape[1] != Q.shape[0]:
         raise SSIGDError(f"Q has shape {Q.shape} and G {G.shape}; expected (n, n) and (m, n)")
@@ -40,12 +40,13 @@ def check_condition(Q: Array) -> float:
     low, high = float(eigenvalues[0]), float(eigenvalues[-1])
     if low <= 0 or lapack.dpotrf(Q, lower=1)[1]:
         raise NotStronglyConvexError(
-            f"Q is not positive definite: its smallest eigenvalue is {low:.3g}; add a multiple of the identity"
+            f"Q is not positive definite: its smallest eigenvalue is {low:.3g}; "
+            "add a multiple of the identity"
         )
     if high / low > MAX_CONDITION:
         raise NotStronglyConvexError(
-            f"Q is singular to working precision: its condition number is {high / low:.1e}, above {MAX_CONDITION:.0e}; "
-            "rescale the variables or add a multiple of the identity"
+            f"Q is singular to working precision: its condition number {high / low:.1e} is above "
+            f"{MAX_CONDITION:.0e}; rescale the variables or add a multiple of the identity"
         )
     return high / low
 
@@ -62,9 +63,13 @@ def check_gap(rows: PairedRows, lower: Array, upper: Array, gap: Array) -> None:
     row = int(gap.argmin())
     names = f"rows {rows.upper_of[row]} and {rows.lower_of[row]} of G are opposite"
     if gap[row] < 0:
-        raise InfeasibleError(f"no y satisfies G y ≤ h: {names} and their bounds cross by {-gap[row]:.3g}; relax h")
+        raise InfeasibleError(
+            f"no y satisfies G y ≤ h: {names} and their bounds cross by {-gap[row]:.3g}; relax h"
+        )
     if gap[row] <= SIGN_TOLERANCE:
-        raise LICQError(f"LICQ fails: {names} with equal bounds, which fixes a combination of y; substitute it away")
+        raise LICQError(
+            f"LICQ fails: {names} with equal bounds, which fixes a combination of y; substitute it away"
+        )
 
 
 def unsolved_error(G: Array, h: Array, flag: int) -> InfeasibleError | NotCertifiedError:
@@ -81,7 +86,9 @@ def unsolved_error(G: Array, h: Array, flag: int) -> InfeasibleError | NotCertif
     phase = linprog(cost, A_ub=np.c_[G, -np.ones(m)], b_ub=h, bounds=bounds)
     if phase.status == 0 and phase.fun > 0:
         return InfeasibleError(
-            f"no y satisfies G y ≤ h: the smallest possible violation is {phase.fun:.3g}; relax h, or keep x where "
-            "the lower level is feasible"
+            f"no y satisfies G y ≤ h: the smallest possible violation is {phase.fun:.3g}; relax h, "
+            "or keep x where the lower level is feasible"
         )
-    return NotCertifiedError(f"daqp stopped with exit flag {flag} on a feasible problem; rescale Q, c, G and h")
+    return NotCertifiedError(
+        f"daqp stopped with exit flag {flag} on a feasible problem; rescale Q, c, G and h"
+    )

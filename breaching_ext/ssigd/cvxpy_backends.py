@@ -1,7 +1,8 @@
-"""Reference gradients through CVXPY: differentiable layers (cvxpylayers), and central differences of re-solves.
+"""Reference gradients through CVXPY: differentiable layers (cvxpylayers), and central differences of
+re-solves.
 
-Both need the extra: pip install "breaching-ext[ssigd]". The lower level is compiled once for each problem as a DPP
-program whose parameters are the linear term c_l + Pᵀx + q and the right-hand side b − A x.
+Both need the extra: pip install "breaching-ext[ssigd]". The lower level is compiled once for each problem as
+a DPP program whose parameters are the linear term c_l + Pᵀx + q and the right-hand side b − A x.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from breaching_ext.ssigd.errors import InfeasibleError, NotCertifiedError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
 
-# cvxpylayers' defaults (SCS at 1e-4, derivative by LSQR) give a gradient with an error around 1e-5. Tight tolerances
-# and a factorised ("dense") derivative bring it to 1e-13. Clarabel does not: its interior-point solutions are not
-# exactly complementary, and the derivative at such a point is wrong by about 1e-6 however small the tolerance.
+# cvxpylayers' defaults (SCS at 1e-4, derivative by LSQR) give a gradient with an error around 1e-5. Tight
+# tolerances and a factorised ("dense") derivative bring it to 1e-13. Clarabel does not: its interior-point
+# solutions are not exactly complementary, and the derivative at such a point is wrong by about 1e-6 however
+# small the tolerance.
 ACCURATE_LAYER = {"mode": "dense", "eps_abs": 1e-12, "eps_rel": 1e-12, "max_iters": 100_000}
-# OSQP's polish solves the KKT system of the active set, which makes the re-solves exact enough to be differenced.
+# OSQP's polish solves the KKT system of the active set, which makes the re-solves exact enough to be
+# differenced.
 ACCURATE_RESOLVE = {"eps_abs": 1e-10, "eps_rel": 1e-10, "polishing": True, "max_iter": 100_000}
 FD_STEP = 1e-4
 
@@ -44,7 +47,11 @@ def _program(problem: QuadraticBilevelProblem) -> tuple[Any, Any, Any, Any]:
     if "program" not in problem.cache:
         import cvxpy as cp
 
-        y, linear, right = cp.Variable(problem.dim_lower), cp.Parameter(problem.dim_lower), cp.Parameter(len(problem.b))
+        y, linear, right = (
+            cp.Variable(problem.dim_lower),
+            cp.Parameter(problem.dim_lower),
+            cp.Parameter(len(problem.b)),
+        )
         root = np.linalg.cholesky(problem.solver.Q)
         objective = cp.Minimize(0.5 * cp.sum_squares(root.T @ y) + linear @ y)
         program = cp.Problem(objective, [problem.B.numpy() @ y <= right])
@@ -53,7 +60,12 @@ def _program(problem: QuadraticBilevelProblem) -> tuple[Any, Any, Any, Any]:
 
 
 def cvxpy_lower_level(
-    problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None, *, solver: str = "OSQP", **options: Any
+    problem: QuadraticBilevelProblem,
+    x: Tensor,
+    q: Tensor | None = None,
+    *,
+    solver: str = "OSQP",
+    **options: Any,
 ) -> Array:
     """Solve the lower level by CVXPY.
 
@@ -87,7 +99,12 @@ def cvxpy_lower_level(
 
 
 def fd_gradient(
-    problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None, *, step: float = FD_STEP, **options: Any
+    problem: QuadraticBilevelProblem,
+    x: Tensor,
+    q: Tensor | None = None,
+    *,
+    step: float = FD_STEP,
+    **options: Any,
 ) -> Tensor:
     """Return ∇F(x) by central differences of 2n CVXPY solves, (n,): slow, and independent of our KKT algebra.
 
@@ -114,7 +131,11 @@ def fd_gradient(
 
 
 def cvxpylayers_solve(
-    problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None, *, solver_args: dict[str, Any] | None = None
+    problem: QuadraticBilevelProblem,
+    x: Tensor,
+    q: Tensor | None = None,
+    *,
+    solver_args: dict[str, Any] | None = None,
 ) -> Tensor:
     """Return y*(x) through cvxpylayers, (p,), differentiable in x and q.
 
@@ -132,12 +153,18 @@ def cvxpylayers_solve(
         program, y, linear, right = _program(problem)
         problem.cache["layer"] = CvxpyLayer(program, parameters=[linear, right], variables=[y])
     arguments = ACCURATE_LAYER if solver_args is None else solver_args
-    (solution,) = problem.cache["layer"](problem.linear_term(x, q), problem.right_hand_side(x), solver_args=arguments)
+    (solution,) = problem.cache["layer"](
+        problem.linear_term(x, q), problem.right_hand_side(x), solver_args=arguments
+    )
     return solution
 
 
 def cvxpylayers_gradient(
-    problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None, *, solver_args: dict[str, Any] | None = None
+    problem: QuadraticBilevelProblem,
+    x: Tensor,
+    q: Tensor | None = None,
+    *,
+    solver_args: dict[str, Any] | None = None,
 ) -> Tensor:
     """Return ∇F(x) by autograd through `cvxpylayers_solve`, (n,)."""
     x = x.detach().clone().requires_grad_()

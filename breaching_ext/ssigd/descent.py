@@ -15,7 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from breaching_ext.ssigd.errors import SSIGDError
-from breaching_ext.ssigd.history import SERIES, BilevelResult, Snapshot, load_checkpoint, save_checkpoint, versions
+from breaching_ext.ssigd.history import (
+    SERIES,
+    BilevelResult,
+    Snapshot,
+    load_checkpoint,
+    save_checkpoint,
+    versions,
+)
 from breaching_ext.ssigd.oracle import GradientOracle
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
@@ -48,7 +55,8 @@ class Update:
 class BilevelDescent(ABC):
     """Base of the algorithms.
 
-    At an optimum on a kink of F the gradient does not vanish, so no algorithm stops on its norm: all iterations run.
+    At an optimum on a kink of F the gradient does not vanish, so no algorithm stops on its norm: all
+        iterations run.
 
     Args:
         problem: the bilevel problem.
@@ -78,8 +86,8 @@ class BilevelDescent(ABC):
     def settings(self, iterations: int) -> dict[str, Any]:
         """Return what the run depends on besides the problem."""
         return {
-            "algorithm": type(self).__name__, "iterations": iterations, "seed": self.seed, "q_std": self.q_std,
-            "noise_std": self.oracle.noise_std, "inexactness": self.oracle.inexactness,
+            "algorithm": type(self).__name__, "iterations": iterations, "seed": self.seed,
+            "q_std": self.q_std, "noise_std": self.oracle.noise_std, "inexactness": self.oracle.inexactness,
             "backend": self.oracle.backend, "problem": repr(self.problem), "device": "cpu",
             "versions": versions(), **self.parameters(),
         }  # fmt: skip
@@ -98,8 +106,8 @@ class BilevelDescent(ABC):
         Args:
             iterations: number of iterations T.
             x0: start, (n,); default 0, projected onto X.
-            checkpoint: JSON file to save to and to resume from; written every `checkpoint_every` iterations and
-                whenever the run stops, also on Ctrl-C or an error, which are raised again.
+            checkpoint: JSON file to save to and to resume from; written every `checkpoint_every` iterations
+                and whenever the run stops, also on Ctrl-C or an error, which are raised again.
             checkpoint_every: default 100.
             progress: show a progress bar.
 
@@ -115,7 +123,8 @@ class BilevelDescent(ABC):
         rng = np.random.default_rng(self.seed)
         resumed = None if checkpoint is None else load_checkpoint(checkpoint, settings)
         if resumed is None:
-            snapshot, history = self._start(x0, rng), {name: [] for name in SERIES}
+            snapshot = self._start(x0, rng)
+            history: dict[str, list[float]] = {name: [] for name in SERIES}
         else:
             snapshot, history = resumed
             logger.info("resuming at iteration %d of %d from %s", snapshot.iteration, iterations, checkpoint)
@@ -160,7 +169,7 @@ class BilevelDescent(ABC):
             raise SSIGDError(f"x0 has shape {tuple(start.shape)}; expected ({self.problem.dim},)")
         x = self.problem.project(start.to(torch.float64)).numpy()
         vectors = self._prepare(x, rng)
-        return Snapshot(0, x, vectors, 0.0 * x, 0.0, x, np.inf, [], 0.0, rng.bit_generator.state)
+        return Snapshot(0, x, vectors, 0.0 * x, 0.0, x, np.inf, [], 0.0, dict(rng.bit_generator.state))
 
     def _iterate(
         self, before: Snapshot, history: dict[str, list[float]], iterations: int, rng: np.random.Generator
@@ -173,18 +182,18 @@ class BilevelDescent(ABC):
         active = solution.active.tolist()
         momentum = update.vectors.get("momentum", update.gradient)
         values = (
-            objective, seconds, np.linalg.norm(update.gradient), np.linalg.norm(momentum), update.step,
-            len(set(active) ^ set(before.active)) if r else 0, solution.margin,
+            objective, seconds, float(np.linalg.norm(update.gradient)), float(np.linalg.norm(momentum)),
+            update.step, float(len(set(active) ^ set(before.active)) if r else 0), solution.margin,
             self.problem.violation(update.evaluated, solution.y),
         )  # fmt: skip
         for name, value in zip(SERIES, values, strict=True):
-            history[name][r:] = [float(value)]  # an interrupted iteration may have left an entry
+            history[name][r:] = [value]  # an interrupted iteration may have left an entry
         improved = objective < before.best_objective
         weight = self._weight(r)
         return Snapshot(
             r + 1, x, update.vectors, before.total + weight * x, before.weight + weight,
             x if improved else before.best_x, objective if improved else before.best_objective,
-            active, seconds, rng.bit_generator.state,
+            active, seconds, dict(rng.bit_generator.state),
         )  # fmt: skip
 
     def _result(

@@ -1,8 +1,8 @@
 """DS-BLO: a doubly stochastically perturbed method that needs no convexity of F.
 
-Source: Khanduri, Tsaknakis, Zhang, Liu, Hong: "A doubly stochastically perturbed algorithm for linearly constrained
-bilevel optimization", arXiv 2504.04545, Algorithm 1. The first perturbation is a fresh q in every iteration, the
-second a point drawn between the last two iterates, where the gradient is taken.
+Source: Khanduri, Tsaknakis, Zhang, Liu, Hong: "A doubly stochastically perturbed algorithm for linearly
+constrained bilevel optimization", arXiv 2504.04545, Algorithm 1. The first perturbation is a fresh q in
+every iteration, the second a point drawn between the last two iterates, where the gradient is taken.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ OPTIONS = ("I", "II")
 
 
 class DSBLO(BilevelDescent):
-    """x ← x − m/(γ₁‖m‖ + γ₂), m ← βm + (1−β) ∇F_q(x̄), x̄ uniform on the segment between the last two iterates.
+    """x ← x − m/(γ₁‖m‖ + γ₂), m ← βm + (1−β) ∇F_q(x̄), x̄ uniform on the segment between the last two
+    iterates.
 
-    One scalar places x̄ on the segment; drawing it per coordinate would leave the segment and void the descent
-    argument. The paper has X = Rⁿ; where the problem has a box, the iterates are projected onto it. Lower-level
-    constraints may be coupled (A x + B y ≤ b).
+    One scalar places x̄ on the segment; drawing it per coordinate would leave the segment and void the
+    descent argument. The paper has X = Rⁿ; where the problem has a box, the iterates are projected onto it.
+    Lower-level constraints may be coupled (A x + B y ≤ b).
 
     Args:
         problem: the bilevel problem.
@@ -63,7 +64,9 @@ class DSBLO(BilevelDescent):
         if option not in OPTIONS:
             raise SSIGDError(f"option={option!r} is unknown; expected one of {OPTIONS}")
         if (option == "II") != (noise_std > 0):
-            raise SSIGDError(f"noise_std={noise_std} does not fit option={option!r}: I is exact, II is sampled")
+            raise SSIGDError(
+                f"noise_std={noise_std} does not fit option={option!r}: I is exact, II is sampled"
+            )
         if not 0 <= beta < 1:
             raise SSIGDError(f"beta={beta} must be in [0, 1)")
         if not (gamma1 > 0 and gamma2 > 0):
@@ -87,9 +90,7 @@ class DSBLO(BilevelDescent):
         return Update(moved, {"momentum": momentum}, step, sample.gradient, sample.solution, between)
 
 
-def theorem_parameters(
-    epsilon: float, radius: float, variance: float, lipschitz: float
-) -> dict[str, float]:
+def theorem_parameters(epsilon: float, radius: float, variance: float, lipschitz: float) -> dict[str, float]:
     """Return β, γ₁ and γ₂ for which the theorem promises an (ε, δ̄)-Goldstein stationary point.
 
     Args:

@@ -20,8 +20,8 @@ _fallback_told = False
 class EnhancedSSIGD:
     """SSIGD with gradients through cvxpylayers, or through the KKT system where cvxpylayers is not installed.
 
-    Prefer `SSIGD` with its default backend: it is faster and more exact. In the prototype the lower level did not
-    contain x, so its y* was constant and its timings compared solver overheads; here it does.
+    Prefer `SSIGD` with its default backend: it is faster and more exact. In the prototype the lower level
+    did not contain x, so its y* was constant and its timings compared solver overheads; here it does.
 
     Args:
         problem: the bilevel problem.
@@ -50,7 +50,9 @@ class EnhancedSSIGD:
         self.backend = "cvxpylayers" if use_cvxpylayers and available() else "kkt"
         if use_cvxpylayers and self.backend == "kkt" and not _fallback_told:
             _fallback_told = True
-            logger.warning('cvxpylayers is not installed (pip install "breaching-ext[ssigd]"): using backend="kkt"')
+            logger.warning(
+                'cvxpylayers is not installed (pip install "breaching-ext[ssigd]"): using backend="kkt"'
+            )
         self.q = self._algorithm("strongly_convex").perturbation()
 
     def grad_F(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # noqa: N802 (the prototype's name)
@@ -83,8 +85,8 @@ class EnhancedSSIGD:
             mu_F: modulus, default the smallest eigenvalue of Q_upper.
 
         Returns:
-            A dict with x_final, losses, grad_norms, final_loss, final_grad_norm, final_gradient_norm, iterations,
-            method, and the full `result`.
+            A dict with x_final, losses, grad_norms, final_loss, final_grad_norm, final_gradient_norm,
+            iterations, method, and the full `result`.
         """
         if diminishing:
             algorithm = self._algorithm("strongly_convex", lipschitz=1.0 / beta, mu=mu_F)
@@ -94,8 +96,8 @@ class EnhancedSSIGD:
         losses, norms = result.history["objective"], result.history["gradient_norm"]
         return {
             "x_final": result.x_last, "losses": losses, "grad_norms": norms, "final_loss": losses[-1],
-            "final_grad_norm": norms[-1], "final_gradient_norm": norms[-1], "iterations": T, "method": "SSIGD",
-            "result": result,
+            "final_grad_norm": norms[-1], "final_gradient_norm": norms[-1], "iterations": T,
+            "method": "SSIGD", "result": result,
         }  # fmt: skip
 
     def _algorithm(self, regime: str, **parameters: Any) -> SSIGD:

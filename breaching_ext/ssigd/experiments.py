@@ -1,13 +1,15 @@
-"""The experiments behind config/ssigd: SSIGD on a convex instance, a brute force, and the DS-BLO paper's example."""
+"""The experiments behind config/ssigd: a convex instance, a brute force, and the DS-BLO paper's example."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from breaching_ext.ssigd.dsblo import DSBLO
@@ -17,6 +19,8 @@ from breaching_ext.ssigd.history import BilevelResult, versions
 from breaching_ext.ssigd.instances import convex_instance, convex_optimum, dsblo_example, enumerate_optimum
 from breaching_ext.ssigd.problem import StronglyConvexBilevelProblem
 from breaching_ext.ssigd.ssigd import SSIGD
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ def convex(dims: list[int], seeds: list[int], iterations: int, finish_gradients:
         row = {"dim": dim, "seed": seed, "kink": problem.certified_solution(optimum.x).margin < 1e-9}
         row |= {f"gap_{name}": value - optimum.objective for name, value in result.objectives.items()}
         row |= {"gap_finish": finish.objective - optimum.objective, "certified_gap": finish.gap}
-        row |= {"finish_gradients": finish.gradients, "final_gradient_norm": result.history["gradient_norm"][-1]}
+        row |= {
+            "finish_gradients": finish.gradients,
+            "final_gradient_norm": result.history["gradient_norm"][-1],
+        }
         rows.append(row)
         if seed == seeds[0]:
             runs[f"n = {dim}"], reference[f"n = {dim}"] = result, optimum.objective
@@ -63,7 +70,10 @@ def nonconvex(
         rng = np.random.default_rng(seed)
         for start in range(starts):
             x0 = torch.from_numpy(rng.uniform(problem.x_lower.numpy(), problem.x_upper.numpy()))
-            algorithms = {"SSIGD": SSIGD(problem, seed=start, **ssigd), "DS-BLO": DSBLO(problem, seed=start, **dsblo)}
+            algorithms = {
+                "SSIGD": SSIGD(problem, seed=start, **ssigd),
+                "DS-BLO": DSBLO(problem, seed=start, **dsblo),
+            }
             for name, algorithm in algorithms.items():
                 result = algorithm.solve(iterations, x0)
                 gaps = {f"gap_{point}": value - best for point, value in result.objectives.items()}
@@ -83,26 +93,42 @@ def dsblo(
     rows, runs = [], {}
     for seed in _progress(seeds, "dsblo"):
         problem = dsblo_example(upper, lower, constraints, seed)
-        makers: dict[str, Callable[[float], SSIGD | DSBLO]] = {
-            "SSIGD": lambda step, problem=problem, seed=seed: SSIGD(
-                problem, regime="weakly_convex", step=step * iterations**0.5, seed=seed, **ssigd
-            ),
-            "DS-BLO": lambda step, problem=problem, seed=seed: DSBLO(problem, gamma2=1.0 / step, seed=seed, **dsblo),
+        constant = {"regime": "weakly_convex", **ssigd}
+        candidates: dict[str, list[tuple[float, SSIGD | DSBLO]]] = {
+            "SSIGD": [(s, SSIGD(problem, step=s * iterations**0.5, seed=seed, **constant)) for s in steps],
+            "DS-BLO": [(s, DSBLO(problem, gamma2=1.0 / s, seed=seed, **dsblo)) for s in steps],
         }
         x0 = torch.from_numpy(np.random.default_rng(seed).uniform(size=upper))
-        for name, make in makers.items():
-            tried = {step: make(step).solve(iterations, x0) for step in steps}
-            step = min(tried, key=lambda step, tried=tried: tried[step].objectives["last"])
-            result = tried[step]
+        for name, algorithms in candidates.items():
+            step, result = _best_step(algorithms, iterations, x0)
             rows.append({
                 "seed": seed, "algorithm": name, "step": step, "objective_start": problem.objective(x0),
                 "objective_last": result.objectives["last"], "objective_best": result.objectives["best"],
-                "seconds": result.history["seconds"][-1], "active_changes": sum(result.history["active_changes"]),
+                "seconds": result.history["seconds"][-1],
+                "active_changes": sum(result.history["active_changes"]),
                 "largest_violation": max(result.history["violation"]),
             })  # fmt: skip
             if seed in seeds[:2]:
                 runs[f"{name}, data {seed}"] = result
     return Report({"rows": rows}, runs, {})
+
+
+def _best_step(
+    algorithms: list[tuple[float, SSIGD | DSBLO]], iterations: int, x0: Tensor
+) -> tuple[float, BilevelResult]:
+    """Return the step with the lowest final objective and its run; a step that diverges is out."""
+    best: tuple[float, BilevelResult] | None = None
+    for step, algorithm in algorithms:
+        try:
+            result = algorithm.solve(iterations, x0)
+        except SSIGDError as error:
+            logger.info("step %g diverged: %s", step, error)
+            continue
+        if best is None or result.objectives["last"] < best[1].objectives["last"]:
+            best = (step, result)
+    if best is None:
+        raise SSIGDError("every step of steps diverged; expected at least one that is small enough")
+    return best
 
 
 EXPERIMENTS: dict[str, Callable[..., Report]] = {"convex": convex, "nonconvex": nonconvex, "dsblo": dsblo}
@@ -122,7 +148,9 @@ def run_experiment(config: dict[str, Any]) -> Report:
     expected = set(run.__annotations__) - {"return"}
     if set(arguments) != expected:
         wrong = sorted(set(arguments) ^ expected)
-        raise SSIGDError(f"keys {wrong} are unknown to or missing for experiment={name!r}; expected {sorted(expected)}")
+        raise SSIGDError(
+            f"keys {wrong} are unknown to or missing for experiment={name!r}; expected {sorted(expected)}"
+        )
     report = run(**arguments)
     report.summary.update(config=config, versions=versions(), device="cpu")
     return report

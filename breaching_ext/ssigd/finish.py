@@ -1,10 +1,11 @@
 """A certified finish for convex F: cutting planes over the active sets that a run has found.
 
-A subgradient method with steps 1/(μ(r+1)) can do no better than O(log T / T) where the optimum lies on a kink of F
-(Khanduri et al., Theorem 3): its iterates jump between the pieces that meet there. Where f is linear in y, each of
-these pieces is known exactly from one gradient: F is ½ (x−x_t)ᵀQ_u(x−x_t) plus the maximum of one affine function for
-each active set. Minimising over the pieces seen so far is a QP (Kelley's method with an exact quadratic part); its
-value is a lower bound of F, so the result carries a gap that needs no knowledge of the optimum.
+A subgradient method with steps 1/(μ(r+1)) can do no better than O(log T / T) where the optimum lies on a
+kink of F (Khanduri et al., Theorem 3): its iterates jump between the pieces that meet there. Where f is
+linear in y, each of these pieces is known exactly from one gradient: F is ½ (x−x_t)ᵀQ_u(x−x_t) plus the
+maximum of one affine function for each active set. Minimising over the pieces seen so far is a QP (Kelley's
+method with an exact quadratic part); its value is a lower bound of F, so the result carries a gap that needs
+no knowledge of the optimum.
 """
 
 from __future__ import annotations
@@ -46,13 +47,17 @@ class CertifiedPoint:
 
 
 def certified_finish(
-    problem: QuadraticBilevelProblem, points: Iterable[Tensor], *, tolerance: float = 1e-9, max_gradients: int = 50
+    problem: QuadraticBilevelProblem,
+    points: Iterable[Tensor],
+    *,
+    tolerance: float = 1e-9,
+    max_gradients: int = 50,
 ) -> CertifiedPoint:
     """Minimise the model from the pieces at `points`, adding the piece at its minimiser until the gap closes.
 
     Args:
-        problem: F must be convex (the caller knows; for instance `convex_instance`), with f linear in y and Q_upper
-            positive definite.
+        problem: F must be convex (the caller knows; for instance `convex_instance`), with f linear in y and
+            Q_upper positive definite.
         points: where the model starts, (n,) each: the last iterate and the average of a run, say.
         tolerance: certified gap to stop at, default 1e-9.
         max_gradients: most gradients to spend, default 50.
@@ -94,10 +99,11 @@ def _add_plane(
 def _minimise_model(
     problem: QuadraticBilevelProblem, planes: dict[tuple[int, ...], tuple[Array, float]]
 ) -> tuple[Array, float]:
-    """Return the minimiser over X of the quadratic part plus the largest plane, and a lower bound of its value.
+    """Return the minimiser over X of the quadratic part plus the largest plane, and a lower bound of its
+    value.
 
-    The bound is the value of the Lagrangian dual at daqp's multipliers, made to sum to one: weak duality holds for
-    any such multipliers, so rounding in the solver cannot make the bound wrong.
+    The bound is the value of the Lagrangian dual at daqp's multipliers, made to sum to one: weak duality
+    holds for any such multipliers, so rounding in the solver cannot make the bound wrong.
     """
     data, n = problem.arrays, problem.dim
     slopes = np.array([slope for slope, _ in planes.values()])
@@ -110,7 +116,9 @@ def _minimise_model(
     lower = np.r_[np.maximum(lower_x, -UNBOUNDED), -UNBOUNDED, np.full(len(planes), -UNBOUNDED)]
     z, _, flag, info = daqp.solve(H, f, np.c_[slopes, -np.ones(len(planes))], upper, lower)
     if flag != 1:
-        raise NotCertifiedError(f"daqp stopped with exit flag {flag} on the cutting-plane model; rescale the problem")
+        raise NotCertifiedError(
+            f"daqp stopped with exit flag {flag} on the cutting-plane model; rescale the problem"
+        )
     weights = np.maximum(info["lam"][n + 1 :], 0.0)
     weights /= weights.sum()
     x = np.clip(z[:n], lower_x, upper_x)
@@ -118,7 +126,7 @@ def _minimise_model(
 
 
 def _dual_value(problem: QuadraticBilevelProblem, slope: Array, offset: float, x: Array) -> float:
-    """Return a lower bound of min over X of ½(x−x_t)ᵀQ_u(x−x_t) + slopeᵀx + offset by strong convexity around x."""
+    """Return a lower bound of the minimum over X of the quadratic part plus one plane, from around x."""
     data = problem.arrays
     d = x - data.x_target
     gradient = data.hessian @ d + slope

@@ -1,7 +1,7 @@
 """The implicit gradient ∇F(x) = ∇ₓf + (∂y*/∂x)ᵀ ∇ᵧf through the KKT system, one x at a time or a batch.
 
-Source: Khanduri et al. (ICML 2023), Lemma 2; with coupled constraints arXiv 2504.04545, eqs. (3)–(5). The Jacobian
-of y* is never formed: one adjoint solve gives the product that the chain rule needs.
+Source: Khanduri et al. (ICML 2023), Lemma 2; with coupled constraints arXiv 2504.04545, eqs. (3)–(5). The
+Jacobian of y* is never formed: one adjoint solve gives the product that the chain rule needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def adjoint_gradient(
         problem: the bilevel problem.
         x: upper-level point, (n,).
         solution: lower-level solution at x; its active set defines the Jacobian.
-        y: where ∇f is taken, (p,); default the solution itself. An inexact ŷ with the right active set goes here.
+        y: where ∇f is taken, (p,); default the solution itself. An inexact ŷ with the right active set goes
+            here.
         noise: added to ∇ₓf (n,) and ∇ᵧf (p,): a stochastic gradient f̃(·; ξ).
         warn: False where a one-sided gradient at a kink is meant, default True.
 
@@ -55,7 +56,11 @@ def kkt_gradient(problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None =
 
 
 def batched_implicit_gradient(
-    problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None, *, device: torch.device | str = "cpu"
+    problem: QuadraticBilevelProblem,
+    x: Tensor,
+    q: Tensor | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return ∇F at many points, or for many perturbations, at once.
 
@@ -85,20 +90,25 @@ def batched_implicit_gradient(
 def smoothed_gradient(
     problem: QuadraticBilevelProblem, x: Tensor, q: Tensor, *, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Return the Monte-Carlo estimate of ∇E_q[F_q(x)] over perturbations q (N, p), and its standard error; (n,) each.
+    """Return the Monte-Carlo estimate of ∇E_q[F_q(x)] over perturbations q (N, p), and its standard error;
+    (n,) each.
 
     Raises:
         SSIGDError: fewer than two perturbations.
     """
     if q.ndim != 2 or len(q) < 2:
-        raise SSIGDError(f"q has shape {tuple(q.shape)}; expected (N, {problem.dim_lower}) with N of at least 2")
+        raise SSIGDError(
+            f"q has shape {tuple(q.shape)}; expected (N, {problem.dim_lower}) with N of at least 2"
+        )
     gradients = batched_implicit_gradient(problem, x, q, device=device)
     return gradients.mean(dim=0), gradients.std(dim=0) / len(q) ** 0.5
 
 
 def coupling_free_gradient(problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None) -> Tensor:
-    """Return ∇ₓf at (x, y*(x)) alone: what is left of ∇F when the lower level is taken not to depend on x, (n,).
+    """Return ∇ₓf at (x, y*(x)) alone: what is left of ∇F when the lower level is taken not to depend on x,
+    (n,).
 
-    This is the (wrong) gradient of a prototype whose lower level did not contain x. It is here to be measured.
+    This is the (wrong) gradient of a prototype whose lower level did not contain x. It is here to be
+    measured.
     """
     return problem.upper_gradients(x, torch.from_numpy(problem.certified_solution(x, q).y))[0]

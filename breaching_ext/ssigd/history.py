@@ -1,4 +1,4 @@
-"""What a run leaves behind: its log of every iteration, its result, and its checkpoint. All JSON, written atomically."""
+"""What a run leaves behind: the log of every iteration, the result, the checkpoint. Atomic JSON files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from breaching_ext.ssigd.rows import Array
 
-SERIES = ("objective", "seconds", "gradient_norm", "momentum_norm", "step", "active_changes", "margin", "violation")
+SERIES = (
+    "objective",
+    "seconds",
+    "gradient_norm",
+    "momentum_norm",
+    "step",
+    "active_changes",
+    "margin",
+    "violation",
+)
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -27,7 +36,7 @@ def write_json(path: str | Path, data: Any) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(data), indent=1, allow_nan=False)
+    text = _format(_plain(data))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -36,6 +45,17 @@ def write_json(path: str | Path, data: Any) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _format(value: Any, indent: str = "") -> str:
+    """Format like json.dumps with an indent, but a list of scalars on one line."""
+    deeper = indent + " "
+    if isinstance(value, dict) and value:
+        items = [f"{deeper}{json.dumps(key)}: {_format(item, deeper)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(items) + "\n" + indent + "}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return "[\n" + ",\n".join(deeper + _format(item, deeper) for item in value) + "\n" + indent + "]"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
@@ -56,7 +76,8 @@ def _plain(value: Any) -> Any:
 class Snapshot:
     """State after an iteration: all that an interrupted run needs to go on as if it had not been interrupted.
 
-    It is replaced as a whole at the end of an iteration, so an interruption can never leave half an update in it.
+    It is replaced as a whole at the end of an iteration, so an interruption can never leave half an update
+    in it.
 
     Attributes:
         iteration: the next iteration.
@@ -101,7 +122,9 @@ def load_checkpoint(
         return None
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     if data["settings"] != json.loads(json.dumps(_plain(settings))):
-        raise ValueError(f"checkpoint={path} belongs to a run with other settings; delete it or change the path")
+        raise ValueError(
+            f"checkpoint={path} belongs to a run with other settings; delete it or change the path"
+        )
     raw = data["snapshot"]
     for name in ("x", "total", "best_x"):
         raw[name] = np.array(raw[name], dtype=float)
@@ -118,11 +141,12 @@ class BilevelResult:
     Attributes:
         x: output of the algorithm, (n,): the average for SSIGD, the last iterate for DS-BLO.
         objective: F(x) at the unperturbed y*.
-        x_last, x_average, x_best: the last iterate, the weighted average, and the iterate of the lowest logged
-            objective, (n,) each.
+        x_last, x_average, x_best: the last iterate, the weighted average, and the iterate of the lowest
+            logged objective, (n,) each.
         objectives: F at these points, by the same names without "x_".
-        history: a list for each of SERIES, one entry an iteration. objective: F(x) at the unperturbed y*; seconds:
-            time spent in the algorithm so far, without this log; active_changes: rows that entered or left the active
+        history: a list for each of SERIES, one entry an iteration. objective: F(x) at the unperturbed y*;
+            seconds: time spent in the algorithm so far, without this log; active_changes: rows that entered
+                or left the active
             set since the last iteration; margin: strict-complementarity margin; violation: of A x + B y ≤ b.
         settings: algorithm, its parameters, seed and versions.
     """
@@ -135,6 +159,16 @@ class BilevelResult:
     objectives: dict[str, float]
     history: dict[str, list[float]]
     settings: dict[str, Any]
+
+    def thinned(self, most: int = 100) -> dict[str, list[float]]:
+        """Return the history at about `most` evenly spaced iterations, to six digits, with their numbers.
+
+        Enough for a figure in a small file; `to_json` has all of it.
+        """
+        count = len(self.history["objective"])
+        kept = range(0, count, max(1, count // most))
+        series = {name: [float(f"{values[i]:.6g}") for i in kept] for name, values in self.history.items()}
+        return {"iteration": list(kept), **series}
 
     def to_json(self, path: str | Path) -> None:
         """Write everything to a JSON file."""

@@ -29,8 +29,8 @@ class Optimum:
 def convex_instance(dim: int, seed: int = 0) -> QuadraticBilevelProblem:
     """Return a problem whose F is strongly convex and whose optimum is a single-level QP.
 
-    Q_lower is diagonal and the only constraints are y ≤ 1, so yᵢ = min(1, −(c_l + Pᵀx)ᵢ/dᵢ) is concave in x; with
-    c_upper < 0 the objective c_uᵀ y*(x) is convex, with a kink wherever a bound becomes active.
+    Q_lower is diagonal and the only constraints are y ≤ 1, so yᵢ = min(1, −(c_l + Pᵀx)ᵢ/dᵢ) is concave in x;
+    with c_upper < 0 the objective c_uᵀ y*(x) is convex, with a kink wherever a bound becomes active.
 
     Args:
         dim: number of variables of either level.
@@ -46,10 +46,11 @@ def convex_instance(dim: int, seed: int = 0) -> QuadraticBilevelProblem:
 
 
 def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
-    """Return the optimum of a `convex_instance` from one QP in (x, y), without its lower level or our gradient.
+    """Return the optimum of a `convex_instance` from one QP in (x, y), without its lower level or our
+    gradient.
 
-    Because c_upper < 0 the upper level wants y large, and y*(x) is the largest y with y ≤ 1 and Q_lower y ≤ −(c_l +
-    Pᵀx): so the lower level may be replaced by these inequalities.
+    Because c_upper < 0 the upper level wants y large, and y*(x) is the largest y with y ≤ 1 and Q_lower y ≤
+    −(c_l + Pᵀx): so the lower level may be replaced by these inequalities.
 
     Raises:
         SSIGDError: the problem is not of this form. NotCertifiedError: the QP was not solved.
@@ -65,7 +66,8 @@ def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
     H = np.zeros((n + p, n + p))
     H[:n, :n] = problem.Q_upper.numpy()
     f = np.r_[-problem.Q_upper.numpy() @ problem.x_target.numpy(), problem.c_upper.numpy()]
-    H[n:, n:] = 1e-9 * np.eye(p)  # daqp wants a positive definite Hessian; the polish below removes its effect
+    # daqp wants a positive definite Hessian; the solve on the active rows below removes this regularisation.
+    H[n:, n:] = 1e-9 * np.eye(p)
     rows = np.c_[problem.P.numpy().T, np.diag(d)]
     upper = np.r_[problem.x_upper.numpy(), problem.b.numpy(), -problem.c_lower.numpy()]
     lower = np.r_[problem.x_lower.numpy(), np.full(2 * p, -1e30)]
@@ -73,7 +75,9 @@ def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
     if flag != 1:
         raise NotCertifiedError(f"daqp stopped with exit flag {flag} on the single-level QP")
     H[n:, n:] = 0.0
-    z = _equality_solution(H, f, np.vstack([np.eye(n + p), rows]), np.where(info["lam"] > 0, upper, lower), info["lam"])
+    multipliers: Array = info["lam"]
+    bounds: Array = np.where(multipliers > 0, upper, lower).astype(np.float64)
+    z = _equality_solution(H, f, np.vstack([np.eye(n + p), rows]), bounds, multipliers)
     x, y = torch.from_numpy(z[:n]), torch.from_numpy(z[n:])
     return Optimum(x, y, float(problem.upper_objective(x, y)))
 
@@ -90,8 +94,8 @@ def _equality_solution(H: Array, f: Array, rows: Array, bounds: Array, multiplie
 def enumerate_optimum(problem: QuadraticBilevelProblem) -> Optimum:
     """Return the global optimum by trying every active set of the lower level.
 
-    On one active set y*(x) is affine, so F is quadratic, and the x for which the set is right form a polyhedron: a
-    QP for each. The least of these optima is the global one.
+    On one active set y*(x) is affine, so F is quadratic, and the x for which the set is right form a
+    polyhedron: a QP for each. The least of these optima is the global one.
 
     Raises:
         SSIGDError: f is bilinear (the pieces may be non-convex), X is unbounded, or there are too many sets.
@@ -110,7 +114,9 @@ def enumerate_optimum(problem: QuadraticBilevelProblem) -> Optimum:
         if found is not None and (best is None or found.objective < best.objective):
             best = found
     if best is None:
-        raise InfeasibleError("no active set of the lower level is right anywhere in X; check b and the box X")
+        raise InfeasibleError(
+            "no active set of the lower level is right anywhere in X; check b and the box X"
+        )
     return best
 
 
@@ -129,7 +135,9 @@ def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | N
     J, y0 = slope[: qp.n], offset[: qp.n]
     inactive = np.setdiff1d(np.arange(qp.m), of_h)
     rows = np.vstack([-sign * slope[qp.n :], qp.G[inactive] @ J + data.A[inactive]])
-    upper = np.r_[problem.x_upper.numpy(), sign[:, 0] * offset[qp.n :], data.b[inactive] - qp.G[inactive] @ y0]
+    upper = np.r_[
+        problem.x_upper.numpy(), sign[:, 0] * offset[qp.n :], data.b[inactive] - qp.G[inactive] @ y0
+    ]
     lower = np.r_[problem.x_lower.numpy(), np.full(len(rows), -1e30)]
     H = data.hessian + J.T @ data.hessian_y @ J
     f = J.T @ (data.c_upper + data.hessian_y @ y0) - data.hessian @ data.x_target
@@ -143,8 +151,8 @@ def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | N
 def dsblo_example(upper: int, lower: int, constraints: int, seed: int = 0) -> QuadraticBilevelProblem:
     """Return the numerical example of arXiv 2504.04545, section 4.1.
 
-    f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b; all matrices and b have
-    entries uniform on [0, 1] (the paper says "uniform" without the range) and x is not bounded.
+    f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b; all matrices and
+    b have entries uniform on [0, 1] (the paper says "uniform" without the range) and x is not bounded.
 
     Args:
         upper, lower, constraints: d_u, d_l and k; the paper has 10, 10, 5 and 50, 50, 10.

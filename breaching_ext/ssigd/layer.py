@@ -1,8 +1,8 @@
 """QPLayer: a quadratic program as a differentiable PyTorch module.
 
-The backward pass is one adjoint KKT solve on the active set (Amos & Kolter, "OptNet", ICML 2017, eq. 6–8, without
-the complementarity rows that the certified active set makes redundant). It uses no finite differences and no
-unrolling, so its accuracy is that of a linear solve in float64.
+The backward pass is one adjoint KKT solve on the active set (Amos & Kolter, "OptNet", ICML 2017, eq. 6–8,
+without the complementarity rows that the certified active set makes redundant). It uses no finite
+differences and no unrolling, so its accuracy is that of a linear solve in float64.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class QPLayer(nn.Module):
     """y(c, h) = argmin over y of ½ yᵀQy + cᵀy subject to G y ≤ h, differentiable in Q, G, c and h.
 
     Float64 throughout: inputs in float32 are converted, the result is float64. Second derivatives are not
-    defined (they raise). Factors of constant Q and G are cached; they are rebuilt when Q or G change in place, so
-    both may be parameters under training.
+    defined (they raise). Factors of constant Q and G are cached; they are rebuilt when Q or G change in
+    place, so both may be parameters under training.
 
     Args:
         Q: (n, n), positive definite; its symmetric part counts.
         G: (m, n).
-        min_margin: raise DegenerateError below this strict-complementarity margin; None (default) warns once where a
-            gradient is taken at a margin of zero.
+        min_margin: raise DegenerateError below this strict-complementarity margin; None (default) warns once
+            where a gradient is taken at a margin of zero.
 
     Attributes:
         last_solution: the certificate of the last call: a QPSolution, or a BatchedSolution for a batch.
@@ -102,6 +102,8 @@ class QPLayer(nn.Module):
     def __init__(self, Q: Tensor, G: Tensor, *, min_margin: float | None = None) -> None:
         """See the class."""
         super().__init__()
+        self.Q: Tensor
+        self.G: Tensor
         self.min_margin = min_margin
         for name, value in (("Q", torch.as_tensor(Q)), ("G", torch.as_tensor(G))):
             if isinstance(value, nn.Parameter):

@@ -34,15 +34,15 @@ class GradientOracle:
     Args:
         problem: the bilevel problem.
         backend: "kkt" (default), "cvxpylayers" or "fd".
-        noise_std: standard deviation of each entry of the noise on ∇ₓf and ∇ᵧf, default 0. The noise goes through
-            the Jacobian of y*, as in f̃(x, y; ξ) = f(x, y) + ξₓᵀx + ξᵧᵀy: unbiased with bounded variance
-            (Assumption 4 of Khanduri et al., Assumption 5 of arXiv 2504.04545).
+        noise_std: standard deviation of each entry of the noise on ∇ₓf and ∇ᵧf, default 0. The noise goes
+            through the Jacobian of y*, as in f̃(x, y; ξ) = f(x, y) + ξₓᵀx + ξᵧᵀy: unbiased with bounded
+            variance (Assumption 4 of Khanduri et al., Assumption 5 of arXiv 2504.04545).
         inexactness: δ, default 0. ∇f is taken at a feasible ŷ with ‖ŷ − y*‖ ≤ δ and the right active set
             (Assumption 2 of Khanduri et al.).
 
     Raises:
-        SSIGDError: the backend is unknown, a parameter is negative, or noise or inexactness is asked of a backend
-            other than "kkt".
+        SSIGDError: the backend is unknown, a parameter is negative, or noise or inexactness is asked of a
+            backend other than "kkt".
     """
 
     def __init__(
@@ -66,7 +66,11 @@ class GradientOracle:
         """Draw a gradient at x (n,) under the perturbation q (p,)."""
         solution = self.problem.certified_solution(x, q)
         if self.backend == "kkt":
-            y = inexact_solution(self.problem, x, solution, self.inexactness, rng) if self.inexactness else None
+            y = (
+                inexact_solution(self.problem, x, solution, self.inexactness, rng)
+                if self.inexactness
+                else None
+            )
             noise = (self._noise(len(x), rng), self._noise(len(q), rng)) if self.noise_std else None
             gradient = adjoint_gradient(self.problem, x, solution, y=y, noise=noise)
         else:
@@ -85,8 +89,8 @@ def inexact_solution(
 ) -> Array:
     """Return a feasible ŷ with ‖ŷ − y*‖ ≤ δ whose active set is that of y*, (p,).
 
-    The error is a random direction within the active constraints, shortened where it would use up more than half of
-    the slack of another one.
+    The error is a random direction within the active constraints, shortened where it would use up more than
+    half of the slack of another one.
     """
     G, rows = problem.solver.G, solution.active
     direction = rng.standard_normal(len(solution.y))

@@ -5,9 +5,9 @@
     f(x, y) = ½ (x − x_t)ᵀ Q_u (x − x_t) + c_uᵀ y + ½ yᵀ Q_uy y + xᵀ R y + constant
     g(x, y) = ½ yᵀ Q_l y + (c_l + Pᵀ x + q)ᵀ y
 
-q is the random linear perturbation of Khanduri et al. (ICML 2023), which makes y* differentiable almost surely.
-The coupling P (or A) is what makes this a bilevel problem: without it y* is the same for every x, the implicit part
-of the gradient is zero, and a test of that gradient tests nothing.
+q is the random linear perturbation of Khanduri et al. (ICML 2023), which makes y* differentiable almost
+surely. The coupling P (or A) is what makes this a bilevel problem: without it y* is the same for every x,
+the implicit part of the gradient is zero, and a test of that gradient tests nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def _tensor(value: ArrayLike | Tensor, name: str) -> Tensor:
 
 
 class QuadraticBilevelProblem:
-    """A bilevel problem from its matrices. The data must not be changed after construction: factors are cached.
+    """A bilevel problem from its matrices. The data must not be changed after construction: factors are
+    cached.
 
     Args:
         Q_upper: (n, n), positive semi-definite. x_target: (n,). c_upper: (p,).
@@ -55,9 +56,9 @@ class QuadraticBilevelProblem:
     """
 
     def __init__(
-        self, *, Q_upper: ArrayLike, x_target: ArrayLike, c_upper: ArrayLike, Q_lower: ArrayLike, c_lower: ArrayLike,
-        P: ArrayLike, A: ArrayLike, B: ArrayLike, b: ArrayLike, x_lower: ArrayLike = -np.inf,
-        x_upper: ArrayLike = np.inf, Q_upper_y: ArrayLike | None = None, R: ArrayLike | None = None,
+        self, *, Q_upper: ArrayLike, x_target: ArrayLike, c_upper: ArrayLike, Q_lower: ArrayLike,
+        c_lower: ArrayLike, P: ArrayLike, A: ArrayLike, B: ArrayLike, b: ArrayLike,
+        x_lower: ArrayLike = -np.inf, x_upper: ArrayLike = np.inf, Q_upper_y: ArrayLike | None = None, R: ArrayLike | None = None,
         constant: float = 0.0, min_margin: float | None = None,
     ) -> None:  # fmt: skip
         """See the class."""
@@ -76,8 +77,10 @@ class QuadraticBilevelProblem:
         self.solver = ParametricQP(self.Q_lower.numpy(), self.B.numpy(), min_margin=min_margin)
 
     def _check_shapes(self, n: int, p: int, m: int) -> None:
-        expected = {"Q_upper": (n, n), "x_target": (n,), "c_upper": (p,), "Q_lower": (p, p), "c_lower": (p,),
-                    "P": (n, p), "A": (m, n), "B": (m, p), "b": (m,), "Q_upper_y": (p, p), "R": (n, p)}  # fmt: skip
+        expected = {
+            "Q_upper": (n, n), "x_target": (n,), "c_upper": (p,), "Q_lower": (p, p), "c_lower": (p,),
+            "P": (n, p), "A": (m, n), "B": (m, p), "b": (m,), "Q_upper_y": (p, p), "R": (n, p),
+        }  # fmt: skip
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise SSIGDError(f"{name} has shape {tuple(getattr(self, name).shape)}; expected {shape}")
@@ -124,7 +127,7 @@ class QuadraticBilevelProblem:
         return bool(self.Q_upper_y.any()), bool(self.R.any())
 
     def linear_term(self, x: Numbers, q: Numbers | None = None) -> Numbers:
-        """Return c_l + Pᵀx + q for x of shape (..., n): (..., p). Arrays give arrays, tensors give tensors."""
+        """Return c_l + Pᵀx + q for x of shape (..., n): (..., p)."""
         data = self._like(x)
         linear = data.c_lower + x @ data.P
         return linear if q is None else linear + q
@@ -144,7 +147,7 @@ class QuadraticBilevelProblem:
         return quadratic + y @ data.c_upper + ((x @ data.R) * y).sum(-1) + self.constant
 
     def upper_gradients(self, x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-        """Return ∇ₓf (..., n) and ∇ᵧf (..., p). A subclass with another f overrides this and upper_objective."""
+        """Return ∇ₓf (..., n) and ∇ᵧf (..., p); override it together with upper_objective."""
         data = self._like(x)
         curved, bilinear = self._upper_terms
         grad_x = (x - data.x_target) @ data.hessian
@@ -188,7 +191,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def random_spd(rng: np.random.Generator, n: int, condition: float) -> Array:
-    """Return a symmetric positive definite matrix with eigenvalues spread geometrically from 1/√κ to √κ, (n, n)."""
+    """Return a symmetric matrix with eigenvalues spread geometrically from 1/√κ to √κ, (n, n)."""
     basis, _ = np.linalg.qr(rng.standard_normal((n, n)))
     values = np.geomspace(condition**-0.5, condition**0.5, n) if n > 1 else np.ones(1)
     matrix = (basis * values) @ basis.T
@@ -196,17 +199,19 @@ def random_spd(rng: np.random.Generator, n: int, condition: float) -> Array:
 
 
 class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
-    """The random reference problem: x moves the lower level through P (and through A where constraints are coupled).
+    """The random reference problem: x moves the lower level through P (and through A where constraints are
+    coupled).
 
     Args:
         dim: number of upper-level variables.
         seed: seed of the data, default 0.
-        constraints: "box" for −1 ≤ y ≤ 1 (default), "coupled" for the box and random rows A x + B y ≤ b for which
-            y = 0 is strictly feasible at every x in X.
+        constraints: "box" for −1 ≤ y ≤ 1 (default), "coupled" for the box and random rows A x + B y ≤ b for
+            which y = 0 is strictly feasible at every x in X.
         dim_lower: number of lower-level variables, default dim.
         num_constraints: coupled rows, default max(1, dim // 2).
         condition: condition number of Q_lower, default 10.
-        coupling: scale of P and A, default 1; at 0 the lower level does not see x and the problem is not bilevel.
+        coupling: scale of P and A, default 1; at 0 the lower level does not see x and the problem is not
+            bilevel.
         upper_y_weight: weight of ½‖y‖² in f, default 0.
         x_bound: X is the box −x_bound ≤ x ≤ x_bound, default 2.
         min_margin: as in QuadraticBilevelProblem.
@@ -241,6 +246,7 @@ class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
         self.seed, self.constraints = seed, constraints
 
     def __repr__(self) -> str:
+        """Return the arguments that made the problem."""
         return (
             f"{type(self).__name__}(dim={self.dim}, seed={self.seed}, constraints={self.constraints!r}, "
             f"dim_lower={self.dim_lower}, rows={len(self.b)})"

@@ -1,9 +1,11 @@
-"""Certified parametric QP: solve ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and differentiate it.
+"""Certified parametric QP: solve ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and differentiate
+it.
 
-daqp (Arnström, Bemporad, Axehill: "A dual active-set solver for embedded quadratic programming using recursive
-LDLᵀ updates", IEEE TAC 2022) finds the active set from a warm start. The point is then polished: one KKT solve on
-that set, whose signs and residual are checked again and whose set is corrected where they fail. Everything that
-depends on Q and G alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ, R being the rows of G in two-sided form.
+daqp (Arnström, Bemporad, Axehill: "A dual active-set solver for embedded quadratic programming using
+recursive LDLᵀ updates", IEEE TAC 2022) finds the active set from a warm start. The point is then polished:
+one KKT solve on that set, whose signs and residual are checked again and whose set is corrected where they
+fail. Everything that depends on Q and G alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ, R being the rows of
+G in two-sided form.
 """
 
 from __future__ import annotations
@@ -15,8 +17,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 
-from breaching_ext.ssigd.checks import SIGN_TOLERANCE, check_condition, check_gap, check_matrices, unsolved_error
-from breaching_ext.ssigd.errors import DegenerateError, LICQError, NonFiniteError, NotCertifiedError, SSIGDError
+from breaching_ext.ssigd.checks import (
+    SIGN_TOLERANCE,
+    check_condition,
+    check_gap,
+    check_matrices,
+    unsolved_error,
+)
+from breaching_ext.ssigd.errors import (
+    DegenerateError,
+    LICQError,
+    NonFiniteError,
+    NotCertifiedError,
+    SSIGDError,
+)
 from breaching_ext.ssigd.rows import Array, pair_rows
 from breaching_ext.ssigd.solution import Index, QPSolution
 
@@ -25,8 +39,9 @@ logger = logging.getLogger(__name__)
 RESIDUAL_TOLERANCE = 1e-9
 REFINE_ABOVE = 1e3  # condition number of Q from which KKT solves are refined in extended precision
 MAX_CORRECTIONS = 50
-# A dual active-set solver adds rows one by one. From this many rows on, primal-dual active-set steps, which exchange
-# all rows that are on the wrong side at once, reach the set sooner; daqp takes over where they do not settle.
+# A dual active-set solver adds rows one by one. From this many rows on, primal-dual active-set steps, which
+# exchange all rows that are on the wrong side at once, reach the set sooner; daqp takes over where they do
+# not settle.
 PREDICT_FROM = 100
 MAX_PREDICTIONS = 12
 
@@ -47,6 +62,7 @@ class ParametricQP:
     """
 
     def __init__(self, Q: ArrayLike, G: ArrayLike, *, min_margin: float | None = None) -> None:
+        """See the class."""
         self.Q, self.G = check_matrices(Q, G)
         self.min_margin = min_margin
         self.condition = check_condition(self.Q)
@@ -65,6 +81,7 @@ class ParametricQP:
         self._has_pairs = bool(self.rows.paired.any())
         self._model: daqp.Model | None = None
         self._h: Array | None = None  # the last right-hand side that was checked
+        self._bounds_changed = True
         self._last_side: Array | None = None
         self._warned = False
 
@@ -99,7 +116,14 @@ class ParametricQP:
             index = side.nonzero()[0]
             sides = side[index]
             bound = np.where(sides > 0, upper[index], lower[index])
-            y, signed, factor = self._kkt(index, -c, bound)
+            try:
+                y, signed, factor = self._kkt(index, -c, bound)
+            except (LICQError, NotCertifiedError):
+                if not predicting:
+                    raise
+                # a wrong guess may hold dependent rows although the solution's set does not
+                predicting, side = False, self._daqp_sides(c, lower, upper, h)
+                continue
             Ry = self.R @ y
             slack = np.minimum(upper - Ry, Ry - lower) / self._norms
             force = signed * sides * self._norms[index]
@@ -119,12 +143,15 @@ class ParametricQP:
                 predicting, side = False, self._daqp_sides(c, lower, upper, h)
             else:
                 self._correct(side, index, force, slack, Ry, upper)
-        raise NotCertifiedError(f"the active set did not settle in {MAX_CORRECTIONS} corrections; rescale Q and G")
+        raise NotCertifiedError(
+            f"the active set did not settle in {MAX_CORRECTIONS} corrections; rescale Q and G"
+        )
 
     def adjoint(self, solution: QPSolution, v: Array, *, warn: bool = True) -> tuple[Array, Array]:
         """Solve the KKT system once for a vector-Jacobian product.
 
-        With [Q Gₐᵀ; Gₐ 0][a; b] = [v; 0] on the active rows: vᵀdy = −aᵀdc + bᵀdh − ½(ayᵀ+yaᵀ):dQ − (λaᵀ + byᵀ):dG.
+        With [Q Gₐᵀ; Gₐ 0][a; b] = [v; 0] on the active rows: vᵀdy = −aᵀdc + bᵀdh − ½(ayᵀ+yaᵀ):dQ − (λaᵀ +
+        byᵀ):dG.
 
         Args:
             solution: what `solve` returned.
@@ -140,7 +167,9 @@ class ParametricQP:
         a, b, _ = self._kkt(index, v, np.zeros(len(index)), factor)
         return a, b * side
 
-    def _kkt(self, index: Index, r: Array, e: Array, factor: Array | None = None) -> tuple[Array, Array, Array | None]:
+    def _kkt(
+        self, index: Index, r: Array, e: Array, factor: Array | None = None
+    ) -> tuple[Array, Array, Array | None]:
         """Solve Q y + R_Wᵀ λ = r, R_W y = e; return y, λ and the factor of R_W Q⁻¹ R_Wᵀ."""
         if factor is None and len(index):
             factor = self._schur(index)
@@ -177,12 +206,12 @@ class ParametricQP:
         if len(index) > self.n or np.linalg.svd(unit, compute_uv=False)[-1] < 1e-10:
             names = self.rows.upper_of[index].tolist()
             raise LICQError(
-                f"LICQ fails: the active rows {names[:8]} of G (or their opposites) are linearly dependent, so the "
-                "multipliers and the gradient are not unique; remove duplicate or redundant rows"
+                f"LICQ fails: the active rows {names[:8]} of G (or their opposites) are linearly dependent: "
+                "the multipliers and the gradient are not unique; remove duplicate or redundant rows"
             )
 
     def _predict(self, c: Array, lower: Array, upper: Array) -> Array:
-        """Return the active sides of the last solution, or at first the bounds that the free minimiser violates."""
+        """Return the sides of the last solution, or at first the bounds that the free minimiser violates."""
         if self._last_side is not None:
             return self._last_side.copy()
         free = -(c @ self.T)
@@ -219,7 +248,7 @@ class ParametricQP:
 
     @staticmethod
     def _correct(side: Array, index: Index, force: Array, slack: Array, Ry: Array, upper: Array) -> None:
-        """Change one row of the active set in place: drop the most negative force or add the worst violation."""
+        """Change one row of the set in place: drop the most negative force or add the worst violation."""
         worst_force = force.min() if len(force) else 0.0
         if worst_force < 0 and -worst_force >= -slack.min():
             side[index[force.argmin()]] = 0.0
@@ -235,8 +264,8 @@ class ParametricQP:
             self._check_licq(np.flatnonzero((side != 0) | (slack <= SIGN_TOLERANCE * reach)))
         if self.min_margin is not None and margin < self.min_margin:
             raise DegenerateError(
-                f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a constraint "
-                "is weakly active and y* has a kink here; perturb the linear term (q) or lower min_margin"
+                f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a "
+                "constraint is weakly active and y* has a kink here; perturb the linear term (q)"
             )
         return margin
 
@@ -245,7 +274,7 @@ class ParametricQP:
         if margin <= tolerance and not self._warned:
             self._warned = True
             logger.warning(
-                "a constraint is weakly active (margin %.1e): y* has a kink here and its gradient is one-sided; "
+                "a constraint is weakly active (margin %.1e): y* has a kink here, its gradient is one-sided; "
                 "perturb the linear term with q, or set min_margin to raise instead",
                 margin,
             )
@@ -262,7 +291,9 @@ class ParametricQP:
         """Return the two-sided bounds of h, checked; those of the previous h are kept."""
         if self._h is None or not np.array_equal(h, self._h):
             if not np.isfinite(h).all():
-                raise NonFiniteError("h holds NaN or infinity; leave out rows that do not bind instead of h = inf")
+                raise NonFiniteError(
+                    "h holds NaN or infinity; leave out rows that do not bind instead of h = inf"
+                )
             lower, upper = self.rows.sides(h)
             if self._has_pairs:
                 check_gap(self.rows, lower, upper, (upper - lower) / self._norms)

@@ -1,7 +1,8 @@
-"""Two-sided form of the rows of G: opposite rows (a box) become one constraint with a lower and an upper side.
+"""Two-sided form of the rows of G: opposite rows (a box) become one constraint with a lower and an upper
+side.
 
-A box on n variables has 2n rows, of which at most n can be active. Pairing them halves the constraint products
-that the solver caches and the systems that the batched solver factorises.
+A box on n variables has 2n rows, of which at most n can be active. Pairing them halves the constraint
+products that the solver caches and the systems that the batched solver factorises.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class PairedRows:
         R: one row for each pair or single row, (p, n).
         upper_of: index into h of each upper side, (p,).
         lower_of: index into h of each lower side, or -1 where there is none, (p,).
-        simple_bounds: True where the first n rows of R are the identity, so that a solver can treat them as bounds.
+        simple_bounds: True where the first n rows of R are the identity, so that a solver can treat them as
+            bounds.
     """
 
     R: Array
@@ -42,8 +44,8 @@ class PairedRows:
         lower = np.where(self.paired, -h[..., self.lower_of], -UNBOUNDED)
         return lower, upper
 
-    def row_of(self, index: NDArray[np.intp], side: NDArray[np.int8]) -> NDArray[np.intp]:
-        """Return the rows of G behind the two-sided rows `index`, whose `side` is +1 (upper) or -1 (lower)."""
+    def row_of(self, index: NDArray[np.intp], side: Array) -> NDArray[np.intp]:
+        """Return the rows of G behind two-sided rows `index`, whose `side` is +1 (upper) or -1 (lower)."""
         return np.where(side > 0, self.upper_of[index], self.lower_of[index])
 
 

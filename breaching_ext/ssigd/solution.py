@@ -19,8 +19,9 @@ class QPSolution:
         y: the minimiser, (n,).
         active: rows of G that hold with equality and carry a multiplier, (k,).
         active_multipliers: their multipliers in the same order, all ≥ 0, (k,).
-        margin: strict-complementarity margin: the smallest of λᵢ‖Gᵢ‖ over active rows and (h − Gy)ᵢ/‖Gᵢ‖ over the
-            others; inf without constraints. At 0 the solution map has a kink and the gradient is one-sided.
+        margin: strict-complementarity margin: the smallest of λᵢ‖Gᵢ‖ over active rows and (h − Gy)ᵢ/‖Gᵢ‖
+            over the others; inf without constraints. At 0 the solution map has a kink and the gradient is
+            one-sided.
         residual: largest relative violation of stationarity and feasibility after the polish.
         rows: number of rows of G.
         work: index and sides of the two-sided active rows and the factor of their Schur complement; private.

@@ -1,7 +1,7 @@
 """SSIGD: stochastic smoothed implicit gradient descent with one perturbation q for the whole run.
 
-Source: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong: "Linearly constrained bilevel optimization: a smoothed
-implicit gradient approach", ICML 2023, Algorithm 2 with the step sizes of its Theorems 2 to 4.
+Source: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong: "Linearly constrained bilevel optimization: a
+smoothed implicit gradient approach", ICML 2023, Algorithm 2 with the step sizes of its Theorems 2 to 4.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ REGIMES = ("strongly_convex", "convex", "weakly_convex")
 class SSIGD(BilevelDescent):
     """x ← proj_X(x − β_r ∇F_q(x; ξ)), with q drawn once.
 
-    Step sizes: "strongly_convex" β_r = min(1/(μ_F (r+1)), 1/L) (Theorem 3, capped); "convex" and "weakly_convex"
-    β = step/√T (Theorems 4 and 2). The output is an average of the iterates, weighted by r+1 in the strongly convex
-    regime, where early iterates are far off, and uniform otherwise (Theorem 4). `x_last` and `x_best` of the result
-    are there as well.
+    Step sizes: "strongly_convex" β_r = min(1/(μ_F (r+1)), 1/L) (Theorem 3, capped); "convex" and
+        "weakly_convex"
+    β = step/√T (Theorems 4 and 2). The output is an average of the iterates, weighted by r+1 in the strongly
+    convex regime, where early iterates are far off, and uniform otherwise (Theorem 4). `x_last` and `x_best`
+    of the result are there as well.
 
     Args:
         problem: the bilevel problem.
         regime: "strongly_convex" (default), "convex" or "weakly_convex": what is known of F.
-        mu: μ_F, default the smallest eigenvalue of Q_upper; the modulus of F where f is linear in y and F convex.
+        mu: μ_F, default the smallest eigenvalue of Q_upper; the modulus of F where f is linear in y and F
+            convex.
         lipschitz: L, default the largest eigenvalue of Q_upper.
         step: scale of the constant step size, default 1/L.
-        q_std: standard deviation of the entries of q, default 1e-6. |F_q − F| ≤ L_f ‖q‖/μ_g (Proposition 3.2).
+        q_std: standard deviation of the entries of q, default 1e-6. |F_q − F| ≤ L_f ‖q‖/μ_g (Proposition
+            3.2).
         noise_std, inexactness, backend, seed: see BilevelDescent.
 
     Raises:
@@ -66,12 +69,12 @@ class SSIGD(BilevelDescent):
         self.regime = regime
         self.mu = float(values[0]) if mu is None else mu
         self.lipschitz = float(values[-1]) if lipschitz is None else lipschitz
-        self.step = 1.0 / self.lipschitz if step is None and self.lipschitz > 0 else step
+        self.step = step if step is not None else 1.0 / max(self.lipschitz, 1e-300)
         constants = {"lipschitz": self.lipschitz, "step": self.step}
         if regime == "strongly_convex":
             constants["mu"] = self.mu
         for name, value in constants.items():
-            if value is None or not value > 0:
+            if not value > 0:
                 raise SSIGDError(f"{name}={value} must be positive in the regime {regime!r}")
 
     def parameters(self) -> dict[str, Any]:
@@ -82,7 +85,7 @@ class SSIGD(BilevelDescent):
         """Return β_r of iteration r = 0, 1, … of T."""
         if self.regime == "strongly_convex":
             return min(1.0 / (self.mu * (r + 1)), 1.0 / self.lipschitz)
-        return float(self.step) / iterations**0.5
+        return self.step / iterations**0.5
 
     def perturbation(self) -> Tensor:
         """Return the perturbation q that a run uses, (p,)."""

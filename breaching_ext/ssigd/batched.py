@@ -95,6 +95,7 @@ class BatchedQP:
         """
         self._check(c, h)
         lower, upper = self._sides(h)
+        self._check_gaps(c, h, lower, upper)
         free = -(c @ self.T)  # R y without constraints, (N, p)
         side = self._guess(c, free, lower, upper)
         side, factor, settled = self._settle(free, lower, upper, side, c)
@@ -143,6 +144,13 @@ class BatchedQP:
         lower = torch.full_like(upper, -torch.inf)
         lower[:, self.pairs] = -h[:, self.lower_of[self.pairs]]
         return lower, upper
+
+    def _check_gaps(self, c: Tensor, h: Tensor, lower: Tensor, upper: Tensor) -> None:
+        """Let the single solver raise its error where opposite rows cross or leave no room."""
+        narrow = ((upper - lower) / self.norms <= SIGN_TOLERANCE).any(dim=1)
+        if bool(narrow.any()):
+            member = int(narrow.nonzero()[0, 0])
+            self._solve_one(member, c[member], h[member])
 
     def _guess(self, c: Tensor, free: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
         """Run ADMM on R y until the active sets stop changing; return them, (N, p)."""

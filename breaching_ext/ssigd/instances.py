@@ -76,7 +76,7 @@ def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
         raise NotCertifiedError(f"daqp stopped with exit flag {flag} on the single-level QP")
     H[n:, n:] = 0.0
     multipliers: Array = info["lam"]
-    bounds: Array = np.where(multipliers > 0, upper, lower).astype(np.float64)
+    bounds = np.asarray(np.where(multipliers > 0, upper, lower), dtype=np.float64)
     z = _equality_solution(H, f, np.vstack([np.eye(n + p), rows]), bounds, multipliers)
     x, y = torch.from_numpy(z[:n]), torch.from_numpy(z[n:])
     return Optimum(x, y, float(problem.upper_objective(x, y)))

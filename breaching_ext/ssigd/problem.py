@@ -58,7 +58,8 @@ class QuadraticBilevelProblem:
     def __init__(
         self, *, Q_upper: ArrayLike, x_target: ArrayLike, c_upper: ArrayLike, Q_lower: ArrayLike,
         c_lower: ArrayLike, P: ArrayLike, A: ArrayLike, B: ArrayLike, b: ArrayLike,
-        x_lower: ArrayLike = -np.inf, x_upper: ArrayLike = np.inf, Q_upper_y: ArrayLike | None = None, R: ArrayLike | None = None,
+        x_lower: ArrayLike = -np.inf, x_upper: ArrayLike = np.inf,
+        Q_upper_y: ArrayLike | None = None, R: ArrayLike | None = None,
         constant: float = 0.0, min_margin: float | None = None,
     ) -> None:  # fmt: skip
         """See the class."""

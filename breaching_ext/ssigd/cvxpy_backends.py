@@ -152,10 +152,11 @@ def cvxpylayers_solve(
 
         program, y, linear, right = _program(problem)
         problem.cache["layer"] = CvxpyLayer(program, parameters=[linear, right], variables=[y])
-    arguments = ACCURATE_LAYER if solver_args is None else solver_args
-    (solution,) = problem.cache["layer"](
-        problem.linear_term(x, q), problem.right_hand_side(x), solver_args=arguments
-    )
+    linear_term, right_hand_side = problem.linear_term(x, q), problem.right_hand_side(x)
+    arguments = dict(ACCURATE_LAYER if solver_args is None else solver_args)
+    if not (torch.is_grad_enabled() and (linear_term.requires_grad or right_hand_side.requires_grad)):
+        arguments.pop("mode", None)  # of the derivative; without one the layer passes it on to SCS, which fails
+    (solution,) = problem.cache["layer"](linear_term, right_hand_side, solver_args=arguments)
     return solution
 
 
@@ -168,6 +169,8 @@ def cvxpylayers_gradient(
 ) -> Tensor:
     """Return ∇F(x) by autograd through `cvxpylayers_solve`, (n,)."""
     x = x.detach().clone().requires_grad_()
-    y = cvxpylayers_solve(problem, x, q, solver_args=solver_args)
-    (gradient,) = torch.autograd.grad(problem.upper_objective(x, y), x)
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of cvxpylayers 1.2 under NumPy 2
+        y = cvxpylayers_solve(problem, x, q, solver_args=solver_args)
+        (gradient,) = torch.autograd.grad(problem.upper_objective(x, y), x)
     return gradient

@@ -69,7 +69,7 @@ def certified_finish(
     if bool(problem.Q_upper_y.any()) or bool(problem.R.any()):
         raise SSIGDError("expected f linear in y: Q_upper_y and R must be zero")
     planes: dict[tuple[int, ...], tuple[Array, float]] = {}
-    values = [_add_plane(problem, np.array(x, dtype=float), planes) for x in points]
+    values = [_add_plane(problem, x.detach().to("cpu", torch.float64).numpy(), planes) for x in points]
     if not values:
         raise SSIGDError("expected at least one point")
     objective, best = min(values, key=lambda value: value[0])

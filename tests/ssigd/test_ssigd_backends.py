@@ -24,9 +24,12 @@ from breaching_ext.ssigd import (
     smoothed_gradient,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of cvxpylayers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # of cvxpylayers
 extra = pytest.mark.skipif(
-    not (cvxpy_backends.available("cvxpy") and cvxpy_backends.available()), reason="the extra [ssigd] is not installed"
+    not (cvxpy_backends.available("cvxpy") and cvxpy_backends.available()),
+    reason="the extra [ssigd] is not installed",
 )
 
 
@@ -95,7 +98,9 @@ def test_gradcheck_of_every_backend(backend):
 def test_solutions_agree_with_cvxpy():
     problem, x, q = draw(6, 1, "coupled")
     y = torch.from_numpy(problem.certified_solution(x, q).y)
-    torch.testing.assert_close(torch.from_numpy(cvxpy_backends.cvxpy_lower_level(problem, x, q)), y, atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(cvxpy_backends.cvxpy_lower_level(problem, x, q)), y, atol=1e-8, rtol=0
+    )
     torch.testing.assert_close(cvxpy_backends.cvxpylayers_solve(problem, x, q), y, atol=1e-8, rtol=0)
 
 
@@ -200,7 +205,9 @@ def test_enhanced_uses_cvxpylayers_and_keeps_its_signature():
     problem, x, _ = draw(4, 0, "box")
     algorithm = EnhancedSSIGD(problem, use_cvxpylayers=True)
     assert algorithm.backend == "cvxpylayers"
-    torch.testing.assert_close(algorithm.grad_F(x, None), implicit_gradient(problem, x, algorithm.q), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        algorithm.grad_F(x, None), implicit_gradient(problem, x, algorithm.q), rtol=1e-8, atol=1e-8
+    )
     result = algorithm.solve(T=5, beta=0.05, x0=x)
     plain = EnhancedSSIGD(problem, use_cvxpylayers=False).solve(T=5, beta=0.05, x0=x)
     torch.testing.assert_close(result["x_final"], plain["x_final"], rtol=1e-7, atol=1e-7)

@@ -19,7 +19,10 @@ from breaching_ext.ssigd import (
     StronglyConvexBilevelProblem,
 )
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 
 
 def data(dim, seed, count=0, kind="coupled"):
@@ -36,11 +39,18 @@ def data(dim, seed, count=0, kind="coupled"):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_gradcheck_in_all_four(kind, count, seed):
     inputs = tuple(value.clone().requires_grad_() for value in data(4, seed, count, kind))
-    assert torch.autograd.gradcheck(lambda Q, G, c, h: QPLayer(Q, G)(c, h), inputs, eps=1e-6, atol=1e-8, rtol=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda Q, G, c, h: QPLayer(Q, G)(c, h), inputs, eps=1e-6, atol=1e-8, rtol=1e-7
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), dim=st.integers(1, 8), count=st.integers(1, 12), kind=st.sampled_from(["box", "coupled"]))
+@given(
+    seed=st.integers(0, 10**6),
+    dim=st.integers(1, 8),
+    count=st.integers(1, 12),
+    kind=st.sampled_from(["box", "coupled"]),
+)
 def test_batch_is_the_loop(seed, dim, count, kind):
     Q, G, c, h = data(dim, seed, count, kind)
     layer = QPLayer(Q, G)

@@ -134,7 +134,7 @@ def accuracy(dims: list[int]) -> list[dict[str, Any]]:
     rows = []
     cases = [(c, k, d) for c in (10.0, 1e4, 1e8) for k in ("box", "coupled") for d in dims]
     for condition, kind, dim in tqdm(cases, desc="accuracy"):
-        of_gradient, of_part, sound, free = [], [], True, []
+        of_gradient, of_part, of_batch, sound, free = [], [], [], True, []
         for seed in range(5 if dim <= 20 else 2):
             problem = StronglyConvexBilevelProblem(dim, seed=seed, constraints=kind, condition=condition)
             x = points(problem, 1, seed)[0]
@@ -143,11 +143,16 @@ def accuracy(dims: list[int]) -> list[dict[str, Any]]:
             gradient, direct = implicit_gradient(problem, x), coupling_free_gradient(problem, x)
             of_gradient.append(relative(gradient, direct + reference))
             of_part.append(relative(gradient - direct, reference))
+            many = points(problem, 32, seed + 100)
+            each = torch.stack([implicit_gradient(problem, point) for point in many])
+            batch = batched_implicit_gradient(problem, many)
+            of_batch.append(float(((batch - each).norm(dim=1) / each.norm(dim=1)).max()))
             free.append(1.0 - len(active) / dim)
             sound = sound and right_set
         rows.append({
             "dim": dim, "constraints": kind, "condition": condition,
-            "largest_relative_error": max(of_gradient), "of_the_implicit_part": max(of_part), "free_share": float(np.mean(free)),
+            "largest_relative_error": max(of_gradient), "of_the_implicit_part": max(of_part),
+            "batch_to_kkt": max(of_batch), "free_share": float(np.mean(free)),
             "active_sets_right": sound,
         })  # fmt: skip
     return rows

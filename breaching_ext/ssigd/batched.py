@@ -17,6 +17,8 @@ from breaching_ext.ssigd.active_factor import ActiveFactor
 from breaching_ext.ssigd.checks import SIGN_TOLERANCE
 from breaching_ext.ssigd.errors import DegenerateError, NonFiniteError, SSIGDError
 from breaching_ext.ssigd.qp import REFINE_ABOVE, ParametricQP
+from breaching_ext.ssigd.rows import Array
+from breaching_ext.ssigd.solution import QPSolution
 
 RELAXATION = 1.6  # over-relaxation of ADMM, the usual value
 CHECK_EVERY = 5  # ADMM steps between looks at the active sets
@@ -102,19 +104,15 @@ class BatchedQP:
         solution = self._assemble(c, lower, upper, side, factor)
         certified = settled & self._certified(c, solution)
         if not bool(certified.all()):
-            missing = (~certified).nonzero()[:, 0]
-            for i in missing.tolist():
-                side[i] = self._solve_one(i, c[i], h[i])
-            factor = ActiveFactor.of(self.K, side != 0)
-            solution = self._assemble(c, lower, upper, side, factor, fallbacks=len(missing))
+            solution = self._repair(c, h, solution, (~certified).nonzero()[:, 0].tolist())
         self._check_margin(solution.margin)
         return solution
 
     def adjoint(self, solution: BatchedSolution, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a (N, n) and b (N, p) of the adjoint KKT systems for cotangents v (N, n); as
-        ParametricQP.adjoint.
+        """Return a (N, n) and b (N, p) of the adjoint KKT systems for cotangents v (N, n).
 
-        b is signed like `solution.signed`: it is the derivative with respect to the active bound of R y.
+        As ParametricQP.adjoint, but b is signed like `solution.signed`: it is the derivative with respect
+        to the active bound of R y.
         """
         if len(solution.margin):
             tolerance = SIGN_TOLERANCE * (1.0 + float(solution.y.abs().max()))
@@ -150,7 +148,7 @@ class BatchedQP:
         narrow = ((upper - lower) / self.norms <= SIGN_TOLERANCE).any(dim=1)
         if bool(narrow.any()):
             member = int(narrow.nonzero()[0, 0])
-            self._solve_one(member, c[member], h[member])
+            self._solve_one(member, c, h)
 
     def _guess(self, c: Tensor, free: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
         """Run ADMM on R y until the active sets stop changing; return them, (N, p)."""
@@ -222,7 +220,7 @@ class BatchedQP:
         return r @ self.Q_inverse - signed @ self.T.T, signed
 
     def _assemble(
-        self, c: Tensor, lower: Tensor, upper: Tensor, side: Tensor, factor: ActiveFactor, fallbacks: int = 0
+        self, c: Tensor, lower: Tensor, upper: Tensor, side: Tensor, factor: ActiveFactor
     ) -> BatchedSolution:
         mask = side != 0
         bound = torch.where(side > 0, upper, lower).masked_fill(~mask, 0.0)
@@ -233,23 +231,38 @@ class BatchedQP:
         lag = (y @ self.Q + c + signed @ self.R).abs().amax(dim=1)
         residual = lag / (1.0 + c.abs().amax(dim=1) + _most(signed.abs()))
         margin = gaps.amin(dim=1) if gaps.shape[1] else torch.full_like(residual, torch.inf)
-        return BatchedSolution(y, side, signed, margin, residual, fallbacks, factor)
+        return BatchedSolution(y, side, signed, margin, residual, 0, factor)
 
     def _certified(self, c: Tensor, solution: BatchedSolution) -> Tensor:
         """Return which members hold up: KKT signs with room to spare, small residual, sound factor, (N,)."""
         tolerance = SIGN_TOLERANCE * (1.0 + c.abs().amax(dim=1) + solution.y.abs().amax(dim=1))
         return solution.factor.sound(self.K) & (solution.margin > tolerance) & (solution.residual <= 1e-12)
 
-    def _solve_one(self, member: int, c: Tensor, h: Tensor) -> Tensor:
-        """Solve one member by daqp and return its active sides, (p,)."""
+    def _repair(self, c: Tensor, h: Tensor, solution: BatchedSolution, members: list[int]) -> BatchedSolution:
+        """Replace the members that are not certified by what the single solver finds."""
+        names = ("y", "side", "signed", "margin", "residual")
+        parts = {name: getattr(solution, name).clone() for name in names}
+        for i in members:
+            single = self._solve_one(i, c, h)
+            index, sides, _ = single.work
+            rows = torch.from_numpy(index).to(self.device)
+            parts["side"][i] = torch.zeros_like(parts["side"][i]).index_copy(0, rows, self._to(sides))
+            strengths = self._to(sides * single.active_multipliers)
+            parts["signed"][i] = torch.zeros_like(parts["signed"][i]).index_copy(0, rows, strengths)
+            parts["y"][i] = self._to(single.y)
+            parts["margin"][i], parts["residual"][i] = single.margin, single.residual
+        factor = ActiveFactor.of(self.K, parts["side"] != 0)
+        return BatchedSolution(**parts, fallbacks=len(members), factor=factor)
+
+    def _to(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _solve_one(self, member: int, c: Tensor, h: Tensor) -> QPSolution:
+        """Solve one member by the single solver; its errors name the member."""
         try:
-            solution = self.single.solve(c.detach().cpu().numpy(), h.detach().cpu().numpy())
+            return self.single.solve(c[member].detach().cpu().numpy(), h[member].detach().cpu().numpy())
         except SSIGDError as error:
             raise type(error)(f"member {member}: {error}") from error
-        index, sides, _ = solution.work
-        side = torch.zeros(len(self.R), dtype=torch.float64)
-        side[torch.from_numpy(index)] = torch.from_numpy(sides)
-        return side.to(self.device)
 
     def _check_margin(self, margin: Tensor) -> None:
         least = self.single.min_margin

@@ -1,5 +1,4 @@
-"""Reference gradients through CVXPY: differentiable layers (cvxpylayers), and central differences of
-re-solves.
+"""Reference gradients through CVXPY: cvxpylayers, and central differences of re-solves.
 
 Both need the extra: pip install "breaching-ext[ssigd]". The lower level is compiled once for each problem as
 a DPP program whose parameters are the linear term c_l + Pᵀx + q and the right-hand side b − A x.

@@ -99,8 +99,7 @@ def _add_plane(
 def _minimise_model(
     problem: QuadraticBilevelProblem, planes: dict[tuple[int, ...], tuple[Array, float]]
 ) -> tuple[Array, float]:
-    """Return the minimiser over X of the quadratic part plus the largest plane, and a lower bound of its
-    value.
+    """Return the minimiser of the model over X, and a lower bound of its value.
 
     The bound is the value of the Lagrangian dual at daqp's multipliers, made to sum to one: weak duality
     holds for any such multipliers, so rounding in the solver cannot make the bound wrong.

@@ -90,8 +90,7 @@ def batched_implicit_gradient(
 def smoothed_gradient(
     problem: QuadraticBilevelProblem, x: Tensor, q: Tensor, *, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Return the Monte-Carlo estimate of ∇E_q[F_q(x)] over perturbations q (N, p), and its standard error;
-    (n,) each.
+    """Return a Monte-Carlo estimate of ∇E_q[F_q(x)] over q (N, p), and its standard error; (n,) each.
 
     Raises:
         SSIGDError: fewer than two perturbations.
@@ -105,8 +104,7 @@ def smoothed_gradient(
 
 
 def coupling_free_gradient(problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None = None) -> Tensor:
-    """Return ∇ₓf at (x, y*(x)) alone: what is left of ∇F when the lower level is taken not to depend on x,
-    (n,).
+    """Return ∇ₓf at (x, y*(x)) alone, which takes the lower level not to depend on x, (n,).
 
     This is the (wrong) gradient of a prototype whose lower level did not contain x. It is here to be
     measured.

@@ -46,8 +46,7 @@ def convex_instance(dim: int, seed: int = 0) -> QuadraticBilevelProblem:
 
 
 def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
-    """Return the optimum of a `convex_instance` from one QP in (x, y), without its lower level or our
-    gradient.
+    """Return the optimum of a `convex_instance` from one QP in (x, y).
 
     Because c_upper < 0 the upper level wants y large, and y*(x) is the largest y with y ≤ 1 and Q_lower y ≤
     −(c_l + Pᵀx): so the lower level may be replaced by these inequalities.

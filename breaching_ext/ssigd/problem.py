@@ -39,8 +39,7 @@ def _tensor(value: ArrayLike | Tensor, name: str) -> Tensor:
 
 
 class QuadraticBilevelProblem:
-    """A bilevel problem from its matrices. The data must not be changed after construction: factors are
-    cached.
+    """A bilevel problem from its matrices, which must not be changed afterwards: factors are cached.
 
     Args:
         Q_upper: (n, n), positive semi-definite. x_target: (n,). c_upper: (p,).
@@ -200,8 +199,7 @@ def random_spd(rng: np.random.Generator, n: int, condition: float) -> Array:
 
 
 class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
-    """The random reference problem: x moves the lower level through P (and through A where constraints are
-    coupled).
+    """The random reference problem, in which x moves the lower level through P (and A).
 
     Args:
         dim: number of upper-level variables.

@@ -1,5 +1,4 @@
-"""Certified parametric QP: solve ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and differentiate
-it.
+"""Certified parametric QP: ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and its derivative.
 
 daqp (Arnström, Bemporad, Axehill: "A dual active-set solver for embedded quadratic programming using
 recursive LDLᵀ updates", IEEE TAC 2022) finds the active set from a warm start. The point is then polished:

@@ -1,5 +1,4 @@
-"""Two-sided form of the rows of G: opposite rows (a box) become one constraint with a lower and an upper
-side.
+"""Two-sided form of the rows of G: opposite rows (a box) become one constraint with two sides.
 
 A box on n variables has 2n rows, of which at most n can be active. Pairing them halves the constraint
 products that the solver caches and the systems that the batched solver factorises.

@@ -50,15 +50,16 @@ def test_configs_run(name, tmp_path):
 
 
 def test_paper_configs_have_the_papers_sizes():
-    sizes = {name: tuple(load(name)[key] for key in ("upper", "lower", "constraints", "iterations")) for name in SMALL
-             if name.startswith("dsblo")}  # fmt: skip
+    keys = ("upper", "lower", "constraints", "iterations")
+    sizes = {name: tuple(load(name)[key] for key in keys) for name in SMALL if name.startswith("dsblo")}
     assert sizes == {"dsblo_small": (10, 10, 5, 100), "dsblo_large": (50, 50, 10, 100)}
 
 
 def test_example_writes_its_files(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "ssigd_bilevel.py"), "convex", "dims=[3]", "seeds=[0]"]
     run = subprocess.run(
-        [*command, "iterations=20", "--output", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True,
+        [*command, "iterations=20", "--output", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True, text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["convex.json", "convex.png"]

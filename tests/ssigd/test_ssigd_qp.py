@@ -140,11 +140,11 @@ def test_right_side_at_small_margins(margin, side):
 
 
 BAD = {
-    "infeasible": (np.eye(2), [[1, 1], [-1, 0], [0, -1]], [0, 0], [-1, 0, 0], InfeasibleError, "violation is 0.333"),
+    "infeasible": (np.eye(2), [[1, 1], [-1, 0], [0, -1]], [0, 0], [-1, 0, 0], InfeasibleError, "is 0.333"),
     "crossed": (np.eye(2), BOX, [0, 0], [-1, 1, -1, 1], InfeasibleError, "cross by 2"),
     "indefinite": (np.diag([1, -1]), BOX, [0, 0], np.ones(4), NotStronglyConvexError, "eigenvalue is -1"),
     "singular": (np.diag([1, 0]), BOX, [0, 0], np.ones(4), NotStronglyConvexError, "not positive definite"),
-    "nearly singular": (np.diag([1, 1e-15]), BOX, [0, 0], np.ones(4), NotStronglyConvexError, "condition number"),
+    "nearly singular": (np.diag([1, 1e-15]), BOX, [0, 0], np.ones(4), NotStronglyConvexError, "condition"),
     "NaN c": (np.eye(2), BOX, [np.nan, 0], np.ones(4), NonFiniteError, "c holds NaN"),
     "infinite h": (np.eye(2), BOX, [0, 0], [np.inf, 1, 1, 1], NonFiniteError, "h holds NaN"),
     "NaN Q": (np.diag([np.nan, 1]), BOX, [0, 0], np.ones(4), NonFiniteError, "Q or G"),

@@ -28,7 +28,7 @@ def plot_runs(
 
     Args:
         runs: results by label.
-        reference: optimum to subtract from F, by label; then the axis is logarithmic. Default none.
+        reference: optimum to subtract from F, by label; the axis is logarithmic then. Default none.
         title: of the figure.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -43,14 +43,12 @@ def plot_runs(
         axes[0, 1].plot(1e3 * np.array(history["seconds"]), values, **style)
         axes[1, 0].plot(history["step"], **style)
         axes[1, 1].plot(np.maximum(history["margin"], 1e-16), **style)
-    name = "F(x) − optimum" if reference else "F(x)"
-    for axis, x_label, y_label, log in (
-        (axes[0, 0], "iteration", name, bool(reference)), (axes[0, 1], "time (ms)", name, bool(reference)),
-        (axes[1, 0], "iteration", "step size", True), (axes[1, 1], "iteration", "margin", True),
+    name, scale = ("F(x) − optimum", "log") if reference else ("F(x)", "symlog")
+    for axis, x_label, y_label, y_scale in (
+        (axes[0, 0], "iteration", name, scale), (axes[0, 1], "time (ms)", name, scale),
+        (axes[1, 0], "iteration", "step size", "log"), (axes[1, 1], "iteration", "margin", "log"),
     ):  # fmt: skip
-        axis.set(xlabel=x_label, ylabel=y_label)
-        if log:
-            axis.set_yscale("log")
+        axis.set(xlabel=x_label, ylabel=y_label, yscale=y_scale)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
     figure.suptitle(title)

@@ -1,8 +1,8 @@
 """A certified finish for convex F: cutting planes over the active sets that a run has found.
 
-A subgradient method with steps 1/(μ(r+1)) can do no better than O(log T / T) where the optimum lies on a
-kink of F (Khanduri et al., Theorem 3): its iterates jump between the pieces that meet there. Where f is
-linear in y, each of these pieces is known exactly from one gradient: F is ½ (x−x_t)ᵀQ_u(x−x_t) plus the
+Where the optimum lies on a kink of F, a subgradient method with steps 1/(μ(r+1)) is slow (a gap of
+O(log T / T) is what Khanduri et al. promise): its iterates jump between the pieces that meet there. Where f
+is linear in y, each of these pieces is known exactly from one gradient: F is ½ (x−x_t)ᵀQ_u(x−x_t) plus the
 maximum of one affine function for each active set. Minimising over the pieces seen so far is a QP (Kelley's
 method with an exact quadratic part); its value is a lower bound of F, so the result carries a gap that needs
 no knowledge of the optimum.

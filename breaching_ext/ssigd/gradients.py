@@ -1,6 +1,6 @@
 """The implicit gradient ∇F(x) = ∇ₓf + (∂y*/∂x)ᵀ ∇ᵧf through the KKT system, one x at a time or a batch.
 
-Source: Khanduri et al. (ICML 2023), Lemma 2; with coupled constraints arXiv 2504.04545, eqs. (3)–(5). The
+Source: Khanduri et al. (ICML 2023), Lemma 2.4; with coupled constraints arXiv 2504.04545, section 2.2. The
 Jacobian of y* is never formed: one adjoint solve gives the product that the chain rule needs.
 """
 

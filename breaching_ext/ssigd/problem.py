@@ -6,9 +6,12 @@
     g(x, y) = ½ yᵀ Q_l y + (c_l + Pᵀ x + q)ᵀ y
 
 q is the random linear perturbation of Khanduri et al. (ICML 2023), which makes y* differentiable almost
-surely. The coupling P (or A) is what makes this a bilevel problem: without it y* is the same for every x, the implicit
-part of the gradient is zero, and a test of that gradient tests nothing. On the reference problem below, leaving
-that part out makes the gradient wrong by 53 to 67 % (median relative error at n = 5 to 50; benchmarks/ssigd.py).
+surely.
+
+The coupling P (or A) is what makes this a bilevel problem: without it y* is the same for every x, the
+implicit part of the gradient is zero, and a test of that gradient tests nothing. On the reference problem
+below, leaving that part out makes the gradient wrong by 53 to 67 % (median relative error at n = 5 to 50;
+measured by benchmarks/ssigd.py).
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ class ParametricQP:
     def adjoint(self, solution: QPSolution, v: Array, *, warn: bool = True) -> tuple[Array, Array]:
         """Solve the KKT system once for a vector-Jacobian product.
 
-        With [Q Gₐᵀ; Gₐ 0][a; b] = [v; 0] on the active rows: vᵀdy = −aᵀdc + bᵀdh − ½(ayᵀ+yaᵀ):dQ − (λaᵀ +
-        byᵀ):dG.
+        On the active rows, [Q Gₐᵀ; Gₐ 0][a; b] = [v; 0] gives
+        vᵀdy = −aᵀdc + bᵀdh − ½(ayᵀ + yaᵀ):dQ − (λaᵀ + byᵀ):dG.
 
         Args:
             solution: what `solve` returned.

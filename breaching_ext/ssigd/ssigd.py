@@ -1,7 +1,8 @@
 """SSIGD: stochastic smoothed implicit gradient descent with one perturbation q for the whole run.
 
 Source: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong: "Linearly constrained bilevel optimization: a
-smoothed implicit gradient approach", ICML 2023, Algorithm 2 with the step sizes of its Theorems 2 to 4.
+smoothed implicit gradient approach", ICML 2023, Algorithm 2. Theorems and assumptions are numbered as in its
+ICLR 2023 submission, which is public.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ REGIMES = ("strongly_convex", "convex", "weakly_convex")
 class SSIGD(BilevelDescent):
     """x ← proj_X(x − β_r ∇F_q(x; ξ)), with q drawn once.
 
-    Step sizes: "strongly_convex" β_r = min(1/(μ_F (r+1)), 1/L) (Theorem 3, capped); "convex" and
-        "weakly_convex"
-    β = step/√T (Theorems 4 and 2). The output is an average of the iterates, weighted by r+1 in the strongly
-    convex regime, where early iterates are far off, and uniform otherwise (Theorem 4). `x_last` and `x_best`
-    of the result are there as well.
+    The step size is β_r = min(1/(μ_F (r+1)), 1/L) in the regime "strongly_convex" (Theorem 3, capped), and
+    β = step/√T in "convex" and "weakly_convex" (Theorems 4 and 2). The output is an average of the iterates,
+    weighted by r+1 in the strongly convex regime, where early iterates are far off, and uniform otherwise
+    (Theorem 4). `x_last` and `x_best` of the result are there as well.
 
     Args:
         problem: the bilevel problem.
@@ -37,8 +37,8 @@ class SSIGD(BilevelDescent):
             convex.
         lipschitz: L, default the largest eigenvalue of Q_upper.
         step: scale of the constant step size, default 1/L.
-        q_std: standard deviation of the entries of q, default 1e-6. |F_q − F| ≤ L_f ‖q‖/μ_g (Proposition
-            3.2).
+        q_std: standard deviation of the entries of q, default 1e-6. |F_q − F| ≤ L_f ‖q‖/μ_g
+            (Proposition 2).
         noise_std, inexactness, backend, seed: see BilevelDescent.
 
     Raises:

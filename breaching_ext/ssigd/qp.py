@@ -36,7 +36,10 @@ from breaching_ext.ssigd.solution import Index, QPSolution
 logger = logging.getLogger(__name__)
 
 RESIDUAL_TOLERANCE = 1e-9
-REFINE_ABOVE = 1e3  # condition number of Q from which KKT solves are refined in extended precision
+# Condition number of Q from which KKT solves are refined with residuals in extended precision. Where long
+# double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error grows
+# to about 1e-16 times the condition number.
+REFINE_ABOVE = 1e3
 MAX_CORRECTIONS = 50
 # A dual active-set solver adds rows one by one. From this many rows on, primal-dual active-set steps, which
 # exchange all rows that are on the wrong side at once, reach the set sooner; daqp takes over where they do

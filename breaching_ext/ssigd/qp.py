@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 RESIDUAL_TOLERANCE = 1e-9
 # Condition number of Q from which KKT solves are refined with residuals in extended precision. Where long
-# double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error grows
-# to about 1e-16 times the condition number.
+# double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
+# grows to about 1e-16 times the condition number.
 REFINE_ABOVE = 1e3
 MAX_CORRECTIONS = 50
 # A dual active-set solver adds rows one by one. From this many rows on, primal-dual active-set steps, which

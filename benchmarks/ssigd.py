@@ -354,10 +354,9 @@ def main() -> None:
     results |= {"bad_inputs": bad_inputs(), "coupling_free": coupling_free(small)}
     results["versions"] = {**versions(), "python": platform.python_version(), **reference_versions()}
     results["machine"] = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-    }
+        "processor": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
+        "threads": torch.get_num_threads(), "device": "cpu",
+    }  # fmt: skip
     results["seed"] = 0
     write_json(arguments.output / "results.json", results)
     text = table(results)

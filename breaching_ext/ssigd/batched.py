@@ -227,7 +227,8 @@ class BatchedQP:
         y, signed = self._kkt(factor, -c, bound)
         Ry = y @ self.R.T
         slack = torch.minimum(upper - Ry, Ry - lower) / self.norms
-        gaps = torch.where(mask, signed * side * self.norms, slack)
+        opposite = (upper - lower) / self.norms
+        gaps = torch.where(mask, torch.minimum(signed * side * self.norms, opposite), slack)
         lag = (y @ self.Q + c + signed @ self.R).abs().amax(dim=1)
         residual = lag / (1.0 + c.abs().amax(dim=1) + _most(signed.abs()))
         margin = gaps.amin(dim=1) if gaps.shape[1] else torch.full_like(residual, torch.inf)

@@ -260,7 +260,7 @@ class ParametricQP:
 
     def _margin(self, side: Array, index: Index, force: Array, slack: Array, reach: float) -> float:
         """Return the strict-complementarity margin and act on a degenerate one."""
-        slack[index] = np.inf
+        slack[index] = self._width[index]  # the opposite side of an active row is a constraint too
         margin = max(float(min(force.min(initial=np.inf), slack.min(initial=np.inf))), 0.0)
         if margin <= SIGN_TOLERANCE * reach:
             self._check_licq(np.flatnonzero((side != 0) | (slack <= SIGN_TOLERANCE * reach)))
@@ -297,7 +297,8 @@ class ParametricQP:
                     "h holds NaN or infinity; leave out rows that do not bind instead of h = inf"
                 )
             lower, upper = self.rows.sides(h)
+            self._width = (upper - lower) / self._norms
             if self._has_pairs:
-                check_gap(self.rows, lower, upper, (upper - lower) / self._norms)
+                check_gap(self.rows, lower, upper, self._width)
             self._h, self._bounds, self._bounds_changed = h.copy(), (lower, upper), True
         return self._bounds

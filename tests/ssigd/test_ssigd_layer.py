@@ -170,3 +170,12 @@ def test_second_derivatives_and_wrong_shapes_raise():
         layer(c[None, None], torch.ones(4))
     with pytest.raises(SSIGDError, match="expected"):
         layer(torch.zeros(3, 3), torch.ones(4))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), dim=st.integers(1, 8), kind=st.sampled_from(["box", "coupled"]))
+def test_batch_reports_the_margins_of_the_single_solver(seed, dim, kind):
+    Q, G, c, h = data(dim, seed, 6, kind)
+    single = ParametricQP(Q.numpy(), G.numpy())
+    margins = [single.solve(ci, hi).margin for ci, hi in zip(c.numpy(), h.numpy(), strict=True)]
+    np.testing.assert_allclose(BatchedQP(single).solve(c, h).margin.numpy(), margins, atol=1e-11)

@@ -86,13 +86,13 @@ def nonconvex(
 
 
 def dsblo(
-    upper: int, lower: int, constraints: int, seeds: list[int], iterations: int, steps: list[float],
+    upper: int, lower: int, constraints: int, seeds: list[int], iterations: int, steps: list[float], low: float,
     ssigd: dict[str, Any], dsblo: dict[str, Any],
 ) -> Report:  # fmt: skip
     """Run the numerical example of the DS-BLO paper with the best step size of each algorithm."""
     rows, runs = [], {}
     for seed in _progress(seeds, "dsblo"):
-        problem = dsblo_example(upper, lower, constraints, seed)
+        problem = dsblo_example(upper, lower, constraints, seed, low)
         constant = {"regime": "weakly_convex", **ssigd}
         candidates: dict[str, list[tuple[float, SSIGD | DSBLO]]] = {
             "SSIGD": [(s, SSIGD(problem, step=s * iterations**0.5, seed=seed, **constant)) for s in steps],
@@ -105,6 +105,7 @@ def dsblo(
                 "seed": seed, "algorithm": name, "step": step, "objective_start": problem.objective(x0),
                 "objective_last": result.objectives["last"], "objective_best": result.objectives["best"],
                 "seconds": result.history["seconds"][-1],
+                "active_last": len(problem.certified_solution(result.x_last).active),
                 "active_changes": sum(result.history["active_changes"]),
                 "largest_violation": max(result.history["violation"]),
             })  # fmt: skip

@@ -147,19 +147,23 @@ def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | N
     return Optimum(torch.from_numpy(x), torch.from_numpy(y), float(problem.upper_objective(x, y)))
 
 
-def dsblo_example(upper: int, lower: int, constraints: int, seed: int = 0) -> QuadraticBilevelProblem:
+def dsblo_example(
+    upper: int, lower: int, constraints: int, seed: int = 0, low: float = 0.0
+) -> QuadraticBilevelProblem:
     """Return the numerical example of arXiv 2504.04545, section 4.1.
 
-    f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b; all matrices and
-    b have entries uniform on [0, 1] (the paper says "uniform" without the range) and x is not bounded.
+    f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b and x unbounded. The
+    paper draws all matrices and b from "the uniform distribution" without its range. On [0, 1] no constraint is
+    active along the way; on [−1, 1] they are.
 
     Args:
         upper, lower, constraints: d_u, d_l and k; the paper has 10, 10, 5 and 50, 50, 10.
         seed: seed of the data.
+        low: entries of Q₁, Q₂, A and B are uniform on [low, 1], default 0; those of b on [0, 1].
     """
     rng = np.random.default_rng(seed)
-    Q1, Q2 = rng.uniform(size=(upper, lower)), rng.uniform(size=(upper, lower))
-    B, A = rng.uniform(size=(constraints, lower)), rng.uniform(size=(constraints, upper))
+    Q1, Q2 = rng.uniform(low, 1.0, (upper, lower)), rng.uniform(low, 1.0, (upper, lower))
+    B, A = rng.uniform(low, 1.0, (constraints, lower)), rng.uniform(low, 1.0, (constraints, upper))
     return QuadraticBilevelProblem(
         Q_upper=2.0 * np.eye(upper), x_target=np.full(upper, -0.5), constant=-0.25 * upper,
         c_upper=np.ones(lower), Q_upper_y=2.0 * np.eye(lower), R=0.1 * Q1,

@@ -141,7 +141,7 @@ def test_same_seed_same_run_and_other_seed_another():
 
 
 def test_dsblo_follows_algorithm_1(monkeypatch):
-    problem = dsblo_example(4, 3, 2)
+    problem = dsblo_example(4, 3, 2, low=-1.0)
     algorithm = DSBLO(problem, beta=0.7, gamma1=2.0, gamma2=5.0, q_std=1e-2)
     seen, sample = [], GradientOracle.sample
 

@@ -86,8 +86,8 @@ def nonconvex(
 
 
 def dsblo(
-    upper: int, lower: int, constraints: int, seeds: list[int], iterations: int, steps: list[float], low: float,
-    ssigd: dict[str, Any], dsblo: dict[str, Any],
+    upper: int, lower: int, constraints: int, seeds: list[int], iterations: int, steps: list[float],
+    low: float, ssigd: dict[str, Any], dsblo: dict[str, Any],
 ) -> Report:  # fmt: skip
     """Run the numerical example of the DS-BLO paper with the best step size of each algorithm."""
     rows, runs = [], {}

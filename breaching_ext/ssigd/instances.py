@@ -152,9 +152,9 @@ def dsblo_example(
 ) -> QuadraticBilevelProblem:
     """Return the numerical example of arXiv 2504.04545, section 4.1.
 
-    f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b and x unbounded. The
-    paper draws all matrices and b from "the uniform distribution" without its range. On [0, 1] no constraint is
-    active along the way; on [−1, 1] they are.
+    f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b and x unbounded.
+    The paper draws all matrices and b from "the uniform distribution" without its range. On [0, 1] hardly any
+    constraint is ever active; on [−1, 1] several are, and F has kinks.
 
     Args:
         upper, lower, constraints: d_u, d_l and k; the paper has 10, 10, 5 and 50, 50, 10.

@@ -16,6 +16,7 @@ measured by benchmarks/ssigd.py).
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,19 @@ class QuadraticBilevelProblem:
     def dim_lower(self) -> int:
         """Number of lower-level variables."""
         return len(self.c_lower)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits of a hash of all data; a checkpoint is tied to its problem by them."""
+        digest = hashlib.sha256(repr(self.constant).encode())
+        for value in (*vars(self._tensors).values(), self.B, self.x_lower, self.x_upper):
+            digest.update(value.numpy().tobytes())
+        return digest.hexdigest()[:8]
+
+    def __repr__(self) -> str:
+        """Return the sizes and the fingerprint of the data."""
+        sizes = f"dim={self.dim}, dim_lower={self.dim_lower}, rows={len(self.b)}"
+        return f"{type(self).__name__}({sizes}, fingerprint={self.fingerprint!r})"
 
     @cached_property
     def layer(self) -> QPLayer:
@@ -247,10 +261,3 @@ class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
             Q_upper_y=upper_y_weight * np.eye(p), min_margin=min_margin,
         )  # fmt: skip
         self.seed, self.constraints = seed, constraints
-
-    def __repr__(self) -> str:
-        """Return the arguments that made the problem."""
-        return (
-            f"{type(self).__name__}(dim={self.dim}, seed={self.seed}, constraints={self.constraints!r}, "
-            f"dim_lower={self.dim_lower}, rows={len(self.b)})"
-        )

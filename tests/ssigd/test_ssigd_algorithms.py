@@ -114,8 +114,14 @@ def test_interrupted_runs_resume_as_if_they_had_not_been(make, tmp_path, monkeyp
         assert torch.equal(getattr(resumed, name), getattr(whole, name))
     for name in set(SERIES) - {"seconds"}:
         assert resumed.history[name] == whole.history[name]
-    with pytest.raises(ValueError, match="other settings"):
-        make(problem).solve(41, checkpoint=path)
+    other = StronglyConvexBilevelProblem(4, seed=2, constraints="coupled")
+    for changed in (
+        lambda: make(problem).solve(41, start(problem), checkpoint=path),
+        lambda: make(problem).solve(40, start(problem, 1), checkpoint=path),
+        lambda: make(other).solve(40, start(problem), checkpoint=path),
+    ):
+        with pytest.raises(ValueError, match="other settings"):
+            changed()
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -132,6 +138,12 @@ def test_non_finite_gradients_stop_the_run_and_keep_the_checkpoint(tmp_path, mon
     with pytest.raises(NonFiniteError, match="reduce the step size"):
         SSIGD(problem).solve(20, checkpoint=tmp_path / "run.json")
     assert json.loads((tmp_path / "run.json").read_text())["snapshot"]["iteration"] == 7
+
+
+def test_a_problem_is_known_by_its_data():
+    first, again, other = (convex_instance(4, seed) for seed in (0, 0, 1))
+    assert repr(first) == repr(again) != repr(other)
+    assert "dim=4" in repr(first)
 
 
 def test_same_seed_same_run_and_other_seed_another():

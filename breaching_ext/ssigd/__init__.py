@@ -39,8 +39,9 @@ from breaching_ext.ssigd.instances import (
     enumerate_optimum,
 )
 from breaching_ext.ssigd.layer import QPLayer
-from breaching_ext.ssigd.problem import QuadraticBilevelProblem, StronglyConvexBilevelProblem
+from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.qp import ParametricQP
+from breaching_ext.ssigd.reference import StronglyConvexBilevelProblem
 from breaching_ext.ssigd.solution import QPSolution
 from breaching_ext.ssigd.ssigd import SSIGD
 

@@ -17,7 +17,7 @@ from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.finish import certified_finish
 from breaching_ext.ssigd.history import BilevelResult, versions
 from breaching_ext.ssigd.instances import convex_instance, convex_optimum, dsblo_example, enumerate_optimum
-from breaching_ext.ssigd.problem import StronglyConvexBilevelProblem
+from breaching_ext.ssigd.reference import StronglyConvexBilevelProblem
 from breaching_ext.ssigd.ssigd import SSIGD
 
 logger = logging.getLogger(__name__)

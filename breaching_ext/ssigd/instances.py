@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from breaching_ext.ssigd.errors import InfeasibleError, NotCertifiedError, SSIGDError
-from breaching_ext.ssigd.problem import QuadraticBilevelProblem, random_spd
+from breaching_ext.ssigd.problem import QuadraticBilevelProblem
+from breaching_ext.ssigd.reference import random_spd
 from breaching_ext.ssigd.rows import Array
 
 MAX_ENUMERATION = 200_000

@@ -18,7 +18,7 @@ from breaching_ext.ssigd import (
     SSIGDError,
 )
 from breaching_ext.ssigd import qp as qp_module
-from breaching_ext.ssigd.problem import random_spd
+from breaching_ext.ssigd.reference import random_spd
 from breaching_ext.ssigd.rows import pair_rows
 
 BOX = np.vstack([np.eye(2), -np.eye(2)])

@@ -1,0 +1,157 @@
+"""QPLayer: a quadratic program as a differentiable PyTorch module.
+
+The backward pass is one adjoint KKT solve on the active set (Amos & Kolter, "OptNet", ICML 2017, eq. 6–8,
+without the complementarity rows that the certified active set makes redundant). It uses no finite
+differences and no unrolling, so its accuracy is that of a linear solve in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from breaching_ext.ssigd.batched import BatchedQP, BatchedSolution
+from breaching_ext.ssigd.errors import SSIGDError
+from breaching_ext.ssigd.qp import ParametricQP
+from breaching_ext.ssigd.solution import QPSolution
+
+
+class _SingleQP(torch.autograd.Function):
+    """Forward: certified solve. Backward: one adjoint KKT solve for Q, G, c and h together."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor, G: Tensor, c: Tensor, h: Tensor, layer: QPLayer) -> Tensor:
+        ctx.qp = layer.single()
+        ctx.solution = layer.last_solution = ctx.qp.solve(c.detach().cpu().numpy(), h.detach().cpu().numpy())
+        ctx.device = c.device
+        return torch.from_numpy(ctx.solution.y).to(c.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        solution: QPSolution = ctx.solution
+        a, b = ctx.qp.adjoint(solution, grad.cpu().numpy())
+        wanted = ctx.needs_input_grad
+        grad_Q = grad_G = grad_h = None
+        if wanted[0]:
+            outer = np.outer(a, solution.y)
+            grad_Q = -0.5 * (outer + outer.T)
+        if wanted[1]:
+            grad_G = np.zeros((solution.rows, len(a)))
+            grad_G[solution.active] = -np.outer(solution.active_multipliers, a) - np.outer(b, solution.y)
+        if wanted[3]:
+            grad_h = np.zeros(solution.rows)
+            grad_h[solution.active] = b
+        grads = (grad_Q, grad_G, -a if wanted[2] else None, grad_h)
+        return (*(None if g is None else torch.from_numpy(g).to(ctx.device) for g in grads), None)
+
+
+class _BatchedQP(torch.autograd.Function):
+    """Autograd of a batch: one adjoint KKT solve a member, gradients of Q and G summed over the batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, Q: Tensor, G: Tensor, c: Tensor, h: Tensor, qp: BatchedQP
+    ) -> tuple[Tensor, BatchedSolution]:
+        ctx.qp, ctx.solution = qp, qp.solve(c, h)
+        return ctx.solution.y.clone(), ctx.solution
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        qp, s = ctx.qp, ctx.solution
+        a, b = qp.adjoint(s, grad)
+        wanted = ctx.needs_input_grad
+        grad_Q = grad_G = grad_h = None
+        if wanted[0]:
+            outer = a.T @ s.y
+            grad_Q = -0.5 * (outer + outer.T)
+        if wanted[1]:
+            grad_G = -(qp.row_values(s.signed, s.side).T @ a) - qp.row_values(b, s.side).T @ s.y
+        if wanted[3]:
+            grad_h = qp.row_values(b, s.side)
+        return grad_Q, grad_G, -a if wanted[2] else None, grad_h, None
+
+
+class QPLayer(nn.Module):
+    """y(c, h) = argmin over y of ½ yᵀQy + cᵀy subject to G y ≤ h, differentiable in Q, G, c and h.
+
+    Float64 throughout: inputs in float32 are converted, the result is float64. Second derivatives are not
+    defined (they raise). Factors of constant Q and G are cached; they are rebuilt when Q or G change in
+    place, so both may be parameters under training.
+
+    Args:
+        Q: (n, n), positive definite; its symmetric part counts.
+        G: (m, n).
+        min_margin: raise DegenerateError below this strict-complementarity margin; None (default) warns once
+            where a gradient is taken at a margin of zero.
+
+    Attributes:
+        last_solution: the certificate of the last call: a QPSolution, or a BatchedSolution for a batch.
+
+    Example:
+        >>> layer = QPLayer(torch.eye(2), torch.cat([torch.eye(2), -torch.eye(2)]))
+        >>> layer(torch.tensor([-3.0, 0.5]), torch.ones(4))
+        tensor([ 1.0000, -0.5000], dtype=torch.float64)
+    """
+
+    def __init__(self, Q: Tensor, G: Tensor, *, min_margin: float | None = None) -> None:
+        """See the class."""
+        super().__init__()
+        self.Q: Tensor
+        self.G: Tensor
+        self.min_margin = min_margin
+        for name, value in (("Q", torch.as_tensor(Q)), ("G", torch.as_tensor(G))):
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif value.requires_grad:
+                setattr(self, name, value)
+            else:
+                self.register_buffer(name, value.to(torch.float64))
+        self.last_solution: QPSolution | BatchedSolution | None = None
+        self._key: tuple[object, ...] | None = None
+        self._single: ParametricQP | None = None
+        self._batched: BatchedQP | None = None
+        self.single()  # bad matrices raise here, not at the first call
+
+    def single(self) -> ParametricQP:
+        """Return the solver of one QP for the present Q and G."""
+        key = (id(self.Q), self.Q._version, id(self.G), self.G._version)
+        if self._single is None or key != self._key:
+            arrays = (value.detach().cpu().numpy() for value in (self.Q, self.G))
+            self._single = ParametricQP(*arrays, min_margin=self.min_margin)
+            self._batched, self._key = None, key
+        return self._single
+
+    def batched(self, device: torch.device) -> BatchedQP:
+        """Return the solver of a batch for the present Q and G on `device`."""
+        single = self.single()
+        if self._batched is None or self._batched.device != device:
+            self._batched = BatchedQP(single, device=device)
+        return self._batched
+
+    def forward(self, c: Tensor, h: Tensor) -> Tensor:
+        """Solve for c of shape (n,) or (N, n) and h of shape (m,) or (N, m); either may be the batched one.
+
+        Returns:
+            y of shape (n,) or (N, n), float64.
+
+        Raises:
+            SSIGDError and its subclasses: see errors.py; in a batch the message names the member.
+        """
+        c, h = c.to(torch.float64), h.to(torch.float64)
+        if c.ndim == 1 and h.ndim == 1:
+            return _SingleQP.apply(self.Q.to(torch.float64), self.G.to(torch.float64), c, h, self)
+        if max(c.ndim, h.ndim) != 2:
+            raise SSIGDError(f"c has {c.ndim} and h {h.ndim} dimensions; expected 1 or 2 (a batch)")
+        count = c.shape[0] if c.ndim == 2 else h.shape[0]
+        c, h = c.expand(count, -1), h.expand(count, -1)
+        batched = self.batched(c.device)
+        y, self.last_solution = _BatchedQP.apply(
+            self.Q.to(torch.float64), self.G.to(torch.float64), c, h, batched
+        )
+        return y

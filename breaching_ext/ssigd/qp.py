@@ -1,0 +1,304 @@
+"""Certified parametric QP: ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and its derivative.
+
+daqp (Arnström, Bemporad, Axehill: "A dual active-set solver for embedded quadratic programming using
+recursive LDLᵀ updates", IEEE TAC 2022) finds the active set from a warm start. The point is then polished:
+one KKT solve on that set, whose signs and residual are checked again and whose set is corrected where they
+fail. Everything that depends on Q and G alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ, R being the rows of
+G in two-sided form.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import daqp
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.linalg import lapack
+
+from breaching_ext.ssigd.checks import (
+    SIGN_TOLERANCE,
+    check_condition,
+    check_gap,
+    check_matrices,
+    unsolved_error,
+)
+from breaching_ext.ssigd.errors import (
+    DegenerateError,
+    LICQError,
+    NonFiniteError,
+    NotCertifiedError,
+    SSIGDError,
+)
+from breaching_ext.ssigd.rows import Array, pair_rows
+from breaching_ext.ssigd.solution import Index, QPSolution
+
+logger = logging.getLogger(__name__)
+
+RESIDUAL_TOLERANCE = 1e-9
+# Condition number of Q from which KKT solves are refined with residuals in extended precision. Where long
+# double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
+# grows to about 1e-16 times the condition number.
+REFINE_ABOVE = 1e3
+MAX_CORRECTIONS = 50
+# A dual active-set solver adds rows one by one. From this many rows on, primal-dual active-set steps, which
+# exchange all rows that are on the wrong side at once, reach the set sooner; daqp takes over where they do
+# not settle.
+PREDICT_FROM = 100
+MAX_PREDICTIONS = 12
+
+
+class ParametricQP:
+    """The QP with fixed Q and G. Not thread-safe: the warm start lives in the solver.
+
+    Args:
+        Q: Hessian, (n, n); its symmetric part counts. Must be positive definite.
+        G: constraint matrix, (m, n); m = 0 is allowed.
+        min_margin: raise DegenerateError where the strict-complementarity margin is below this value.
+            None (default) logs one warning where a gradient is taken at a margin of zero.
+
+    Raises:
+        NonFiniteError: Q or G holds NaN or infinity.
+        NotStronglyConvexError: Q is not positive definite, or its condition number exceeds 1e14.
+        SSIGDError: the shapes do not match or a row of G is zero.
+    """
+
+    def __init__(self, Q: ArrayLike, G: ArrayLike, *, min_margin: float | None = None) -> None:
+        """See the class."""
+        self.Q, self.G = check_matrices(Q, G)
+        self.min_margin = min_margin
+        self.condition = check_condition(self.Q)
+        self.rows = pair_rows(self.G)
+        R = self.R = self.rows.R
+        factor, _ = lapack.dpotrf(self.Q, lower=1)
+        inverse, _ = lapack.dpotri(factor, lower=1)
+        self.Q_inverse = np.tril(inverse) + np.tril(inverse, -1).T
+        self.T = self.Q_inverse @ R.T  # (n, p)
+        self._T_rows = np.ascontiguousarray(self.T.T)
+        self.K = R @ self.T  # (p, p)
+        self._norms = np.linalg.norm(R, axis=1)
+        self._refine = self.condition > REFINE_ABOVE
+        if self._refine:
+            self._Q_long, self._R_long = self.Q.astype(np.longdouble), R.astype(np.longdouble)
+        self._has_pairs = bool(self.rows.paired.any())
+        self._model: daqp.Model | None = None
+        self._h: Array | None = None  # the last right-hand side that was checked
+        self._bounds_changed = True
+        self._last_side: Array | None = None
+        self._warned = False
+
+    @property
+    def n(self) -> int:
+        """Number of variables."""
+        return self.Q.shape[0]
+
+    @property
+    def m(self) -> int:
+        """Number of rows of G."""
+        return self.G.shape[0]
+
+    def solve(self, c: ArrayLike, h: ArrayLike) -> QPSolution:
+        """Solve for one linear term and right-hand side and certify the result.
+
+        Args:
+            c: linear term, (n,).
+            h: right-hand side, (m,).
+
+        Returns:
+            The solution with active set, margin and residual.
+
+        Raises:
+            NonFiniteError, InfeasibleError, LICQError, DegenerateError, NotCertifiedError: see errors.py.
+        """
+        c, h = self._check_vectors(c, h)
+        lower, upper = self._sides(h)
+        predicting = len(upper) >= PREDICT_FROM
+        side = self._predict(c, lower, upper) if predicting else self._daqp_sides(c, lower, upper, h)
+        for step in range(MAX_CORRECTIONS):
+            index = side.nonzero()[0]
+            sides = side[index]
+            bound = np.where(sides > 0, upper[index], lower[index])
+            try:
+                y, signed, factor = self._kkt(index, -c, bound)
+            except (LICQError, NotCertifiedError):
+                if not predicting:
+                    raise
+                # a wrong guess may hold dependent rows although the solution's set does not
+                predicting, side = False, self._daqp_sides(c, lower, upper, h)
+                continue
+            Ry = self.R @ y
+            slack = np.minimum(upper - Ry, Ry - lower) / self._norms
+            force = signed * sides * self._norms[index]
+            reach, scale = 1.0 + np.abs(y).max(), 1.0 + np.abs(c).max()
+            low_force, low_slack = force.min(initial=0.0), slack.min(initial=0.0)
+            if low_force >= -SIGN_TOLERANCE * scale and low_slack >= -SIGN_TOLERANCE * reach:
+                residual = max(self._stationarity(c, y, index, signed) / scale, -low_slack / reach)
+                margin = self._margin(side, index, force, slack, reach)
+                self._last_side = side
+                active, multipliers = self.rows.row_of(index, sides), np.maximum(signed * sides, 0.0)
+                return QPSolution(y, active, multipliers, margin, residual, self.m, (index, sides, factor))
+            if predicting and step < MAX_PREDICTIONS:
+                wrong = force < -SIGN_TOLERANCE * scale
+                side += np.where(slack < -SIGN_TOLERANCE * reach, np.where(Ry > upper, 1.0, -1.0), 0.0)
+                side[index] = np.where(wrong, 0.0, sides)
+            elif predicting:
+                predicting, side = False, self._daqp_sides(c, lower, upper, h)
+            else:
+                self._correct(side, index, force, slack, Ry, upper)
+        raise NotCertifiedError(
+            f"the active set did not settle in {MAX_CORRECTIONS} corrections; rescale Q and G"
+        )
+
+    def adjoint(self, solution: QPSolution, v: Array, *, warn: bool = True) -> tuple[Array, Array]:
+        """Solve the KKT system once for a vector-Jacobian product.
+
+        On the active rows, [Q Gₐᵀ; Gₐ 0][a; b] = [v; 0] gives
+        vᵀdy = −aᵀdc + bᵀdh − ½(ayᵀ + yaᵀ):dQ − (λaᵀ + byᵀ):dG.
+
+        Args:
+            solution: what `solve` returned.
+            v: cotangent of y, (n,).
+            warn: False where a one-sided gradient at a kink is meant, default True.
+
+        Returns:
+            a of shape (n,) and b over the active rows `solution.active`, (k,).
+        """
+        if warn:
+            self.warn_kink(solution.margin, SIGN_TOLERANCE * (1.0 + np.abs(solution.y).max()))
+        index, side, factor = solution.work
+        a, b, _ = self._kkt(index, v, np.zeros(len(index)), factor)
+        return a, b * side
+
+    def _kkt(
+        self, index: Index, r: Array, e: Array, factor: Array | None = None
+    ) -> tuple[Array, Array, Array | None]:
+        """Solve Q y + R_Wᵀ λ = r, R_W y = e; return y, λ and the factor of R_W Q⁻¹ R_Wᵀ."""
+        if factor is None and len(index):
+            factor = self._schur(index)
+        y, signed = self._kkt_once(index, r, e, factor)
+        if self._refine:
+            for _ in range(3):
+                lag = r - self._Q_long @ y - self._R_long[index].T @ signed
+                gap = e - self._R_long[index] @ y
+                dy, ds = self._kkt_once(index, lag.astype(float), gap.astype(float), factor)
+                y, signed = y + dy, signed + ds
+                if np.abs(dy).max() <= 1e-16 * np.abs(y).max():
+                    break
+        return y, signed, factor
+
+    def _kkt_once(self, index: Index, r: Array, e: Array, factor: Array | None) -> tuple[Array, Array]:
+        y = self.Q_inverse @ r
+        if factor is None:
+            return y, np.zeros(0)
+        signed, _ = lapack.dpotrs(factor, self.R.take(index, 0) @ y - e, lower=1)
+        return y - signed @ self._T_rows.take(index, 0), signed
+
+    def _schur(self, index: Index) -> Array:
+        """Return the Cholesky factor of R_W Q⁻¹ R_Wᵀ, or raise LICQError where the rows are dependent."""
+        S = self.K[index[:, None], index]
+        factor, info = lapack.dpotrf(S, lower=1, clean=0)
+        if info or ((factor.diagonal() ** 2) < 1e-8 * S.diagonal()).any():
+            self._check_licq(index)
+        if info:
+            raise NotCertifiedError("the KKT matrix is singular to working precision; rescale Q and G")
+        return factor
+
+    def _check_licq(self, index: Index) -> None:
+        unit = self.R[index] / self._norms[index, None]
+        if len(index) > self.n or np.linalg.svd(unit, compute_uv=False)[-1] < 1e-10:
+            names = self.rows.upper_of[index].tolist()
+            raise LICQError(
+                f"LICQ fails: the active rows {names[:8]} of G (or their opposites) are linearly dependent: "
+                "the multipliers and the gradient are not unique; remove duplicate or redundant rows"
+            )
+
+    def _predict(self, c: Array, lower: Array, upper: Array) -> Array:
+        """Return the sides of the last solution, or at first the bounds that the free minimiser violates."""
+        if self._last_side is not None:
+            return self._last_side.copy()
+        free = -(c @ self.T)
+        return (free > upper).astype(float) - (free < lower)
+
+    def _daqp_sides(self, c: Array, lower: Array, upper: Array, h: Array) -> Array:
+        """Return the active sides that daqp finds: 1 upper, -1 lower, 0 not active, (p,)."""
+        if not len(upper):
+            return upper
+        if self._model is None:
+            self._model = daqp.Model()
+            self._model.settings = {"primal_tol": 1e-10, "dual_tol": 1e-12}
+            A = self.R[self.n :] if self.rows.simple_bounds else self.R
+            flag, _ = self._model.setup(self.Q, c, np.ascontiguousarray(A), upper, lower)
+            self._model.settings = {"primal_tol": 1e-10, "dual_tol": 1e-12}
+        else:
+            bounds = {"bupper": upper, "blower": lower} if self._bounds_changed else {}
+            flag = self._model.update(f=c, **bounds)
+        self._bounds_changed = False
+        if flag >= 0:
+            _, _, flag, info = self._model.solve()
+            if flag == 1:
+                return np.sign(info["lam"])
+        self._model, self._h = None, None  # a failed solve must not be the next one's warm start
+        raise unsolved_error(self.G, h, flag)
+
+    def _stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
+        """Return ‖Qy + c + R_Wᵀλ‖∞, or raise where the polish left it large."""
+        error = float(np.abs(self.Q @ y + c + signed @ self.R.take(index, 0)).max())
+        scale = 1.0 + np.abs(c).max() + np.abs(signed).max(initial=0.0)
+        if not error <= RESIDUAL_TOLERANCE * scale:
+            raise NotCertifiedError(f"KKT residual {error:.3g} after the polish; rescale Q, c, G and h")
+        return error
+
+    @staticmethod
+    def _correct(side: Array, index: Index, force: Array, slack: Array, Ry: Array, upper: Array) -> None:
+        """Change one row of the set in place: drop the most negative force or add the worst violation."""
+        worst_force = force.min() if len(force) else 0.0
+        if worst_force < 0 and -worst_force >= -slack.min():
+            side[index[force.argmin()]] = 0.0
+        else:
+            row = slack.argmin()
+            side[row] = 1.0 if Ry[row] > upper[row] else -1.0
+
+    def _margin(self, side: Array, index: Index, force: Array, slack: Array, reach: float) -> float:
+        """Return the strict-complementarity margin and act on a degenerate one."""
+        slack[index] = self._width[index]  # the opposite side of an active row is a constraint too
+        margin = max(float(min(force.min(initial=np.inf), slack.min(initial=np.inf))), 0.0)
+        if margin <= SIGN_TOLERANCE * reach:
+            self._check_licq(np.flatnonzero((side != 0) | (slack <= SIGN_TOLERANCE * reach)))
+        if self.min_margin is not None and margin < self.min_margin:
+            raise DegenerateError(
+                f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a "
+                "constraint is weakly active and y* has a kink here; perturb the linear term (q)"
+            )
+        return margin
+
+    def warn_kink(self, margin: float, tolerance: float) -> None:
+        """Log, once for each solver, that a gradient is taken where y* has none: margin ≤ tolerance."""
+        if margin <= tolerance and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a constraint is weakly active (margin %.1e): y* has a kink here, its gradient is one-sided; "
+                "perturb the linear term with q, or set min_margin to raise instead",
+                margin,
+            )
+
+    def _check_vectors(self, c: ArrayLike, h: ArrayLike) -> tuple[Array, Array]:
+        c, h = np.ascontiguousarray(c, dtype=float), np.ascontiguousarray(h, dtype=float)
+        if c.shape != (self.n,) or h.shape != (self.m,):
+            raise SSIGDError(f"c has shape {c.shape} and h {h.shape}; expected ({self.n},) and ({self.m},)")
+        if not np.isfinite(c).all():
+            raise NonFiniteError("c holds NaN or infinity")
+        return c, h
+
+    def _sides(self, h: Array) -> tuple[Array, Array]:
+        """Return the two-sided bounds of h, checked; those of the previous h are kept."""
+        if self._h is None or not np.array_equal(h, self._h):
+            if not np.isfinite(h).all():
+                raise NonFiniteError(
+                    "h holds NaN or infinity; leave out rows that do not bind instead of h = inf"
+                )
+            lower, upper = self.rows.sides(h)
+            self._width = (upper - lower) / self._norms
+            if self._has_pairs:
+                check_gap(self.rows, lower, upper, self._width)
+            self._h, self._bounds, self._bounds_changed = h.copy(), (lower, upper), True
+        return self._bounds

@@ -1,0 +1,1 @@
+"""Configurations of the bilevel experiments in examples/ssigd_bilevel.py."""

@@ -53,9 +53,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 def points(problem: StronglyConvexBilevelProblem, count: int, seed: int = 0) -> torch.Tensor:
     """Return random points of X, unrelated to each other, so that warm starts help little, (count, n)."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(
-        rng.uniform(problem.x_lower.numpy(), problem.x_upper.numpy(), (count, problem.dim))
-    )
+    return torch.from_numpy(rng.uniform(problem.x_lower.numpy(), problem.x_upper.numpy(), (count, problem.dim)))
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -257,9 +255,7 @@ def outcome(call: Callable[[], torch.Tensor]) -> str:
     return told + f"gradient {np.array2string(value.numpy(), precision=3)}"
 
 
-def layer_gradient(
-    Q: np.ndarray, G: np.ndarray, c: np.ndarray, h: np.ndarray, *, batch: bool = False
-) -> torch.Tensor:
+def layer_gradient(Q: np.ndarray, G: np.ndarray, c: np.ndarray, h: np.ndarray, *, batch: bool = False) -> torch.Tensor:
     layer = QPLayer(torch.from_numpy(Q), torch.from_numpy(G))
     linear = torch.from_numpy(c).requires_grad_()
     right = torch.from_numpy(h)
@@ -334,9 +330,7 @@ def cell(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="dimensions up to 20")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ssigd")
     arguments = parser.parse_args()
@@ -348,9 +342,7 @@ def main() -> None:
         "accuracy": accuracy(small),
         "margins": margins(small),
     }
-    results["differences"] = [
-        {"dim": row["dim"], **row["relative_difference_to_kkt"]} for row in results["scaling"]
-    ]
+    results["differences"] = [{"dim": row["dim"], **row["relative_difference_to_kkt"]} for row in results["scaling"]]
     results |= {"bad_inputs": bad_inputs(), "coupling_free": coupling_free(small)}
     results["versions"] = {**versions(), "python": platform.python_version(), **reference_versions()}
     results["machine"] = {
@@ -363,9 +355,7 @@ def main() -> None:
     (arguments.output / "table.md").write_text(text, encoding="utf-8")
     times = [row["milliseconds"] for row in results["scaling"]]
     lines = {name: [row[name] for row in times] for name in [*BACKENDS, "batch"]}
-    save_figure(
-        plot_scaling(dims, lines, title="Implicit gradient, one core"), arguments.output / "scaling.png"
-    )
+    save_figure(plot_scaling(dims, lines, title="Implicit gradient, one core"), arguments.output / "scaling.png")
     print(text)
 
 

@@ -33,9 +33,7 @@ def config_folder() -> Path:
 def main() -> None:
     folder = config_folder()
     names = sorted(path.stem for path in folder.glob("*.yaml"))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", choices=names)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--output", type=Path, default=ROOT / "examples" / "results" / "ssigd")
@@ -60,9 +58,7 @@ def print_table(report: Report) -> None:
     for row in report.summary["rows"]:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for group, rows in groups.items():
-        print(
-            ", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True)), f"({len(rows)} runs)"
-        )
+        print(", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True)), f"({len(rows)} runs)")
         for key, value in rows[0].items():
             if isinstance(value, float):
                 values = [row[key] for row in rows]

@@ -129,9 +129,7 @@ class BatchedQP:
     def _check(self, c: Tensor, h: Tensor) -> None:
         n, m = self.single.n, self.single.m
         if c.ndim != 2 or c.shape[1] != n or h.shape != (c.shape[0], m):
-            raise SSIGDError(
-                f"c has shape {tuple(c.shape)} and h {tuple(h.shape)}; expected (N, {n}) and (N, {m})"
-            )
+            raise SSIGDError(f"c has shape {tuple(c.shape)} and h {tuple(h.shape)}; expected (N, {n}) and (N, {m})")
         for name, value in (("c", c), ("h", h)):
             bad = (~torch.isfinite(value)).any(dim=1)
             if bool(bad.any()):
@@ -219,9 +217,7 @@ class BatchedQP:
         signed = factor.solve(r @ self.T - e)
         return r @ self.Q_inverse - signed @ self.T.T, signed
 
-    def _assemble(
-        self, c: Tensor, lower: Tensor, upper: Tensor, side: Tensor, factor: ActiveFactor
-    ) -> BatchedSolution:
+    def _assemble(self, c: Tensor, lower: Tensor, upper: Tensor, side: Tensor, factor: ActiveFactor) -> BatchedSolution:
         mask = side != 0
         bound = torch.where(side > 0, upper, lower).masked_fill(~mask, 0.0)
         y, signed = self._kkt(factor, -c, bound)

@@ -40,8 +40,7 @@ def check_condition(Q: Array) -> float:
     low, high = float(eigenvalues[0]), float(eigenvalues[-1])
     if low <= 0 or lapack.dpotrf(Q, lower=1)[1]:
         raise NotStronglyConvexError(
-            f"Q is not positive definite: its smallest eigenvalue is {low:.3g}; "
-            "add a multiple of the identity"
+            f"Q is not positive definite: its smallest eigenvalue is {low:.3g}; add a multiple of the identity"
         )
     if high / low > MAX_CONDITION:
         raise NotStronglyConvexError(
@@ -63,13 +62,9 @@ def check_gap(rows: PairedRows, lower: Array, upper: Array, gap: Array) -> None:
     row = int(gap.argmin())
     names = f"rows {rows.upper_of[row]} and {rows.lower_of[row]} of G are opposite"
     if gap[row] < 0:
-        raise InfeasibleError(
-            f"no y satisfies G y ≤ h: {names} and their bounds cross by {-gap[row]:.3g}; relax h"
-        )
+        raise InfeasibleError(f"no y satisfies G y ≤ h: {names} and their bounds cross by {-gap[row]:.3g}; relax h")
     if gap[row] <= SIGN_TOLERANCE:
-        raise LICQError(
-            f"LICQ fails: {names} with equal bounds, which fixes a combination of y; substitute it away"
-        )
+        raise LICQError(f"LICQ fails: {names} with equal bounds, which fixes a combination of y; substitute it away")
 
 
 def unsolved_error(G: Array, h: Array, flag: int) -> InfeasibleError | NotCertifiedError:
@@ -89,6 +84,4 @@ def unsolved_error(G: Array, h: Array, flag: int) -> InfeasibleError | NotCertif
             f"no y satisfies G y ≤ h: the smallest possible violation is {phase.fun:.3g}; relax h, "
             "or keep x where the lower level is feasible"
         )
-    return NotCertifiedError(
-        f"daqp stopped with exit flag {flag} on a feasible problem; rescale Q, c, G and h"
-    )
+    return NotCertifiedError(f"daqp stopped with exit flag {flag} on a feasible problem; rescale Q, c, G and h")

@@ -154,9 +154,7 @@ def cvxpylayers_solve(
     linear_term, right_hand_side = problem.linear_term(x, q), problem.right_hand_side(x)
     arguments = dict(ACCURATE_LAYER if solver_args is None else solver_args)
     if not (torch.is_grad_enabled() and (linear_term.requires_grad or right_hand_side.requires_grad)):
-        arguments.pop(
-            "mode", None
-        )  # of the derivative; without one the layer passes it on to SCS, which fails
+        arguments.pop("mode", None)  # of the derivative; without one the layer passes it on to SCS, which fails
     (solution,) = problem.cache["layer"](linear_term, right_hand_side, solver_args=arguments)
     return solution
 

@@ -196,9 +196,7 @@ class BilevelDescent(ABC):
             active, seconds, dict(rng.bit_generator.state),
         )  # fmt: skip
 
-    def _result(
-        self, end: Snapshot, history: dict[str, list[float]], settings: dict[str, Any]
-    ) -> BilevelResult:
+    def _result(self, end: Snapshot, history: dict[str, list[float]], settings: dict[str, Any]) -> BilevelResult:
         arrays = {"last": end.x, "average": end.total / end.weight, "best": end.best_x}
         points = {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
         objectives = {name: self.problem.objective(x) for name, x in arrays.items()}

@@ -58,15 +58,11 @@ class DSBLO(BilevelDescent):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        super().__init__(
-            problem, q_std=q_std, noise_std=noise_std, inexactness=inexactness, backend=backend, seed=seed
-        )
+        super().__init__(problem, q_std=q_std, noise_std=noise_std, inexactness=inexactness, backend=backend, seed=seed)
         if option not in OPTIONS:
             raise SSIGDError(f"option={option!r} is unknown; expected one of {OPTIONS}")
         if (option == "II") != (noise_std > 0):
-            raise SSIGDError(
-                f"noise_std={noise_std} does not fit option={option!r}: I is exact, II is sampled"
-            )
+            raise SSIGDError(f"noise_std={noise_std} does not fit option={option!r}: I is exact, II is sampled")
         if not 0 <= beta < 1:
             raise SSIGDError(f"beta={beta} must be in [0, 1)")
         if not (gamma1 > 0 and gamma2 > 0):

@@ -50,9 +50,7 @@ class EnhancedSSIGD:
         self.backend = "cvxpylayers" if use_cvxpylayers and available() else "kkt"
         if use_cvxpylayers and self.backend == "kkt" and not _fallback_told:
             _fallback_told = True
-            logger.warning(
-                'cvxpylayers is not installed (pip install "breaching-ext[ssigd]"): using backend="kkt"'
-            )
+            logger.warning('cvxpylayers is not installed (pip install "breaching-ext[ssigd]"): using backend="kkt"')
         self.q = self._algorithm("strongly_convex").perturbation()
 
     def grad_F(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # noqa: N802 (the prototype's name)
@@ -101,6 +99,4 @@ class EnhancedSSIGD:
         }  # fmt: skip
 
     def _algorithm(self, regime: str, **parameters: Any) -> SSIGD:
-        return SSIGD(
-            self.problem, regime=regime, q_std=self.q_std, backend=self.backend, seed=self.seed, **parameters
-        )
+        return SSIGD(self.problem, regime=regime, q_std=self.q_std, backend=self.backend, seed=self.seed, **parameters)

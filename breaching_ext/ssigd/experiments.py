@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from breaching_ext.ssigd.dsblo import DSBLO
 from breaching_ext.ssigd.errors import SSIGDError
-from breaching_ext.ssigd.finish import certified_finish
 from breaching_ext.ssigd.history import BilevelResult, versions
 from breaching_ext.ssigd.instances import convex_instance, convex_optimum, dsblo_example, enumerate_optimum
 from breaching_ext.ssigd.reference import StronglyConvexBilevelProblem
@@ -44,8 +43,8 @@ def convex(dims: list[int], seeds: list[int], iterations: int, finish_gradients:
     for dim, seed in _progress([(dim, seed) for dim in dims for seed in seeds], "convex"):
         problem = convex_instance(dim, seed)
         optimum = convex_optimum(problem)
-        result = SSIGD(problem, q_std=q_std, seed=seed).solve(iterations)
-        finish = certified_finish(problem, [result.x_last, result.x_average], max_gradients=finish_gradients)
+        algorithm = SSIGD(problem, q_std=q_std, seed=seed)
+        result, finish = algorithm.solve_certified(iterations, finish_gradients=finish_gradients)
         row = {"dim": dim, "seed": seed, "kink": problem.certified_solution(optimum.x).margin < 1e-9}
         row |= {f"gap_{name}": value - optimum.objective for name, value in result.objectives.items()}
         row |= {"gap_finish": finish.objective - optimum.objective, "certified_gap": finish.gap}
@@ -149,9 +148,7 @@ def run_experiment(config: dict[str, Any]) -> Report:
     expected = set(run.__annotations__) - {"return"}
     if set(arguments) != expected:
         wrong = sorted(set(arguments) ^ expected)
-        raise SSIGDError(
-            f"keys {wrong} are unknown to or missing for experiment={name!r}; expected {sorted(expected)}"
-        )
+        raise SSIGDError(f"keys {wrong} are unknown to or missing for experiment={name!r}; expected {sorted(expected)}")
     report = run(**arguments)
     report.summary.update(config=config, versions=versions(), device="cpu")
     return report

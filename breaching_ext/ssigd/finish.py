@@ -115,9 +115,7 @@ def _minimise_model(
     lower = np.r_[np.maximum(lower_x, -UNBOUNDED), -UNBOUNDED, np.full(len(planes), -UNBOUNDED)]
     z, _, flag, info = daqp.solve(H, f, np.c_[slopes, -np.ones(len(planes))], upper, lower)
     if flag != 1:
-        raise NotCertifiedError(
-            f"daqp stopped with exit flag {flag} on the cutting-plane model; rescale the problem"
-        )
+        raise NotCertifiedError(f"daqp stopped with exit flag {flag} on the cutting-plane model; rescale the problem")
     weights = np.maximum(info["lam"][n + 1 :], 0.0)
     weights /= weights.sum()
     x = np.clip(z[:n], lower_x, upper_x)

@@ -96,9 +96,7 @@ def smoothed_gradient(
         SSIGDError: fewer than two perturbations.
     """
     if q.ndim != 2 or len(q) < 2:
-        raise SSIGDError(
-            f"q has shape {tuple(q.shape)}; expected (N, {problem.dim_lower}) with N of at least 2"
-        )
+        raise SSIGDError(f"q has shape {tuple(q.shape)}; expected (N, {problem.dim_lower}) with N of at least 2")
     gradients = batched_implicit_gradient(problem, x, q, device=device)
     return gradients.mean(dim=0), gradients.std(dim=0) / len(q) ** 0.5
 

@@ -107,9 +107,7 @@ def save_checkpoint(
     write_json(path, {"settings": settings, "snapshot": asdict(snapshot), "history": kept})
 
 
-def load_checkpoint(
-    path: str | Path, settings: dict[str, Any]
-) -> tuple[Snapshot, dict[str, list[float]]] | None:
+def load_checkpoint(path: str | Path, settings: dict[str, Any]) -> tuple[Snapshot, dict[str, list[float]]] | None:
     """Return the snapshot and history in `path`, or None where there is no such file.
 
     Raises:
@@ -119,9 +117,7 @@ def load_checkpoint(
         return None
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     if data["settings"] != json.loads(json.dumps(_plain(settings))):
-        raise ValueError(
-            f"checkpoint={path} belongs to a run with other settings; delete it or change the path"
-        )
+        raise ValueError(f"checkpoint={path} belongs to a run with other settings; delete it or change the path")
     raw = data["snapshot"]
     for name in ("x", "total", "best_x"):
         raw[name] = np.array(raw[name], dtype=float)

@@ -114,9 +114,7 @@ def enumerate_optimum(problem: QuadraticBilevelProblem) -> Optimum:
         if found is not None and (best is None or found.objective < best.objective):
             best = found
     if best is None:
-        raise InfeasibleError(
-            "no active set of the lower level is right anywhere in X; check b and the box X"
-        )
+        raise InfeasibleError("no active set of the lower level is right anywhere in X; check b and the box X")
     return best
 
 
@@ -135,9 +133,7 @@ def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | N
     J, y0 = slope[: qp.n], offset[: qp.n]
     inactive = np.setdiff1d(np.arange(qp.m), of_h)
     rows = np.vstack([-sign * slope[qp.n :], qp.G[inactive] @ J + data.A[inactive]])
-    upper = np.r_[
-        problem.x_upper.numpy(), sign[:, 0] * offset[qp.n :], data.b[inactive] - qp.G[inactive] @ y0
-    ]
+    upper = np.r_[problem.x_upper.numpy(), sign[:, 0] * offset[qp.n :], data.b[inactive] - qp.G[inactive] @ y0]
     lower = np.r_[problem.x_lower.numpy(), np.full(len(rows), -1e30)]
     H = data.hessian + J.T @ data.hessian_y @ J
     f = J.T @ (data.c_upper + data.hessian_y @ y0) - data.hessian @ data.x_target
@@ -148,9 +144,7 @@ def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | N
     return Optimum(torch.from_numpy(x), torch.from_numpy(y), float(problem.upper_objective(x, y)))
 
 
-def dsblo_example(
-    upper: int, lower: int, constraints: int, seed: int = 0, low: float = 0.0
-) -> QuadraticBilevelProblem:
+def dsblo_example(upper: int, lower: int, constraints: int, seed: int = 0, low: float = 0.0) -> QuadraticBilevelProblem:
     """Return the numerical example of arXiv 2504.04545, section 4.1.
 
     f = ‖x‖² + 0.1 xᵀQ₁y + ‖y‖² + 1ᵀx + 1ᵀy and g = ‖x‖² + xᵀQ₂y + ‖y‖², with A x + B y ≤ b and x unbounded.

@@ -54,9 +54,7 @@ class _BatchedQP(torch.autograd.Function):
     """Autograd of a batch: one adjoint KKT solve a member, gradients of Q and G summed over the batch."""
 
     @staticmethod
-    def forward(
-        ctx: Any, Q: Tensor, G: Tensor, c: Tensor, h: Tensor, qp: BatchedQP
-    ) -> tuple[Tensor, BatchedSolution]:
+    def forward(ctx: Any, Q: Tensor, G: Tensor, c: Tensor, h: Tensor, qp: BatchedQP) -> tuple[Tensor, BatchedSolution]:
         ctx.qp, ctx.solution = qp, qp.solve(c, h)
         return ctx.solution.y.clone(), ctx.solution
 
@@ -151,7 +149,5 @@ class QPLayer(nn.Module):
         count = c.shape[0] if c.ndim == 2 else h.shape[0]
         c, h = c.expand(count, -1), h.expand(count, -1)
         batched = self.batched(c.device)
-        y, self.last_solution = _BatchedQP.apply(
-            self.Q.to(torch.float64), self.G.to(torch.float64), c, h, batched
-        )
+        y, self.last_solution = _BatchedQP.apply(self.Q.to(torch.float64), self.G.to(torch.float64), c, h, batched)
         return y

@@ -66,11 +66,7 @@ class GradientOracle:
         """Draw a gradient at x (n,) under the perturbation q (p,)."""
         solution = self.problem.certified_solution(x, q)
         if self.backend == "kkt":
-            y = (
-                inexact_solution(self.problem, x, solution, self.inexactness, rng)
-                if self.inexactness
-                else None
-            )
+            y = inexact_solution(self.problem, x, solution, self.inexactness, rng) if self.inexactness else None
             noise = (self._noise(len(x), rng), self._noise(len(q), rng)) if self.noise_std else None
             gradient = adjoint_gradient(self.problem, x, solution, y=y, noise=noise)
         else:

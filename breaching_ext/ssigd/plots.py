@@ -21,9 +21,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     os.replace(temporary, path)
 
 
-def plot_runs(
-    runs: dict[str, BilevelResult], reference: dict[str, float] | None = None, *, title: str = ""
-) -> Figure:
+def plot_runs(runs: dict[str, BilevelResult], reference: dict[str, float] | None = None, *, title: str = "") -> Figure:
     """Draw F over iterations and over time, the step sizes and the strict-complementarity margins.
 
     Args:

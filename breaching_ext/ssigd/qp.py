@@ -145,9 +145,7 @@ class ParametricQP:
                 predicting, side = False, self._daqp_sides(c, lower, upper, h)
             else:
                 self._correct(side, index, force, slack, Ry, upper)
-        raise NotCertifiedError(
-            f"the active set did not settle in {MAX_CORRECTIONS} corrections; rescale Q and G"
-        )
+        raise NotCertifiedError(f"the active set did not settle in {MAX_CORRECTIONS} corrections; rescale Q and G")
 
     def adjoint(self, solution: QPSolution, v: Array, *, warn: bool = True) -> tuple[Array, Array]:
         """Solve the KKT system once for a vector-Jacobian product.
@@ -169,9 +167,7 @@ class ParametricQP:
         a, b, _ = self._kkt(index, v, np.zeros(len(index)), factor)
         return a, b * side
 
-    def _kkt(
-        self, index: Index, r: Array, e: Array, factor: Array | None = None
-    ) -> tuple[Array, Array, Array | None]:
+    def _kkt(self, index: Index, r: Array, e: Array, factor: Array | None = None) -> tuple[Array, Array, Array | None]:
         """Solve Q y + R_Wᵀ λ = r, R_W y = e; return y, λ and the factor of R_W Q⁻¹ R_Wᵀ."""
         if factor is None and len(index):
             factor = self._schur(index)
@@ -293,9 +289,7 @@ class ParametricQP:
         """Return the two-sided bounds of h, checked; those of the previous h are kept."""
         if self._h is None or not np.array_equal(h, self._h):
             if not np.isfinite(h).all():
-                raise NonFiniteError(
-                    "h holds NaN or infinity; leave out rows that do not bind instead of h = inf"
-                )
+                raise NonFiniteError("h holds NaN or infinity; leave out rows that do not bind instead of h = inf")
             lower, upper = self.rows.sides(h)
             self._width = (upper - lower) / self._norms
             if self._has_pairs:

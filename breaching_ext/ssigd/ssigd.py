@@ -15,7 +15,8 @@ from torch import Tensor
 
 from breaching_ext.ssigd.descent import BilevelDescent, Update
 from breaching_ext.ssigd.errors import SSIGDError
-from breaching_ext.ssigd.history import Snapshot
+from breaching_ext.ssigd.finish import CertifiedPoint, certified_finish
+from breaching_ext.ssigd.history import BilevelResult, Snapshot
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
 
@@ -60,9 +61,7 @@ class SSIGD(BilevelDescent):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        super().__init__(
-            problem, q_std=q_std, noise_std=noise_std, inexactness=inexactness, backend=backend, seed=seed
-        )
+        super().__init__(problem, q_std=q_std, noise_std=noise_std, inexactness=inexactness, backend=backend, seed=seed)
         if regime not in REGIMES:
             raise SSIGDError(f"regime={regime!r} is unknown; expected one of {REGIMES}")
         values = np.linalg.eigvalsh(problem.arrays.hessian)
@@ -76,6 +75,31 @@ class SSIGD(BilevelDescent):
         for name, value in constants.items():
             if not value > 0:
                 raise SSIGDError(f"{name}={value} must be positive in the regime {regime!r}")
+
+    def solve_certified(
+        self, iterations: int, x0: Tensor | None = None, finish_gradients: int = 50
+    ) -> tuple[BilevelResult, CertifiedPoint]:
+        """Spend a budget of gradients on a run and its certified finish, for convex F with f linear in y.
+
+        At an optimum on a kink of F the run alone stays at a gap of O(log T / T); the finish closes it (see
+        `certified_finish`).
+
+        Args:
+            iterations: gradients in all, T.
+            x0: start, (n,), as for `solve`.
+            finish_gradients: how many of them are kept for the finish.
+
+        Returns:
+            The run of T − finish_gradients iterations, and the point after the finish with its certified gap.
+
+        Raises:
+            SSIGDError: the finish would get no gradient or all of them, or see `certified_finish`.
+        """
+        if not 2 < finish_gradients < iterations:
+            raise SSIGDError(f"finish_gradients={finish_gradients} is out of range; valid: 3 to {iterations - 1}")
+        result = self.solve(iterations - finish_gradients, x0)
+        points = [result.x_last, result.x_average]
+        return result, certified_finish(self.problem, points, max_gradients=finish_gradients)
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters for the record."""

@@ -208,9 +208,7 @@ def test_paper_example_is_the_papers_formula():
     x, y = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (6, 4))
     f = x @ x + 0.1 * x @ Q1 @ y + y @ y + x.sum() + y.sum()
     torch.testing.assert_close(problem.upper_objective(x, y), f)
-    torch.testing.assert_close(
-        problem.lower_objective(x, y), x @ Q2 @ y + y @ y
-    )  # without ‖x‖², constant in y
+    torch.testing.assert_close(problem.lower_objective(x, y), x @ Q2 @ y + y @ y)  # without ‖x‖², constant in y
     result = DSBLO(problem, gamma2=20.0).solve(100, start(problem))
     assert result.history["objective"][-1] < result.history["objective"][0]
     assert max(result.history["violation"]) < 1e-9
@@ -246,9 +244,7 @@ def test_sampled_gradients_are_unbiased():
 def test_backends_give_the_same_run():
     pytest.importorskip("cvxpylayers")
     problem = StronglyConvexBilevelProblem(3, seed=1)
-    runs = [
-        SSIGD(problem, backend=backend).solve(5, start(problem)).x_last for backend in ("kkt", "cvxpylayers")
-    ]
+    runs = [SSIGD(problem, backend=backend).solve(5, start(problem)).x_last for backend in ("kkt", "cvxpylayers")]
     torch.testing.assert_close(*runs, rtol=1e-8, atol=1e-8)
 
 
@@ -281,3 +277,18 @@ def test_enumeration_without_a_feasible_piece_says_so():
     )  # fmt: skip
     with pytest.raises(InfeasibleError):
         enumerate_optimum(problem)
+
+
+def test_ssigd_with_its_finish_reaches_the_optimum_within_the_budget():
+    for seed in range(3):
+        problem = convex_instance(5, seed)
+        result, finish = SSIGD(problem, q_std=1e-9, seed=seed).solve_certified(300, finish_gradients=40)
+        assert len(result.history["step"]) + finish.gradients <= 300
+        assert finish.objective - convex_optimum(problem).objective <= 1e-6
+        assert finish.gap <= 1e-6
+
+
+@pytest.mark.parametrize("reserved", [2, 300])
+def test_a_finish_needs_gradients_and_leaves_some(reserved):
+    with pytest.raises(SSIGDError, match="finish_gradients"):
+        SSIGD(convex_instance(5, 0)).solve_certified(300, finish_gradients=reserved)

@@ -24,9 +24,7 @@ from breaching_ext.ssigd import (
     smoothed_gradient,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # of cvxpylayers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of cvxpylayers
 extra = pytest.mark.skipif(
     not (cvxpy_backends.available("cvxpy") and cvxpy_backends.available()),
     reason="the extra [ssigd] is not installed",
@@ -98,9 +96,7 @@ def test_gradcheck_of_every_backend(backend):
 def test_solutions_agree_with_cvxpy():
     problem, x, q = draw(6, 1, "coupled")
     y = torch.from_numpy(problem.certified_solution(x, q).y)
-    torch.testing.assert_close(
-        torch.from_numpy(cvxpy_backends.cvxpy_lower_level(problem, x, q)), y, atol=1e-8, rtol=0
-    )
+    torch.testing.assert_close(torch.from_numpy(cvxpy_backends.cvxpy_lower_level(problem, x, q)), y, atol=1e-8, rtol=0)
     torch.testing.assert_close(cvxpy_backends.cvxpylayers_solve(problem, x, q), y, atol=1e-8, rtol=0)
 
 
@@ -225,7 +221,7 @@ for name in ("cvxpy", "cvxpylayers", "diffcp", "breaching"):
 import torch
 import breaching_ext.ssigd as ssigd
 ssigd.implicit_gradient(ssigd.StronglyConvexBilevelProblem(3), torch.zeros(3))
-others = {"attacks", "matching", "regularizers", "evaluation", "registration", "optimizer_study"}
+others = {"attacks", "matching", "regularizers", "evaluation", "data", "run", "optimizer_study"}
 loaded = {name.split(".")[1] for name in sys.modules if name.startswith("breaching_ext.")}
 assert not loaded & others, loaded
 """

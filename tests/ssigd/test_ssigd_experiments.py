@@ -41,10 +41,7 @@ def test_configs_run(name, tmp_path):
         if key.startswith("gap_"):
             assert value >= -1e-9
     write_json(tmp_path / "summary.json", report.summary)
-    assert (
-        json.loads((tmp_path / "summary.json").read_text())["config"]["experiment"]
-        == load(name)["experiment"]
-    )
+    assert json.loads((tmp_path / "summary.json").read_text())["config"]["experiment"] == load(name)["experiment"]
     save_figure(plot_runs(report.runs, report.reference), tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
 

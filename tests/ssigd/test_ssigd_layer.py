@@ -39,9 +39,7 @@ def data(dim, seed, count=0, kind="coupled"):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_gradcheck_in_all_four(kind, count, seed):
     inputs = tuple(value.clone().requires_grad_() for value in data(4, seed, count, kind))
-    assert torch.autograd.gradcheck(
-        lambda Q, G, c, h: QPLayer(Q, G)(c, h), inputs, eps=1e-6, atol=1e-8, rtol=1e-7
-    )
+    assert torch.autograd.gradcheck(lambda Q, G, c, h: QPLayer(Q, G)(c, h), inputs, eps=1e-6, atol=1e-8, rtol=1e-7)
 
 
 @settings(max_examples=25, deadline=None)

@@ -17,7 +17,7 @@ from breaching_ext.ssigd.plots import plot_runs, plot_scaling, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
-    "convex": {"dims": [3], "seeds": [0], "iterations": 20, "finish_gradients": 20},
+    "convex": {"dims": [3], "seeds": [0], "iterations": 40, "finish_gradients": 20},
     "nonconvex": {"dim": 2, "seeds": [0], "starts": 1, "iterations": 20},
     "dsblo_small": {"seeds": [0], "iterations": 10, "steps": [0.01, 0.1]},
     "dsblo_large": {"seeds": [0], "iterations": 5, "steps": [0.001]},
@@ -55,13 +55,13 @@ def test_paper_configs_have_the_papers_sizes():
 def test_example_writes_its_files(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "ssigd_bilevel.py"), "convex", "dims=[3]", "seeds=[0]"]
     run = subprocess.run(
-        [*command, "iterations=20", "--output", str(tmp_path)],
+        [*command, "iterations=80", "--output", str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True, text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["convex.json", "convex.png"]
     data = json.loads((tmp_path / "convex.json").read_text())
-    assert data["config"]["iterations"] == 20
+    assert data["config"]["iterations"] == 80
     assert "gap_finish" in run.stdout
     assert "Warning" not in run.stderr
 

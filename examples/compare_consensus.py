@@ -130,7 +130,7 @@ def main() -> None:
     """Run what is missing, then write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
     parser.add_argument("--iterations", type=int, default=400, help="iterations of each of the N candidates")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compare_consensus")
     args = parser.parse_args()

@@ -110,7 +110,7 @@ def table(rows: list[dict]) -> str:
 def plot(rows: list[dict], path: Path) -> None:
     """Draw every arm's paired PSNR difference to the sequential arm, seed by seed, with its interval."""
     batches = sorted({row["batch"] for row in rows})
-    figure = Figure(figsize=(5.2 * len(batches), 3.4), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(batches), 3.4), layout="constrained")
     reference, *others = ARMS
     for axis, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         base = {r["seed"]: r["psnr"] for r in rows if r["batch"] == batch and r["arm"] == reference}
@@ -122,7 +122,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set_yticks(range(len(others)), others)
         axis.invert_yaxis()
-        axis.set_xlabel(f"PSNR against {reference} [dB], B = {batch}")
+        axis.set_xlabel(f"PSNR gain over {reference} [dB]\nB = {batch}, bars: 95 % interval")
     write_atomically(path, lambda target: figure.savefig(target, dpi=150))
 
 

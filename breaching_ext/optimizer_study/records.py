@@ -1,0 +1,254 @@
+"""What a run leaves behind: the log of one training, one cell of a grid, and the grid of one variant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .storage import from_json_floats, read_json, to_json_floats, write_json, write_npz
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAN = math.nan
+
+
+@dataclass
+class TrainingLog:
+    """Everything recorded while one member trained.
+
+    A member whose training or test loss became non-finite has diverged: its losses are NaN from that epoch on.
+
+    Attributes:
+        epoch_train_losses: Mean batch loss of each epoch.
+        epoch_test_losses: Test loss after each epoch.
+        epoch_seconds: Wall time of each epoch (training and test); members of a stack share it equally.
+        runtime_seconds: Sum of the same, with start-up and compilation shared equally.
+        step_losses: Batch loss of every step (optional).
+        step_grad_norms: Gradient norm of every step, before weight decay (optional).
+        step_weight_norms: Norm of all parameters before every step (optional).
+        step_lrs: Scheduled learning rate (ρ_t for Adafactor) of every step (optional).
+        samples: Reconstructions (n, …) of the first test images by epoch (optional).
+    """
+
+    epoch_train_losses: list[float] = field(default_factory=list)
+    epoch_test_losses: list[float] = field(default_factory=list)
+    epoch_seconds: list[float] = field(default_factory=list)
+    runtime_seconds: float = 0.0
+    step_losses: list[float] = field(default_factory=list)
+    step_grad_norms: list[float] = field(default_factory=list)
+    step_weight_norms: list[float] = field(default_factory=list)
+    step_lrs: list[float] = field(default_factory=list)
+    samples: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def diverged_epoch(self) -> int | None:
+        """First epoch (from 1 on) with a non-finite loss, or None."""
+        pairs = zip(self.epoch_train_losses, self.epoch_test_losses, strict=True)
+        bad = (epoch for epoch, pair in enumerate(pairs, start=1) if not all(map(math.isfinite, pair)))
+        return next(bad, None)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Epoch (from 1 on) with the lowest test loss, or None if none was finite."""
+        finite = [(loss, epoch) for epoch, loss in enumerate(self.epoch_test_losses, 1) if math.isfinite(loss)]
+        return min(finite)[1] if finite else None
+
+    @property
+    def best_test_loss(self) -> float:
+        """Lowest finite test loss, or NaN."""
+        return NAN if self.best_epoch is None else self.epoch_test_losses[self.best_epoch - 1]
+
+    @property
+    def final_train_loss(self) -> float:
+        """Training loss of the last epoch; NaN if the member diverged."""
+        return self.epoch_train_losses[-1] if self.epoch_train_losses else NAN
+
+    @property
+    def final_test_loss(self) -> float:
+        """Test loss after the last epoch; NaN if the member diverged."""
+        return self.epoch_test_losses[-1] if self.epoch_test_losses else NAN
+
+
+@dataclass
+class GridSearchResult:
+    """One cell of a grid.
+
+    Attributes:
+        lr_multiplier: Factor on the base learning rate.
+        wd_multiplier: Factor on the base weight decay.
+        learning_rate: Base learning rate times multiplier.
+        weight_decay: Base λ (or λ_norm) times multiplier.
+        log: The training.
+    """
+
+    lr_multiplier: float
+    wd_multiplier: float
+    learning_rate: float
+    weight_decay: float
+    log: TrainingLog
+
+    @property
+    def cell(self) -> tuple[float, float]:
+        """The two multipliers."""
+        return self.lr_multiplier, self.wd_multiplier
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cell in the layout of the result files; non-finite numbers become null."""
+        log = self.log
+        values = {
+            "lr_multiplier": self.lr_multiplier,
+            "wd_multiplier": self.wd_multiplier,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "final_train_loss": log.final_train_loss,
+            "final_test_loss": log.final_test_loss,
+            "best_test_loss": log.best_test_loss,
+            "best_epoch": log.best_epoch,
+            "epoch_train_losses": log.epoch_train_losses,
+            "epoch_test_losses": log.epoch_test_losses,
+            "runtime_seconds": log.runtime_seconds,
+        }
+        return {key: to_json_floats(value) for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GridSearchResult:
+        """Read what `to_dict` wrote."""
+        log = TrainingLog(
+            epoch_train_losses=from_json_floats(values["epoch_train_losses"]),
+            epoch_test_losses=from_json_floats(values["epoch_test_losses"]),
+            runtime_seconds=values["runtime_seconds"],
+        )
+        keys = ("lr_multiplier", "wd_multiplier", "learning_rate", "weight_decay")
+        return cls(*(values[key] for key in keys), log=log)
+
+
+@dataclass
+class OptimizerExperiment:
+    """The grid of one variant.
+
+    Attributes:
+        optimizer_id: A1 … D3.
+        optimizer_name: Readable name.
+        config: Settings, schedule, protocol, seed, versions and device of the run, and which cells diverged.
+        results: The cells.
+    """
+
+    optimizer_id: str
+    optimizer_name: str
+    config: dict[str, Any]
+    results: list[GridSearchResult]
+
+    @property
+    def lr_multipliers(self) -> list[float]:
+        """Learning-rate multipliers, ascending."""
+        return sorted({result.lr_multiplier for result in self.results})
+
+    @property
+    def wd_multipliers(self) -> list[float]:
+        """Weight-decay multipliers, ascending."""
+        return sorted({result.wd_multiplier for result in self.results})
+
+    @property
+    def diverged(self) -> list[dict[str, float]]:
+        """The cells that diverged, with the epoch."""
+        return [
+            {"lr_multiplier": r.lr_multiplier, "wd_multiplier": r.wd_multiplier, "epoch": r.log.diverged_epoch}
+            for r in self.results
+            if r.log.diverged_epoch is not None
+        ]
+
+    def get_heatmap_data(self, value: str = "final_test_loss") -> tuple[np.ndarray, list[float], list[float]]:
+        """A quantity over the grid.
+
+        Args:
+            value: A number of `TrainingLog`, such as ``final_test_loss`` or ``best_test_loss``.
+
+        Returns:
+            The quantity (n_lr, n_wd), NaN where a cell diverged or is missing, and the multipliers of both axes.
+        """
+        lrs, wds = self.lr_multipliers, self.wd_multipliers
+        data = np.full((len(lrs), len(wds)), np.nan)
+        for result in self.results:
+            number = getattr(result.log, value)
+            place = lrs.index(result.lr_multiplier), wds.index(result.wd_multiplier)
+            data[place] = number if number is not None and math.isfinite(number) else np.nan
+        return data, lrs, wds
+
+    def plot_heatmap(self, ax: Axes | None = None, title: str | None = None) -> Axes:
+        """Draw the final test loss over the grid, the ten best cells circled; see `figures.draw_heatmap`."""
+        from .figures import draw_heatmap
+
+        return draw_heatmap(self, ax, title)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The experiment in the layout of the result files."""
+        return {
+            "optimizer_id": self.optimizer_id,
+            "optimizer_name": self.optimizer_name,
+            "config": {**self.config, "diverged": self.diverged},
+            "results": [result.to_dict() for result in self.results],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OptimizerExperiment:
+        """Read what `to_dict` wrote."""
+        config = {key: value for key, value in values["config"].items() if key != "diverged"}
+        results = [GridSearchResult.from_dict(result) for result in values["results"]]
+        return cls(values["optimizer_id"], values["optimizer_name"], config, results)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the experiment as JSON, atomically, and optional per-step logs and samples beside it as ``.npz``."""
+        extras = _extras(self.results)
+        if extras:
+            write_npz(Path(path).with_suffix(".npz"), extras)
+        return write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> OptimizerExperiment:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a saved experiment.
+        """
+        try:
+            experiment = cls.from_dict(read_json(path))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"path={str(path)!r} is not a saved experiment ({error!r}).") from error
+        extras = Path(path).with_suffix(".npz")
+        if extras.exists():
+            _restore_extras(experiment.results, extras)
+        return experiment
+
+
+_SERIES = ("epoch_seconds", "step_losses", "step_grad_norms", "step_weight_norms", "step_lrs")
+
+
+def _extras(results: list[GridSearchResult]) -> dict[str, np.ndarray]:
+    """Optional logs by key ``<cell>/<name>``; empty if none were asked for."""
+    if not any(result.log.step_losses or result.log.samples for result in results):
+        return {}
+    arrays: dict[str, np.ndarray] = {}
+    for index, result in enumerate(results):
+        for name in _SERIES:
+            arrays[f"{index}/{name}"] = np.asarray(getattr(result.log, name))
+        for epoch, images in result.log.samples.items():
+            arrays[f"{index}/samples/{epoch}"] = images
+    return arrays
+
+
+def _restore_extras(results: list[GridSearchResult], path: Path) -> None:
+    """Put the optional logs back into their cells."""
+    with np.load(path) as arrays:
+        for key in arrays.files:
+            index, name, *epoch = key.split("/")
+            log = results[int(index)].log
+            if epoch:
+                log.samples[int(epoch[0])] = arrays[key]
+            else:
+                setattr(log, name, arrays[key].tolist())

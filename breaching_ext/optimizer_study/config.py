@@ -4,15 +4,18 @@ Every choice on which the papers and the libraries differ is a field here, with 
 exactly one place (`rules.py` for the update, `schedules.py` for the schedule):
 
 - ``decay`` says what multiplies the weight-decay factor λ. ``"l2"`` adds λθ to the gradient (the loss carries
-  λ/2·‖θ‖²). ``"schedule"`` removes η_t·λ·θ, where η_t is the schedule's factor alone: Algorithm 2 of Loshchilov &
-  Hutter, "Decoupled Weight Decay Regularization", ICLR 2019. ``"lr"`` removes lr_t·λ·θ, where lr_t is the whole step
-  size: `torch.optim.AdamW` and the Adafactor of `transformers`. The last is coupled again: only the product of
+  λ/2·‖θ‖²). ``"schedule"`` removes η_t·λ·θ, where η_t is the schedule's factor alone: Algorithm 2 of
+  Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019. ``"lr"`` removes lr_t·λ·θ, where
+  lr_t is the whole step
+  size: `torch.optim.AdamW` and the Adafactor of `transformers`. The last is coupled again: only the product
+      of
   learning rate and λ matters.
-- ``normalized_decay`` replaces λ by λ_norm·√(b / (B·T)), with b the batch size, B the number of training POINTS and T
-  the epochs of the run, or of the current period under warm restarts (appendix B.1 of the same paper).
-- ``factored_dims`` says which two dimensions of a tensor with more than two are factored. ``"largest"``: the two
-  largest, as the authors' Mesh-TensorFlow code and optax do. ``"last"``: the last two, as torch and transformers do;
-  for a 3×3 convolution these are the kernel's 3×3 entries, which saves nothing.
+- ``normalized_decay`` replaces λ by λ_norm·√(b / (B·T)), with b the batch size, B the number of training
+  POINTS and T the epochs of the run, or of the current period under warm restarts (appendix B.1 of the same
+  paper).
+- ``factored_dims`` says which two dimensions of a tensor with more than two are factored. ``"largest"``: the
+  two largest, as the authors' Mesh-TensorFlow code and optax do. ``"last"``: the last two, as torch and
+  transformers do; for a 3×3 convolution these are the kernel's 3×3 entries, which saves nothing.
 """
 
 from __future__ import annotations
@@ -91,11 +94,13 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class AdafactorConfig(OptimizerConfig):
-    """Adafactor (Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018).
+    """Adafactor (Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML
+    2018).
 
-    ``lr`` is the cap in ρ_t = multiplier·min(lr, 1/√t); the grid's multiplier stands outside the minimum, so that it
-    scales the whole run. The paper defines no weight decay. The default is the classical one, in the gradient, as for
-    Adam + L2; ``decay="lr"`` gives that of `transformers` and ``decay="schedule"`` the decoupled one.
+    ``lr`` is the cap in ρ_t = multiplier·min(lr, 1/√t); the grid's multiplier stands outside the minimum, so
+    that it scales the whole run. The paper defines no weight decay. The default is the classical one, in the
+    gradient, as for Adam + L2; ``decay="lr"`` gives that of `transformers` and ``decay="schedule"`` the
+    decoupled one.
 
     Attributes:
         beta1: Momentum over the clipped, scaled updates; 0 (the paper's choice) keeps none.

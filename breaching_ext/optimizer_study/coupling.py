@@ -1,8 +1,9 @@
 """A number for how strongly the best weight decay depends on the learning rate.
 
-For each learning rate, the weight decay that does a fixed amount of harm is located: the one at which the test loss is
-1.25 times that row's loss without weight decay. Its logarithm is regressed on that of the learning rate. A slope of 0
-means that learning rate and weight decay act apart (decoupled); −1 means that only their product matters.
+For each learning rate, the weight decay that does a fixed amount of harm is located: the one at which the
+test loss is 1.25 times that row's loss without weight decay. Its logarithm is regressed on that of the
+learning rate. A slope of 0 means that learning rate and weight decay act apart (decoupled); −1 means that
+only their product matters.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Coupling:
 def coupling(experiment: OptimizerExperiment, ratio: float = DEFAULT_RATIO) -> Coupling:
     """Measure the coupling of an experiment.
 
-    Rows that never reach the ratio, that exceed it at the smallest positive weight decay already, or whose run without
-    weight decay diverged, have no such point within the grid and are left out. A diverged cell counts as harm.
+    Rows that never reach the ratio, that exceed it at the smallest positive weight decay already, or whose
+    run without weight decay diverged, have no such point within the grid and are left out. A diverged cell
+    counts as harm.
 
     Args:
         experiment: A grid with a column for weight decay 0.

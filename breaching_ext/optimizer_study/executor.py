@@ -1,8 +1,9 @@
 """Choosing how the members of a grid are trained: stacked, stacked and compiled, or one after another.
 
-The choice is measured, not guessed: a few steps of each way on the task itself. Compiling is tried where the run is
-long against the seconds it takes; those are recorded, and the faster step is then taken, since they are spent. Stacking wins where a step is mostly overhead (a small model on a CPU, any of these on a GPU) and loses where
-one member keeps the processor busy on its own (the full convolutional autoencoder on a CPU).
+The choice is measured, not guessed: a few steps of each way on the task itself. Compiling is tried where the
+run is long against the seconds it takes; those are recorded, and the faster step is then taken, since they
+are spent. Stacking wins where a step is mostly overhead (a small model on a CPU, any of these on a GPU) and
+loses where one member keeps the processor busy on its own (the full convolutional autoencoder on a CPU).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 EXECUTORS: tuple[str, ...] = ("auto", "stacked", "sequential")
 COMPILE_CHOICES: tuple[object, ...] = ("auto", True, False)
 
-# Below this many seconds of training, compiling (10–30 s on a CPU, for a gain of up to two) is not worth trying.
+# Below this many seconds of training, compiling (10–30 s on a CPU, for a gain of up to two) is not worth
+# trying.
 COMPILE_FROM_SECONDS = 60.0
 # A calibration step of the stack should not take longer than about this.
 _CALIBRATION_STEP_SECONDS = 1.0
@@ -62,7 +64,11 @@ class Plan:
 
 
 def make_plan(
-    task: TrainingTask, cells: Sequence[Cell], executor: str = "auto", compiled: object = "auto", chunk: int | None = None
+    task: TrainingTask,
+    cells: Sequence[Cell],
+    executor: str = "auto",
+    compiled: object = "auto",
+    chunk: int | None = None,
 ) -> Plan:
     """Decide how to train ``cells``.
 
@@ -96,7 +102,10 @@ def _measure(task: TrainingTask, cells: Sequence[Cell], chunk: int, executor: st
     sample = min(chunk, max(4, int(_CALIBRATION_STEP_SECONDS / (sequential or 1e-3) * 1e3)))
     try:
         stacked = time_step(lambda: StackedRun(task, cells[:sample]), task) / sample
-    except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation without a batching rule
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # buffers, random layers, an operation without a batching rule
         if executor == "stacked":
             raise
         log.info("The model cannot be stacked (%s); training one after another.", error)
@@ -120,7 +129,9 @@ def _measure_compiled(
     if sequential is not None:
         ways["sequential", False] = sequential
     executor, use = min(ways, key=ways.__getitem__)
-    return Plan(executor, use, chunk if executor == "stacked" else 1, sequential, stacked, fast, compile_seconds)
+    return Plan(
+        executor, use, chunk if executor == "stacked" else 1, sequential, stacked, fast, compile_seconds
+    )
 
 
 def time_step(build: Callable[[], StackedRun | SequentialRun], task: TrainingTask, repeats: int = 3) -> float:
@@ -151,8 +162,8 @@ def _batch_step(run: StackedRun | SequentialRun, task: TrainingTask) -> Callable
 def members_in_memory(task: TrainingTask) -> int:
     """How many members fit into half of the free memory (at least one).
 
-    A member holds parameters, gradients, two moments and about as many temporaries, and the activations of a batch,
-    of which the widest layer is estimated from one forward pass.
+    A member holds parameters, gradients, two moments and about as many temporaries, and the activations of a
+    batch, of which the widest layer is estimated from one forward pass.
     """
     device = task.train.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()

@@ -30,7 +30,8 @@ def draw_heatmap(
     title: str | None = None,
     norm: LogNorm | None = None,
 ) -> Axes:
-    """Draw the final test loss: weight decay on x (0 has a place of its own), learning rate on y, both logarithmic.
+    """Draw the final test loss: weight decay on x (0 has a place of its own), learning rate on y, both
+    logarithmic.
 
     The ten best cells are circled; cells that diverged or are missing are grey.
 
@@ -52,7 +53,9 @@ def draw_heatmap(
     ax.set_yticks(range(len(lrs)), [_label(lr) for lr in lrs], fontsize=7)
     ax.set_xlabel(f"weight decay × {_base(experiment, 'weight_decay')}", fontsize=8)
     ax.set_ylabel(f"learning rate × {_base(experiment, 'lr')}", fontsize=8)
-    ax.set_title(title if title is not None else f"{experiment.optimizer_id} {experiment.optimizer_name}", fontsize=9)
+    ax.set_title(
+        title if title is not None else f"{experiment.optimizer_id} {experiment.optimizer_name}", fontsize=9
+    )
     rows, columns = best_cells(data)
     ax.scatter(columns, rows, s=42, facecolors="none", edgecolors="tab:red", linewidths=1.2)
     if norm is None:
@@ -99,7 +102,9 @@ def panel_title(experiment: OptimizerExperiment) -> str:
     if experiment.wd_multipliers[:1] != [0.0]:
         return first
     found = coupling(experiment)
-    number = "not reached" if math.isnan(found.slope) else f"{found.slope:+.2f} ({len(found.lr_multipliers)} rows)"
+    number = (
+        "not reached" if math.isnan(found.slope) else f"{found.slope:+.2f} ({len(found.lr_multipliers)} rows)"
+    )
     return f"{first}\ncoupling {number}"
 
 

@@ -24,7 +24,7 @@ from .models import create_model
 from .records import GridSearchResult, OptimizerExperiment
 from .storage import read_json, write_json
 from .training import Cell, SequentialRun, StackedRun, TrainingTask, train
-from .variants import Variant, get_variant
+from .variants import get_variant
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run_grid(
     seed: int = 42,
     executor: str = "auto",
     *,
-    compile: object = "auto",  # noqa: A002 - the name of the torch function
+    compile: object = "auto",
     chunk: int | None = None,
     schedule: str | None = None,
     schedule_options: dict[str, Any] | None = None,
@@ -63,8 +63,8 @@ def run_grid(
 
     Args:
         variant_id: A1 … D3.
-        model: An autoencoder without buffers, on the device to use, or a name of `models.MODELS` (its weights are
-            then drawn from ``seed``). The module itself is not changed.
+        model: An autoencoder without buffers, on the device to use, or a name of `models.MODELS` (its weights
+            are then drawn from ``seed``). The module itself is not changed.
         train: Training inputs: a dataset (items or their first entries) or a tensor (n, …).
         test: Test inputs, likewise.
         lr_multipliers: Factors on the base learning rate, > 0.
@@ -78,7 +78,8 @@ def run_grid(
         schedule: Another schedule than the variant's.
         schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
         settings: Other settings than the variant's, such as ``{"decay": "lr"}``.
-        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments continues there.
+        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments continues
+            there.
         log_steps: Record loss, gradient norm, weight norm and learning rate of every step.
         sample_epochs: Epochs after which reconstructions of eight test images are kept.
         progress: Whether to show a bar over member-steps.
@@ -92,7 +93,12 @@ def run_grid(
     variant = get_variant(variant_id).with_settings(**(settings or {}))
     cells = _cells(lr_multipliers, wd_multipliers)
     inputs, held_out = images_of(train), images_of(test)
-    require(inputs.shape[1:] == held_out.shape[1:], "test", tuple(held_out.shape), f"shaped like {inputs.shape[1:]}")
+    require(
+        inputs.shape[1:] == held_out.shape[1:],
+        "test",
+        tuple(held_out.shape),
+        f"shaped like {inputs.shape[1:]}",
+    )
     if isinstance(model, str):
         model = create_model(model, inputs.shape[-1], seed)
     parameter = next(model.parameters())
@@ -113,7 +119,9 @@ def run_grid(
 class _Grid:
     """One call of `run_grid`, after its arguments were checked."""
 
-    def __init__(self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool) -> None:
+    def __init__(
+        self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool
+    ) -> None:
         """Read what an earlier, interrupted call left."""
         self.task, self.cells, self.progress = task, cells, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -130,7 +138,11 @@ class _Grid:
             self._train(missing, plan, time.perf_counter() - started)
         finally:
             self._save(force=True)
-        config = {**describe(self.task), "plan": plan.to_dict(), "wall_seconds": time.perf_counter() - started}
+        config = {
+            **describe(self.task),
+            "plan": plan.to_dict(),
+            "wall_seconds": time.perf_counter() - started,
+        }
         variant = self.task.variant
         results = [self.done[cell] for cell in self.cells]
         return OptimizerExperiment(variant.id, variant.name, config, results)
@@ -173,7 +185,12 @@ class _Grid:
 
     def _resume(self) -> dict[Cell, GridSearchResult]:
         """Cells that an interrupted call with the same arguments finished."""
-        if self.checkpoint is None or not self.checkpoint.exists() or self.task.log_steps or self.task.sample_epochs:
+        if (
+            self.checkpoint is None
+            or not self.checkpoint.exists()
+            or self.task.log_steps
+            or self.task.sample_epochs
+        ):
             return {}  # optional logs are not kept in a checkpoint, so such runs start anew
         saved = read_json(self.checkpoint)
         if saved["fingerprint"] != self.fingerprint:

@@ -17,9 +17,9 @@ from .schedules import Fixed, LRScheduler
 class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
     """Any optimizer of the study, for one model.
 
-    The hooks ``compute_first_moment``, ``compute_second_moment``, ``compute_update`` and ``weight_decay_step`` are
-    those of `UpdateRule`; a subclass may override them. ``param_groups`` carry ``lr`` and ``weight_decay``, so torch's
-    own schedulers work too.
+    The hooks ``compute_first_moment``, ``compute_second_moment``, ``compute_update`` and
+    ``weight_decay_step`` are those of `UpdateRule`; a subclass may override them. ``param_groups`` carry
+    ``lr`` and ``weight_decay``, so torch's own schedulers work too.
 
     Args:
         params: Parameters or parameter groups.
@@ -53,7 +53,7 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         self.decay_scale = decay_scale(self.config, self.schedule, self.budget, epoch)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:

@@ -21,7 +21,8 @@ NAN = math.nan
 class TrainingLog:
     """Everything recorded while one member trained.
 
-    A member whose training or test loss became non-finite has diverged: its losses are NaN from that epoch on.
+    A member whose training or test loss became non-finite has diverged: its losses are NaN from that epoch
+    on.
 
     Attributes:
         epoch_train_losses: Mean batch loss of each epoch.
@@ -55,7 +56,9 @@ class TrainingLog:
     @property
     def best_epoch(self) -> int | None:
         """Epoch (from 1 on) with the lowest test loss, or None if none was finite."""
-        finite = [(loss, epoch) for epoch, loss in enumerate(self.epoch_test_losses, 1) if math.isfinite(loss)]
+        finite = [
+            (loss, epoch) for epoch, loss in enumerate(self.epoch_test_losses, 1) if math.isfinite(loss)
+        ]
         return min(finite)[1] if finite else None
 
     @property
@@ -123,8 +126,13 @@ class GridSearchResult:
             epoch_test_losses=from_json_floats(values["epoch_test_losses"]),
             runtime_seconds=values["runtime_seconds"],
         )
-        keys = ("lr_multiplier", "wd_multiplier", "learning_rate", "weight_decay")
-        return cls(*(values[key] for key in keys), log=log)
+        return cls(
+            lr_multiplier=values["lr_multiplier"],
+            wd_multiplier=values["wd_multiplier"],
+            learning_rate=values["learning_rate"],
+            weight_decay=values["weight_decay"],
+            log=log,
+        )
 
 
 @dataclass
@@ -157,7 +165,11 @@ class OptimizerExperiment:
     def diverged(self) -> list[dict[str, float]]:
         """The cells that diverged, with the epoch."""
         return [
-            {"lr_multiplier": r.lr_multiplier, "wd_multiplier": r.wd_multiplier, "epoch": r.log.diverged_epoch}
+            {
+                "lr_multiplier": r.lr_multiplier,
+                "wd_multiplier": r.wd_multiplier,
+                "epoch": r.log.diverged_epoch,
+            }
             for r in self.results
             if r.log.diverged_epoch is not None
         ]
@@ -169,7 +181,8 @@ class OptimizerExperiment:
             value: A number of `TrainingLog`, such as ``final_test_loss`` or ``best_test_loss``.
 
         Returns:
-            The quantity (n_lr, n_wd), NaN where a cell diverged or is missing, and the multipliers of both axes.
+            The quantity (n_lr, n_wd), NaN where a cell diverged or is missing, and the multipliers of both
+            axes.
         """
         lrs, wds = self.lr_multipliers, self.wd_multipliers
         data = np.full((len(lrs), len(wds)), np.nan)
@@ -202,7 +215,8 @@ class OptimizerExperiment:
         return cls(values["optimizer_id"], values["optimizer_name"], config, results)
 
     def save(self, path: str | Path) -> Path:
-        """Write the experiment as JSON, atomically, and optional per-step logs and samples beside it as ``.npz``."""
+        """Write the experiment as JSON, atomically, and optional per-step logs and samples beside it as
+        ``.npz``."""
         extras = _extras(self.results)
         if extras:
             write_npz(Path(path).with_suffix(".npz"), extras)

@@ -1,11 +1,14 @@
 """The update rules, each written once, on tensors with a leading member axis.
 
-A tensor of shape (M, …) holds the same parameter of M independent runs. Everything here is a pure function of its
-arguments: nothing is written in place, no member sees another, and numbers that change from step to step arrive as
-tensors, so that one compiled graph serves a whole run. `BaseOptimizer` is the rule with M = 1, a grid the same rule
-with M = 144.
+A tensor of shape (M, …) holds the same parameter of M independent runs. Everything here is a pure function of
+its
+arguments: nothing is written in place, no member sees another, and numbers that change from step to step
+    arrive as
+tensors, so that one compiled graph serves a whole run. `BaseOptimizer` is the rule with M = 1, a grid the
+same rule with M = 144.
 
-Sources: Kingma & Ba 2015 (Adam, Algorithm 1), Loshchilov & Hutter 2019 (AdamW, Algorithm 2), Shazeer & Stern 2018
+Sources: Kingma & Ba 2015 (Adam, Algorithm 1), Loshchilov & Hutter 2019 (AdamW, Algorithm 2), Shazeer & Stern
+    2018
 (Adafactor, Algorithms 4 and 5), Sutskever et al. 2013 in torch's form (momentum).
 """
 
@@ -136,7 +139,8 @@ class UpdateRule:
         return None if dims is None else (dims[0] + 1, dims[1] + 1)
 
     def step_size(self, param: Tensor, scalars: StepScalars) -> Tensor:
-        """α_t (M,): the scheduled rate, for Adafactor times max(ε₂, RMS(θ)) of the parameter before the step."""
+        """α_t (M,): the scheduled rate, for Adafactor times max(ε₂, RMS(θ)) of the parameter before the
+        step."""
         if isinstance(self.config, AdafactorConfig):
             return scalars.lr * rms(param).clamp(min=self.config.eps2)
         return scalars.lr
@@ -159,7 +163,8 @@ class UpdateRule:
         return torch.lerp(state["first"], value, 1 - beta1)
 
     def compute_second_moment(self, grad: Tensor, state: State, scalars: StepScalars) -> State:
-        """New second moments: ``second`` (M, …), or ``row`` and ``col`` with one factored dimension of size 1."""
+        """New second moments: ``second`` (M, …), or ``row`` and ``col`` with one factored dimension of size
+        1."""
         squared, weight = grad * grad, 1 - scalars.beta2
         if isinstance(self.config, AdafactorConfig):
             squared = squared + self.config.eps1
@@ -189,8 +194,8 @@ class UpdateRule:
     def _inverse_root(self, moments: State, like: Tensor) -> Tensor:
         """V̂^(−1/2) of Adafactor, broadcastable to ``like``.
 
-        The roots of the two factors are taken before they are multiplied: both are of order ε₁ where the gradient is
-        zero, and their product would underflow in float32.
+        The roots of the two factors are taken before they are multiplied: both are of order ε₁ where the
+        gradient is zero, and their product would underflow in float32.
         """
         if "second" in moments:
             return moments["second"].rsqrt()

@@ -1,7 +1,7 @@
 """Learning-rate schedules: the factor η_t by which a step size is multiplied at a moment of the run.
 
-Time is measured in epochs and may be fractional: like the AdamW paper (its T_cur is updated at every batch), the
-trainers ask for the factor at every step, not once an epoch.
+Time is measured in epochs and may be fractional: like the AdamW paper (its T_cur is updated at every batch),
+the trainers ask for the factor at every step, not once an epoch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class StepDrop(LRScheduler):
 
     name = "step_drop"
 
-    def __init__(self, epochs: int, fractions: tuple[float, ...] = (0.3, 0.6, 0.8), gamma: float = 0.1) -> None:
+    def __init__(
+        self, epochs: int, fractions: tuple[float, ...] = (0.3, 0.6, 0.8), gamma: float = 0.1
+    ) -> None:
         """Place the drops.
 
         Args:
@@ -103,8 +105,8 @@ class Cosine(LRScheduler):
 class WarmRestarts(LRScheduler):
     """Cosine annealing restarted after T₀, T₀·m, T₀·m² … epochs (SGDR, Loshchilov & Hutter 2017).
 
-    With T₀ = 10 and m = 2 the periods end at 10, 30, 70, 150: a run of 100 epochs would be judged in the middle of a
-    period, at a high step size. By default the run therefore ends with the last period that fits.
+    With T₀ = 10 and m = 2 the periods end at 10, 30, 70, 150: a run of 100 epochs would be judged in the
+    middle of a period, at a high step size. By default the run therefore ends with the last period that fits.
     """
 
     name = "warm_restarts"
@@ -116,9 +118,9 @@ class WarmRestarts(LRScheduler):
             epochs: Length asked for.
             t0: Length of the first period in epochs.
             t_mult: Factor from one period to the next.
-            end: ``"down"`` ends the run at the last period end within ``epochs`` (70 for 100; a run shorter than the
-                first period is left as it is), ``"up"`` at the first one not before it (150), ``"exact"`` keeps
-                ``epochs``. `describe` records whether the run ends at a period's end.
+            end: ``"down"`` ends the run at the last period end within ``epochs`` (70 for 100; a run shorter
+                than the first period is left as it is), ``"up"`` at the first one not before it (150),
+                ``"exact"`` keeps ``epochs``. `describe` records whether the run ends at a period's end.
 
         Raises:
             ValueError: If a number is below one or ``end`` is unknown.
@@ -132,7 +134,8 @@ class WarmRestarts(LRScheduler):
         super().__init__({"down": below or epochs, "up": above, "exact": epochs}[end])
 
     def _around(self, epochs: int) -> tuple[int, int]:
-        """The last period end that is at most ``epochs`` (0 if there is none) and the first that is at least it."""
+        """The last period end that is at most ``epochs`` (0 if there is none) and the first that is at least
+        it."""
         end, length, below = self.t0, self.t0, 0
         while end < epochs:
             below, length = end, length * self.t_mult
@@ -173,5 +176,7 @@ def create_schedule(name: str, epochs: int, **options: object) -> LRScheduler:
         ValueError: If the name or an option's value is not valid.
     """
     require_choice("schedule", name, SCHEDULES)
-    kinds: dict[str, Callable[..., LRScheduler]] = {k.name: k for k in (Fixed, StepDrop, Cosine, WarmRestarts)}
+    kinds: dict[str, Callable[..., LRScheduler]] = {
+        k.name: k for k in (Fixed, StepDrop, Cosine, WarmRestarts)
+    }
     return kinds[name](epochs, **options)

@@ -16,16 +16,16 @@ _FUSED_DEVICES = ("cpu", "cuda")
 def torch_optimizer(config: OptimizerConfig, params: Sequence[Tensor]) -> torch.optim.Optimizer | None:
     """The `torch.optim` optimizer with the same definition, fused where the device has it.
 
-    Learning rate and weight decay are left to the caller, who sets them at every step; for ``decay="schedule"`` the
-    group's weight decay must be λ / lr, since torch's AdamW removes lr·λ.
+    Learning rate and weight decay are left to the caller, who sets them at every step; for
+    ``decay="schedule"`` the group's weight decay must be λ / lr, since torch's AdamW removes lr·λ.
 
     Args:
         config: Settings of the variant.
         params: The model's parameters.
 
     Returns:
-        Adam, AdamW or SGD; None for Adafactor, whose published implementations differ from each other, and for SGD
-        with a decoupled decay, which torch does not have.
+        Adam, AdamW or SGD; None for Adafactor, whose published implementations differ from each other, and
+        for SGD with a decoupled decay, which torch does not have.
     """
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
     common: dict[str, Any] = {"lr": config.lr, "fused": fused}

@@ -77,7 +77,8 @@ class TrainingTask:
         return self.schedule.epochs * self.budget.steps_per_epoch
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
-        """The batches of an epoch, in an order that depends on seed and epoch alone: members see the same ones."""
+        """The batches of an epoch, in an order that depends on seed and epoch alone: members see the same
+        ones."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
         order = torch.randperm(len(self.train), generator=generator).to(self.train.device)
         return (self.train[index] for index in order.split(self.budget.batch_size))
@@ -139,7 +140,8 @@ class StackedRun:
 
 
 class SequentialRun:
-    """One member, as an ordinary model with an ordinary optimizer: torch's fused one where the definitions agree.
+    """One member, as an ordinary model with an ordinary optimizer: torch's fused one where the definitions
+    agree.
 
     Args:
         task: What the members share.
@@ -168,13 +170,16 @@ class SequentialRun:
         return step_scalars(self.task.variant.config, lr, lr, *moment).lr
 
     def step(self, batch: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
-        """Advance by one step; return loss (1,) and gradient norm (1,), the latter empty unless steps are logged."""
+        """Advance by one step; return loss (1,) and gradient norm (1,), the latter empty unless steps are
+        logged."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.mse_loss(self.model(batch), batch)
         loss.backward()
         norms = loss.new_empty(0)
         if self.task.log_steps:
-            norms = member_norm({str(i): p.grad[None] for i, p in enumerate(self.leaves) if p.grad is not None})
+            norms = member_norm(
+                {str(i): p.grad[None] for i, p in enumerate(self.leaves) if p.grad is not None}
+            )
         self._set_rates(moment)
         self.optimizer.step()
         return loss.detach().view(1), norms
@@ -210,7 +215,10 @@ def _plain_step(model: nn.Module, rule: UpdateRule, params: dict[str, Tensor], t
 
 
 def train(
-    run: StackedRun | SequentialRun, members: int, progress: Progress | None = None, started: float | None = None
+    run: StackedRun | SequentialRun,
+    members: int,
+    progress: Progress | None = None,
+    started: float | None = None,
 ) -> list[TrainingLog]:
     """Train all members of a run to the end.
 

@@ -1,7 +1,7 @@
 """The fifteen variants of the study: names, settings and schedules, and nothing else.
 
-A1 is compared with B3, so it runs under B3's schedule by default (cosine), and so does A2. C1 and C2 run without an
-outer schedule: Adafactor's relative step has its own 1/√t.
+A1 is compared with B3, so it runs under B3's schedule by default (cosine), and so does A2. C1 and C2 run
+without an outer schedule: Adafactor's relative step has its own 1/√t.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ _ALL: tuple[Variant, ...] = (
     Variant("C2", "Adafactor with momentum", replace(_ADAFACTOR, beta1=0.9), "fixed"),
     Variant("D1", "AdamW + Adafactor, cosine", _COMBINED, "cosine"),
     Variant("D2", "AdamW + Adafactor, warm restarts", _COMBINED, "warm_restarts"),
-    Variant("D3", "AdamW + Adafactor, warm restarts, momentum", replace(_COMBINED, beta1=0.9), "warm_restarts"),
+    Variant(
+        "D3", "AdamW + Adafactor, warm restarts, momentum", replace(_COMBINED, beta1=0.9), "warm_restarts"
+    ),
 )
 
 VARIANTS: MappingProxyType[str, Variant] = MappingProxyType({variant.id: variant for variant in _ALL})
@@ -115,7 +117,8 @@ def create_optimizer(
         params: The model's parameters; without them the result is a factory that takes them.
         lr_multiplier: Factor on the base learning rate.
         wd_multiplier: Factor on the base weight decay.
-        budget: Size of the run (schedules, normalized decay); default: the study's 60,000 points, batch 128, 100 epochs.
+        budget: Size of the run (schedules, normalized decay); default: the study's 60,000 points, batch 128,
+            100 epochs.
         schedule: Another schedule than the variant's.
         **settings: Other settings than the variant's, such as ``decay="lr"``.
 

@@ -20,7 +20,14 @@ STEPS, TOLERANCE = 60, 1e-12
 def make_model():
     """Weights of one, two and four dimensions, in float64."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 3, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 5), nn.Tanh(), nn.Linear(5, 4)]
+    layers = [
+        nn.Conv2d(1, 3, 3, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, 5),
+        nn.Tanh(),
+        nn.Linear(5, 4),
+    ]
     return nn.Sequential(*layers).double()
 
 
@@ -232,7 +239,9 @@ def test_decoupled_decay_ignores_the_learning_rate_and_coupled_does_not():
     for decay, expected in (("schedule", 1 - 0.5 * 0.1), ("lr", 1 - 0.5 * 0.01 * 0.1)):
         config = AdamWConfig(decay=decay)
         rule, param = UpdateRule(config), torch.ones(1, 3).double()
-        new, _ = rule.apply(param, 0 * param, rule.init_state(param), scalars_for(config, [0.01], [0.1], 1, eta=0.5))
+        new, _ = rule.apply(
+            param, 0 * param, rule.init_state(param), scalars_for(config, [0.01], [0.1], 1, eta=0.5)
+        )
         torch.testing.assert_close(new, expected * param, rtol=1e-12, atol=0)
 
 

@@ -31,8 +31,8 @@ COMPILE_CHOICES: tuple[object, ...] = ("auto", True, False)
 # Below this many seconds of training, compiling (10–30 s on a CPU, for a gain of up to two) is not worth
 # trying.
 COMPILE_FROM_SECONDS = 60.0
-# A calibration step of the stack should not take longer than about this.
-_CALIBRATION_STEP_SECONDS = 1.0
+# A step of the stack should not take longer than about this: what is measured is the chunk that is then run.
+_STEP_SECONDS = 1.0
 _MEMORY_SHARE = 0.5
 
 
@@ -84,7 +84,7 @@ def make_plan(
     """
     require_choice("executor", executor, EXECUTORS)
     require_choice("compile", compiled, COMPILE_CHOICES)
-    chunk = min(len(cells), chunk or members_in_memory(task))
+    chunk = even_chunks(len(cells), chunk or members_in_memory(task))
     if executor == "sequential":
         return Plan("sequential", False, 1)
     if executor == "stacked" and compiled != "auto":
@@ -93,25 +93,29 @@ def make_plan(
         return _measure(task, cells, chunk, executor, compiled)
 
 
+def even_chunks(members: int, largest: int) -> int:
+    """Size of the chunks when ``members`` are split as evenly as possible into chunks of at most
+    ``largest``."""
+    return -(-members // -(-members // largest))
+
+
 def _measure(task: TrainingTask, cells: Sequence[Cell], chunk: int, executor: str, compiled: object) -> Plan:
     """Time the ways that are open and take the one with the least total time."""
     sequential = stacked = None
     steps = task.steps * len(cells) / 1e3
     if executor == "auto":
         sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=7)
-    sample = min(chunk, max(4, int(_CALIBRATION_STEP_SECONDS / (sequential or 1e-3) * 1e3)))
+    sample = max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3))
+    chunk = even_chunks(len(cells), min(chunk, sample))
     try:
-        stacked = time_step(lambda: StackedRun(task, cells[:sample]), task) / sample
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # buffers, random layers, an operation without a batching rule
+        stacked = time_step(lambda: StackedRun(task, cells[:chunk]), task) / chunk
+    except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation that cannot be batched
         if executor == "stacked":
             raise
         log.info("The model cannot be stacked (%s); training one after another.", error)
         return Plan("sequential", False, 1, sequential_ms=sequential)
     fast = min(stacked, sequential or stacked)
-    if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS and sample == chunk):
+    if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS):
         return _measure_compiled(task, cells, chunk, sequential, stacked)
     choice = "sequential" if sequential is not None and sequential < stacked else "stacked"
     return Plan(choice, False, chunk if choice == "stacked" else 1, sequential, stacked)
@@ -129,9 +133,8 @@ def _measure_compiled(
     if sequential is not None:
         ways["sequential", False] = sequential
     executor, use = min(ways, key=ways.__getitem__)
-    return Plan(
-        executor, use, chunk if executor == "stacked" else 1, sequential, stacked, fast, compile_seconds
-    )
+    chunk = chunk if executor == "stacked" else 1
+    return Plan(executor, use, chunk, sequential, stacked, fast, compile_seconds)
 
 
 def time_step(build: Callable[[], StackedRun | SequentialRun], task: TrainingTask, repeats: int = 3) -> float:

@@ -82,6 +82,7 @@ def save_sheet(experiments: Sequence[OptimizerExperiment], path: str | Path, col
     Returns:
         The path.
     """
+    columns = min(columns, len(experiments))
     rows = math.ceil(len(experiments) / columns)
     figure = _new_figure(3.5 * columns, 3.6 * rows)
     norm = _norm([e.get_heatmap_data()[0] for e in experiments])

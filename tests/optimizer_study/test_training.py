@@ -25,7 +25,9 @@ def make_task(variant_id="B3", model="mlp", epochs=3, **options):
     """Sixty steps in three epochs, with a smaller last batch."""
     variant = VARIANTS[variant_id]
     size = 8 if model == "small_conv" else 4
-    skeleton = create_model(model, size, latent=3, **({"hidden": 5} if model == "mlp" else {"channels": (2, 3)}))
+    skeleton = create_model(
+        model, size, latent=3, **({"hidden": 5} if model == "mlp" else {"channels": (2, 3)})
+    )
     return TrainingTask(
         variant=variant,
         schedule=variant.create_schedule(epochs),
@@ -44,7 +46,8 @@ def parameters_after(run, members):
 
 @pytest.mark.parametrize("variant_id", VARIANTS)
 def test_stacked_training_is_sequential_training(variant_id):
-    """Parameters agree to 1e-12 after sixty steps in float64, the sequential side with torch's own optimizer."""
+    """Parameters agree to 1e-12 after sixty steps in float64, the sequential side with torch's own
+    optimizer."""
     task = make_task(variant_id)
     assert task.steps == 60
     stacked_logs, stacked = parameters_after(StackedRun(task, CELLS), len(CELLS))
@@ -124,7 +127,9 @@ def test_executors_and_chunks_agree(executor):
     for a, b in zip(losses(whole), losses(other), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert [r.cell for r in other.results] == [(lr, wd) for lr in (0.5, 1.0) for wd in (0.0, 1.0, 2.0)]
-    assert other.config["plan"]["executor"] in (("stacked", "sequential") if executor == "auto" else (executor,))
+    assert other.config["plan"]["executor"] in (
+        ("stacked", "sequential") if executor == "auto" else (executor,)
+    )
 
 
 def test_the_model_and_the_global_generator_are_left_alone():
@@ -158,7 +163,8 @@ def test_a_diverged_member_does_not_stop_the_others(executor, tmp_path):
 
 
 def test_a_killed_grid_resumes_where_it_was(tmp_path, monkeypatch):
-    """After an interruption in the third chunk the first two are not trained again, and the result is the same."""
+    """After an interruption in the third chunk the first two are not trained again, and the result is the
+    same."""
     checkpoint = tmp_path / "grid.partial"
     arguments = grid_arguments(executor="stacked", chunk=2, compile=False)
     whole = run_grid(**arguments)

@@ -191,8 +191,8 @@ def table(rows: list[dict]) -> str:
         low, high = row["ratio_interval"]
         seconds = "–" if plan["compile_seconds"] is None else f"{plan['compile_seconds']:.0f}"
         lines.append(
-            f"| {row['case']} | {row['torch_ms']:.3f} | {row['ours_ms']:.3f} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) "
-            f"| ≥ {row['target']:g} | {chosen} | {seconds} |"
+            f"| {row['case']} | {row['torch_ms']:.3f} | {row['ours_ms']:.3f} "
+            f"| {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | ≥ {row['target']:g} | {chosen} | {seconds} |"
         )
     for row in rows:
         if "full_study_hours" in row:

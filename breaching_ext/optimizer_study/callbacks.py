@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 
 
 class MergeResults(Callback):
-    """Merge once all jobs are done; jobs merge too, but the last one to write need not have seen all
-    results."""
+    """Merge once all jobs are done; a job alone could not know when it is the last."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Merge the results below the study's folder."""

@@ -16,6 +16,8 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .config import require_choice
@@ -40,11 +42,19 @@ def _config_folder() -> str:
 @hydra.main(version_base="1.3", config_path=_config_folder(), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run the study that the configuration describes."""
-    run(cfg)
+    # The jobs of a multirun leave merging to `callbacks.MergeResults`, which sees the results of all.
+    run(cfg, merge=HydraConfig.get().mode is not RunMode.MULTIRUN)
 
 
-def run(cfg: DictConfig) -> list[Path]:
-    """Do what ``cfg`` asks for and return the files of the sheet and table.
+def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
+    """Do what ``cfg`` asks for.
+
+    Args:
+        cfg: See config/optimizer_study/config.yaml.
+        merge: Whether to draw the sheet and write the table afterwards.
+
+    Returns:
+        The files of the sheet and table, if they were made.
 
     Raises:
         ValueError: If a value is not valid.
@@ -59,6 +69,8 @@ def run(cfg: DictConfig) -> list[Path]:
         run_study(
             cfg.out, variants, seeds if isinstance(seeds, list) else [seeds], protocol_of(cfg), cfg.progress
         )
+    if not merge:
+        return []
     files = merge_results([*(cfg.sources or []), cfg.out], cfg.out)
     log.info("Wrote %s.", ", ".join(map(str, files)))
     return files

@@ -18,7 +18,13 @@ from breaching_ext.optimizer_study import cli, study
 from breaching_ext.optimizer_study import data as data_module
 from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
 from breaching_ext.optimizer_study.models import create_model
-from breaching_ext.optimizer_study.study import Protocol, load_results, merge_results, run_study, select_variants
+from breaching_ext.optimizer_study.study import (
+    Protocol,
+    load_results,
+    merge_results,
+    run_study,
+    select_variants,
+)
 from breaching_ext.optimizer_study.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +43,14 @@ def folder(tmp_path):
 
 
 def small(folder, **changes):
-    arguments = {"data_folder": str(folder), "train_size": 16, "test_size": 8, "pool": 7, "epochs": 2, "batch_size": 8}
+    arguments = {
+        "data_folder": str(folder),
+        "train_size": 16,
+        "test_size": 8,
+        "pool": 7,
+        "epochs": 2,
+        "batch_size": 8,
+    }
     grid = {"lr_multipliers": [0.5, 1.0], "wd_multipliers": [0.0, 1.0]}
     return Protocol(**(arguments | grid | changes))
 
@@ -62,14 +75,15 @@ def test_a_torchvision_copy_is_found(folder):
 def test_missing_data_names_the_three_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "DEBIAN_FOLDER", tmp_path / "no")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(FileNotFoundError, match="torchvision downloads.*apt-get install dataset-fashion-mnist.*folder"):
+    with pytest.raises(FileNotFoundError, match=r"torchvision downloads.*dataset-fashion-mnist.*a folder"):
         load_fashion_mnist(download=False)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_fashion_mnist("nowhere")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"pool": 3}, "pool=3"), ({"train_size": 41}, "train_size=41"), ({"test_size": 0}, "test_")]
+    ("options", "message"),
+    [({"pool": 3}, "pool=3"), ({"train_size": 41}, "train_size=41"), ({"test_size": 0}, "test_")],
 )
 def test_wrong_sizes_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
@@ -139,15 +153,23 @@ def test_results_of_many_machines_merge_into_one_sheet(folder, tmp_path):
 
 def test_results_of_other_settings_are_not_overwritten(folder, tmp_path):
     run_study(tmp_path, ["B1"], [1], small(folder), progress=False)
-    with pytest.raises(ValueError, match="out=.*other settings"):
+    with pytest.raises(ValueError, match=r"out=.*other settings"):
         run_study(tmp_path, ["B1"], [1], small(folder, epochs=3), progress=False)
 
 
 def test_schedule_options_and_settings_reach_their_variants(folder, tmp_path):
-    protocol = small(folder, schedule_options={"warm_restarts": {"t0": 1, "end": "up"}}, settings={"eps": 1e-4})
+    protocol = small(
+        folder, schedule_options={"warm_restarts": {"t0": 1, "end": "up"}}, settings={"eps": 1e-4}
+    )
     paths = run_study(tmp_path, ["B4", "C1"], [1], protocol, progress=False)
     b4, c1 = (json.loads(path.read_text())["config"] for path in paths)
-    assert b4["schedule"] == {"name": "warm_restarts", "epochs": 3, "t0": 1, "t_mult": 2, "ends_at_period_end": True}
+    assert b4["schedule"] == {
+        "name": "warm_restarts",
+        "epochs": 3,
+        "t0": 1,
+        "t_mult": 2,
+        "ends_at_period_end": True,
+    }
     assert b4["optimizer"]["eps"] == 1e-4
     assert "eps" not in c1["optimizer"]
 
@@ -188,7 +210,10 @@ def test_the_full_protocol_is_the_one_of_the_study():
 
 @pytest.mark.parametrize(
     ("launch", "plugin", "target"),
-    [("joblib", "hydra_joblib_launcher", "JoblibLauncher"), ("slurm", "hydra_submitit_launcher", "SlurmLauncher")],
+    [
+        ("joblib", "hydra_joblib_launcher", "JoblibLauncher"),
+        ("slurm", "hydra_submitit_launcher", "SlurmLauncher"),
+    ],
 )
 def test_launchers_are_configured(launch, plugin, target):
     pytest.importorskip(f"hydra_plugins.{plugin}", reason="needs the extra [sweep]")
@@ -211,11 +236,11 @@ def command(folder, out, *arguments):
 def test_a_multirun_runs_in_processes_and_merges(folder, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra [sweep]")
     out = tmp_path / "out"
-    done = command(folder, out, "-m", "+launch=joblib", "variant=A1,D3", "seed=1,2")
+    done = command(folder, out, "-m", "+launch=joblib", "variant=A1,D3", "seed=1")
     assert done.returncode == 0, done.stderr
-    assert len(list((out / "results").glob("*.json"))) == 4
+    assert len(list((out / "results").glob("*.json"))) == 2
     summary = json.loads((out / "summary.json").read_text())
-    assert [(row["optimizer_id"], row["seeds"]) for row in summary] == [("A1", [1, 2]), ("D3", [1, 2])]
+    assert [(row["optimizer_id"], row["seeds"]) for row in summary] == [("A1", [1]), ("D3", [1])]
     assert (out / "heatmaps.png").stat().st_size > 1000
 
 
@@ -231,5 +256,5 @@ def test_the_module_imports_nothing_from_the_attacks():
         "print(json.dumps([m for m in sys.modules if m.startswith('breaching')]))"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
-        others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
+    others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
     assert others <= {"breaching_ext", "breaching_ext.config"}

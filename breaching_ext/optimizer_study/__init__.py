@@ -15,8 +15,9 @@ Example:
 from .config import AdafactorConfig, AdamWConfig, Budget, OptimizerConfig
 from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS, run_grid
 from .optimizer import BaseOptimizer
-from .records import GridSearchResult, OptimizerExperiment, TrainingLog
+from .records import GridSearchResult, OptimizerExperiment
 from .schedules import Cosine, Fixed, LRScheduler, StepDrop, WarmRestarts
+from .training_log import TrainingLog
 from .variants import VARIANTS, Variant, create_optimizer
 
 __all__ = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -104,7 +103,7 @@ def _measure(task: TrainingTask, cells: Sequence[Cell], chunk: int, executor: st
     sequential = stacked = None
     steps = task.steps * len(cells) / 1e3
     if executor == "auto":
-        sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=7)
+        sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=20)
     sample = max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3))
     chunk = even_chunks(len(cells), min(chunk, sample))
     try:
@@ -137,8 +136,12 @@ def _measure_compiled(
     return Plan(executor, use, chunk, sequential, stacked, fast, compile_seconds)
 
 
-def time_step(build: Callable[[], StackedRun | SequentialRun], task: TrainingTask, repeats: int = 3) -> float:
-    """Median milliseconds of a step, after two to warm up."""
+def time_step(build: Callable[[], StackedRun | SequentialRun], task: TrainingTask, repeats: int = 5) -> float:
+    """Least milliseconds of a step, after two to warm up.
+
+    The least, not the median: other processes can only make a step slower, and a choice made from a disturbed
+    measurement would hold for the whole run.
+    """
     step = _batch_step(build(), task)
     for _ in range(2):
         step()
@@ -147,7 +150,7 @@ def time_step(build: Callable[[], StackedRun | SequentialRun], task: TrainingTas
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e3
+    return min(times) * 1e3
 
 
 def _batch_step(run: StackedRun | SequentialRun, task: TrainingTask) -> Callable[[], None]:

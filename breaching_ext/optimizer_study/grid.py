@@ -131,17 +131,19 @@ class _Grid:
 
     def run(self, executor: str, compiled: object, chunk: int | None) -> OptimizerExperiment:
         """Train the cells that are missing."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         missing = [cell for cell in self.cells if cell not in self.done]
-        plan = make_plan(self.task, missing or self.cells[:1], executor, compiled, chunk)
-        try:
-            self._train(missing, plan, time.perf_counter() - started)
-        finally:
-            self._save(force=True)
+        plan = make_plan(self.task, missing, executor, compiled, chunk) if missing else None
+        if plan is not None:
+            try:
+                self._train(missing, plan, time.perf_counter() - started)
+            finally:
+                self._save(force=True)
         config = {
             **describe(self.task),
-            "plan": plan.to_dict(),
+            "plan": None if plan is None else plan.to_dict(),
             "wall_seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
         }
         variant = self.task.variant
         results = [self.done[cell] for cell in self.cells]

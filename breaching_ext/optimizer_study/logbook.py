@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .records import TrainingLog
+from .training_log import TrainingLog
 
 
 class LogBook:

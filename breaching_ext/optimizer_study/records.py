@@ -1,80 +1,19 @@
-"""What a run leaves behind: the log of one training, one cell of a grid, and the grid of one variant."""
+"""What a study leaves behind: one cell of a grid, and the grid of one variant."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .storage import from_json_floats, read_json, to_json_floats, write_json, write_npz
+from .training_log import TrainingLog, pack_extras, restore_extras
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-NAN = math.nan
-
-
-@dataclass
-class TrainingLog:
-    """Everything recorded while one member trained.
-
-    A member whose training or test loss became non-finite has diverged: its losses are NaN from that epoch
-    on.
-
-    Attributes:
-        epoch_train_losses: Mean batch loss of each epoch.
-        epoch_test_losses: Test loss after each epoch.
-        epoch_seconds: Wall time of each epoch (training and test); members of a stack share it equally.
-        runtime_seconds: Sum of the same, with start-up and compilation shared equally.
-        step_losses: Batch loss of every step (optional).
-        step_grad_norms: Gradient norm of every step, before weight decay (optional).
-        step_weight_norms: Norm of all parameters before every step (optional).
-        step_lrs: Scheduled learning rate (ρ_t for Adafactor) of every step (optional).
-        samples: Reconstructions (n, …) of the first test images by epoch (optional).
-    """
-
-    epoch_train_losses: list[float] = field(default_factory=list)
-    epoch_test_losses: list[float] = field(default_factory=list)
-    epoch_seconds: list[float] = field(default_factory=list)
-    runtime_seconds: float = 0.0
-    step_losses: list[float] = field(default_factory=list)
-    step_grad_norms: list[float] = field(default_factory=list)
-    step_weight_norms: list[float] = field(default_factory=list)
-    step_lrs: list[float] = field(default_factory=list)
-    samples: dict[int, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def diverged_epoch(self) -> int | None:
-        """First epoch (from 1 on) with a non-finite loss, or None."""
-        pairs = zip(self.epoch_train_losses, self.epoch_test_losses, strict=True)
-        bad = (epoch for epoch, pair in enumerate(pairs, start=1) if not all(map(math.isfinite, pair)))
-        return next(bad, None)
-
-    @property
-    def best_epoch(self) -> int | None:
-        """Epoch (from 1 on) with the lowest test loss, or None if none was finite."""
-        finite = [
-            (loss, epoch) for epoch, loss in enumerate(self.epoch_test_losses, 1) if math.isfinite(loss)
-        ]
-        return min(finite)[1] if finite else None
-
-    @property
-    def best_test_loss(self) -> float:
-        """Lowest finite test loss, or NaN."""
-        return NAN if self.best_epoch is None else self.epoch_test_losses[self.best_epoch - 1]
-
-    @property
-    def final_train_loss(self) -> float:
-        """Training loss of the last epoch; NaN if the member diverged."""
-        return self.epoch_train_losses[-1] if self.epoch_train_losses else NAN
-
-    @property
-    def final_test_loss(self) -> float:
-        """Test loss after the last epoch; NaN if the member diverged."""
-        return self.epoch_test_losses[-1] if self.epoch_test_losses else NAN
 
 
 @dataclass
@@ -217,7 +156,7 @@ class OptimizerExperiment:
     def save(self, path: str | Path) -> Path:
         """Write the experiment as JSON, atomically, and optional per-step logs and samples beside it as
         ``.npz``."""
-        extras = _extras(self.results)
+        extras = pack_extras(result.log for result in self.results)
         if extras:
             write_npz(Path(path).with_suffix(".npz"), extras)
         return write_json(path, self.to_dict())
@@ -236,33 +175,5 @@ class OptimizerExperiment:
             raise ValueError(f"path={str(path)!r} is not a saved experiment ({error!r}).") from error
         extras = Path(path).with_suffix(".npz")
         if extras.exists():
-            _restore_extras(experiment.results, extras)
+            restore_extras([result.log for result in experiment.results], extras)
         return experiment
-
-
-_SERIES = ("epoch_seconds", "step_losses", "step_grad_norms", "step_weight_norms", "step_lrs")
-
-
-def _extras(results: list[GridSearchResult]) -> dict[str, np.ndarray]:
-    """Optional logs by key ``<cell>/<name>``; empty if none were asked for."""
-    if not any(result.log.step_losses or result.log.samples for result in results):
-        return {}
-    arrays: dict[str, np.ndarray] = {}
-    for index, result in enumerate(results):
-        for name in _SERIES:
-            arrays[f"{index}/{name}"] = np.asarray(getattr(result.log, name))
-        for epoch, images in result.log.samples.items():
-            arrays[f"{index}/samples/{epoch}"] = images
-    return arrays
-
-
-def _restore_extras(results: list[GridSearchResult], path: Path) -> None:
-    """Put the optional logs back into their cells."""
-    with np.load(path) as arrays:
-        for key in arrays.files:
-            index, name, *epoch = key.split("/")
-            log = results[int(index)].log
-            if epoch:
-                log.samples[int(epoch[0])] = arrays[key]
-            else:
-                setattr(log, name, arrays[key].tolist())

@@ -12,8 +12,9 @@ from scipy import stats
 
 from .config import require
 from .coupling import coupling
-from .records import GridSearchResult, OptimizerExperiment, TrainingLog
+from .records import GridSearchResult, OptimizerExperiment
 from .storage import to_json_floats, write_atomically, write_json
+from .training_log import TrainingLog
 
 CONFIDENCE = 0.95
 
@@ -91,6 +92,11 @@ def summarize(experiments: Sequence[OptimizerExperiment]) -> dict[str, Any]:
         "coupling_standard_errors": [c.standard_error for c in found],
         "coupling_rows": [len(c.lr_multipliers) for c in found],
         "seconds": sum(e.config["wall_seconds"] for e in experiments),
+        "device": merged.config["device"],
+        "versions": merged.config["versions"],
+        "lr_multipliers": lrs,
+        "wd_multipliers": wds,
+        "final_test_loss": [[float(f"{value:.6g}") for value in row] for row in data],
     }
     return {key: to_json_floats(value) for key, value in values.items()}
 

@@ -16,7 +16,6 @@ from torch.func import functional_call, vmap
 from .config import Budget
 from .logbook import LogBook
 from .optimizer import BaseOptimizer, decay_scale
-from .records import TrainingLog
 from .rules import StepScalars, UpdateRule, step_scalars
 from .schedules import LRScheduler
 from .stacked import (
@@ -29,6 +28,7 @@ from .stacked import (
     stack_members,
 )
 from .torch_optim import torch_optimizer
+from .training_log import TrainingLog
 from .variants import Variant
 
 Cell = tuple[float, float]

@@ -16,9 +16,10 @@ from scipy import stats
 from breaching_ext.optimizer_study import LR_MULTIPLIERS, WD_MULTIPLIERS
 from breaching_ext.optimizer_study.coupling import coupling, crossing
 from breaching_ext.optimizer_study.figures import best_cells, draw_heatmap, save_sheet
-from breaching_ext.optimizer_study.records import GridSearchResult, OptimizerExperiment, TrainingLog
+from breaching_ext.optimizer_study.records import GridSearchResult, OptimizerExperiment
 from breaching_ext.optimizer_study.storage import read_json, write_atomically, write_json
 from breaching_ext.optimizer_study.summary import confidence_interval, merge_seeds, summarize, write_tables
+from breaching_ext.optimizer_study.training_log import TrainingLog
 
 LAYOUT = [
     "lr_multiplier",
@@ -49,6 +50,8 @@ def make_experiment(loss, lrs=LR_MULTIPLIERS, wds=WD_MULTIPLIERS, seed=42, varia
         "optimizer": {"lr": 1e-3, "weight_decay": 1e-3, "decay": "schedule"},
         "schedule": {"name": "cosine", "epochs": 2},
         "wall_seconds": 3.0,
+        "device": "cpu",
+        "versions": {},
     }
     return OptimizerExperiment(variant, "AdamW", config, results)
 

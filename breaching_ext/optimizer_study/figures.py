@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def save_sheet(experiments: Sequence[OptimizerExperiment], path: str | Path, col
 
 def panel_title(experiment: OptimizerExperiment) -> str:
     """Id and name, and in a second line the coupling number, where the grid has one."""
-    first = f"{experiment.optimizer_id} {experiment.optimizer_name}"
+    first = textwrap.fill(f"{experiment.optimizer_id} {experiment.optimizer_name}", 36)
     if experiment.wd_multipliers[:1] != [0.0]:
         return first
     found = coupling(experiment)

@@ -5,12 +5,19 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from breaching_ext.optimizer_study import VARIANTS, OptimizerExperiment, create_optimizer, run_grid
 from breaching_ext.optimizer_study import grid as grid_module
 from breaching_ext.optimizer_study.config import AdamWConfig, Budget
-from breaching_ext.optimizer_study.executor import COMPILE_FROM_SECONDS, make_plan, members_in_memory
+from breaching_ext.optimizer_study.executor import (
+    COMPILE_FROM_SECONDS,
+    even_chunks,
+    make_plan,
+    members_in_memory,
+)
 from breaching_ext.optimizer_study.models import create_model
 from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, TrainingTask, train
 
@@ -220,7 +227,7 @@ def test_the_plan_is_the_faster_way(monkeypatch):
     task, compiled = make_task(), []
     plain = {SequentialRun: 4.0, StackedRun: 6.0}  # ms a step; the stack has three members
 
-    def fake_time(build, task, repeats=3):
+    def fake_time(build, task, repeats=5):
         run = build()
         compiled.append(isinstance(run, StackedRun) and "compiled" in run.function.__qualname__)
         return plain[type(run)]
@@ -231,6 +238,15 @@ def test_the_plan_is_the_faster_way(monkeypatch):
     assert make_plan(task, CELLS).executor == "sequential"
     assert not any(compiled)
     assert 24.0 / 1e3 * task.steps < COMPILE_FROM_SECONDS
+
+
+@given(members=st.integers(1, 300), largest=st.integers(1, 300))
+def test_chunks_are_even_and_as_few_as_possible(members, largest):
+    chunk = even_chunks(members, largest)
+    count = -(-members // chunk)
+    assert chunk <= largest
+    assert count == -(-members // largest)
+    assert (count - 1) * chunk < members <= count * chunk
 
 
 def test_chunks_follow_memory(monkeypatch):

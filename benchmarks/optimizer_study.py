@@ -119,14 +119,15 @@ def measure(name: str, case: Case, device: str, rounds: int, compiled: object) -
     task = make_task(case, device)
     ours, members, plan = planned(task, compiled)
     theirs = baseline(task)
-    times: dict[str, list[float]] = {"ours": [], "torch": []}
+    times: dict[str, list[float]] = {
+        f"{side}_{clock}": [] for side in ("ours", "torch") for clock in ("wall", "cpu")
+    }
     sides = (("torch", theirs, 1), ("ours", ours, members))
-    counts = {side: max(1, int(SECONDS_A_ROUND / seconds_of(step, device, 1))) for side, step, _ in sides}
+    counts = {side: max(1, int(SECONDS_A_ROUND / seconds_of(step, device, 1)[0])) for side, step, _ in sides}
     for turn in range(rounds):
         for side, step, size in sides if turn % 2 else reversed(sides):
-            times[side].append(1e3 * seconds_of(step, device, counts[side]) / counts[side] / size)
-    ratio = statistics.median(times["torch"]) / statistics.median(times["ours"])
-    low, high = bootstrap(times["torch"], times["ours"])
+            for clock, seconds in zip(("wall", "cpu"), seconds_of(step, device, counts[side]), strict=True):
+                times[f"{side}_{clock}"].append(1e3 * seconds / counts[side] / size)
     target = CUDA_TARGETS.get(name, case.target) if device.startswith("cuda") else case.target
     row = {
         "case": name,
@@ -134,10 +135,10 @@ def measure(name: str, case: Case, device: str, rounds: int, compiled: object) -
         "model": case.model,
         "batch_size": case.batch_size,
         "plan": plan,
-        "torch_ms": statistics.median(times["torch"]),
-        "ours_ms": statistics.median(times["ours"]),
-        "ratio": ratio,
-        "ratio_interval": [low, high],
+        "torch_ms": statistics.median(times["torch_wall"]),
+        "ours_ms": statistics.median(times["ours_wall"]),
+        "ratio": ratio_of(times["torch_wall"], times["ours_wall"]),
+        "cpu_ratio": ratio_of(times["torch_cpu"], times["ours_cpu"]),
         "target": target,
         "rounds": times,
     }
@@ -153,15 +154,15 @@ def full_study_steps() -> int:
     return epochs * budget.steps_per_epoch * len(CELLS)
 
 
-def seconds_of(step: Callable[[], None], device: str, count: int) -> float:
-    """Wall time of ``count`` steps, after one to warm up."""
+def seconds_of(step: Callable[[], None], device: str, count: int) -> tuple[float, float]:
+    """Wall time and processor time of ``count`` steps, after one to warm up."""
     step()
     synchronize(device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for _ in range(count):
         step()
     synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu_started
 
 
 def synchronize(device: str) -> None:
@@ -170,29 +171,30 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def bootstrap(theirs: list[float], ours: list[float], draws: int = 4000) -> tuple[float, float]:
-    """95 % interval of the ratio of medians; rounds are resampled in pairs, since they share the machine's
+def ratio_of(theirs: list[float], ours: list[float], draws: int = 4000) -> list[float]:
+    """Ratio of medians and its 95 % interval; rounds are resampled in pairs, since they share the machine's
     mood."""
     rng = np.random.default_rng(0)
     index = rng.integers(len(ours), size=(draws, len(ours)))
     ratios = np.median(np.asarray(theirs)[index], 1) / np.median(np.asarray(ours)[index], 1)
-    return float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+    low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
+    return [statistics.median(theirs) / statistics.median(ours), low, high]
 
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| case | torch, ms | ours, ms | ratio (95 %) | asked | chosen | compile, s |",
-        "|---|---|---|---|---|---|---|",
+        "| case | torch, ms | ours, ms | ratio (95 %) | in CPU time | asked | chosen | compile, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         plan = row["plan"]
         chosen = plan["executor"] + (f", compiled, {plan['chunk']} at once" if plan["compiled"] else "")
-        low, high = row["ratio_interval"]
+        wall, cpu = (f"{r:.2f} ({low:.2f}–{high:.2f})" for r, low, high in (row["ratio"], row["cpu_ratio"]))
         seconds = "–" if plan["compile_seconds"] is None else f"{plan['compile_seconds']:.0f}"
         lines.append(
             f"| {row['case']} | {row['torch_ms']:.3f} | {row['ours_ms']:.3f} "
-            f"| {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | ≥ {row['target']:g} | {chosen} | {seconds} |"
+            f"| {wall} | {cpu} | ≥ {row['target']:g} | {chosen} | {seconds} |"
         )
     for row in rows:
         if "full_study_hours" in row:
@@ -207,8 +209,8 @@ def draw(rows: list[dict], path: Path) -> None:
     """Ratios with their intervals, and what was asked for."""
     figure = Figure(figsize=(7, 0.6 * len(rows) + 1.2), layout="constrained")
     ax = figure.add_subplot()
-    ratios = np.array([row["ratio"] for row in rows])
-    spans = np.abs(np.array([row["ratio_interval"] for row in rows]).T - ratios)
+    ratios, *limits = np.array([row["ratio"] for row in rows]).T
+    spans = np.abs(np.array(limits) - ratios)
     ax.barh(range(len(rows)), ratios, xerr=spans, color="tab:blue", alpha=0.8, label="measured (95 %)")
     ax.plot([row["target"] for row in rows], range(len(rows)), "k|", markersize=18, label="asked for")
     ax.set_yticks(range(len(rows)), [row["case"] for row in rows])
@@ -231,18 +233,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict] = []
     with flushed_denormals():
         for name in args.cases:
-            rows.append(
-                measure(name, CASES[name], args.device, args.rounds, False if args.no_compile else "auto")
-            )
+            rows.append(measure(name, CASES[name], args.device, args.rounds, not args.no_compile and "auto"))
             print(table(rows[-1:]).splitlines()[2], flush=True)
-    kind = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+            write(rows, args)  # after every case, so that an interrupted run keeps what it has
+
+
+def write(rows: list[dict], args: argparse.Namespace) -> None:
+    """Write figures, table and picture of the cases so far."""
+    cuda = args.device.startswith("cuda")
     meta = {
-        "device": kind,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": args.threads,
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
         "torch": torch.__version__,
         "rows": rows,
     }

@@ -33,6 +33,9 @@ COMPILE_FROM_SECONDS = 60.0
 # A step of the stack should not take longer than about this: what is measured is the chunk that is then run.
 _STEP_SECONDS = 1.0
 _MEMORY_SHARE = 0.5
+# A smaller chunk that is tried too: its activations may stay in a processor's cache (a small convolutional
+# model).
+_CACHED_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,21 @@ def make_plan(
         cells: Multipliers (lr, wd) of the members to train.
         executor: ``auto`` measures; ``stacked`` and ``sequential`` are taken as given.
         compiled: True, False, or ``auto``: compile a stack if the run is long enough for it to pay.
-        chunk: Members in a stack; default: as many as fit into half of the free memory.
+        chunk: Members in a stack; default: the faster of 16 and as many as fit into half of the free memory.
 
     Raises:
         ValueError: If ``executor`` or ``compiled`` is not valid.
     """
     require_choice("executor", executor, EXECUTORS)
     require_choice("compile", compiled, COMPILE_CHOICES)
+    given = chunk is not None
     chunk = even_chunks(len(cells), chunk or members_in_memory(task))
     if executor == "sequential":
         return Plan("sequential", False, 1)
     if executor == "stacked" and compiled != "auto":
         return Plan("stacked", bool(compiled), chunk)
     with flushed_denormals():
-        return _measure(task, cells, chunk, executor, compiled)
+        return _measure(task, cells, chunk, given, executor, compiled)
 
 
 def even_chunks(members: int, largest: int) -> int:
@@ -98,21 +102,26 @@ def even_chunks(members: int, largest: int) -> int:
     return -(-members // -(-members // largest))
 
 
-def _measure(task: TrainingTask, cells: Sequence[Cell], chunk: int, executor: str, compiled: object) -> Plan:
+def _measure(
+    task: TrainingTask, cells: Sequence[Cell], chunk: int, given: bool, executor: str, compiled: object
+) -> Plan:
     """Time the ways that are open and take the one with the least total time."""
-    sequential = stacked = None
+    sequential = None
     steps = task.steps * len(cells) / 1e3
     if executor == "auto":
         sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=20)
     sample = max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3))
     chunk = even_chunks(len(cells), min(chunk, sample))
+    sizes = {chunk} if given else {chunk, even_chunks(len(cells), min(chunk, _CACHED_CHUNK))}
     try:
-        stacked = time_step(lambda: StackedRun(task, cells[:chunk]), task) / chunk
+        times = {n: time_step(lambda n=n: StackedRun(task, cells[:n]), task) / n for n in sizes}  # type: ignore[misc]
     except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation that cannot be batched
         if executor == "stacked":
             raise
         log.info("The model cannot be stacked (%s); training one after another.", error)
         return Plan("sequential", False, 1, sequential_ms=sequential)
+    chunk = min(times, key=times.__getitem__)
+    stacked = times[chunk]
     fast = min(stacked, sequential or stacked)
     if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS):
         return _measure_compiled(task, cells, chunk, sequential, stacked)

@@ -222,22 +222,62 @@ def test_a_model_with_buffers_is_trained_sequentially():
         run_grid(**grid_arguments(model=model, executor="stacked", compile=False))
 
 
-def test_the_plan_is_the_faster_way(monkeypatch):
-    """With made-up timings the least time wins, and compiling is tried only where the run is long."""
-    task, compiled = make_task(), []
-    plain = {SequentialRun: 4.0, StackedRun: 6.0}  # ms a step; the stack has three members
+@pytest.mark.parametrize(
+    ("sequential", "plain", "compiled", "expected"),
+    [
+        (4.0, 6.0, 9.0, ("stacked", False)),
+        (4.0, 6.0, 3.0, ("stacked", True)),
+        (1.0, 6.0, 4.5, ("sequential", False)),
+    ],
+)
+def test_the_plan_is_the_fastest_way(monkeypatch, sequential, plain, compiled, expected):
+    """With made-up milliseconds a step (a stack has three members), the least a member-step wins."""
+    fast_step = object()
 
     def fake_time(build, task, repeats=5):
         run = build()
-        compiled.append(isinstance(run, StackedRun) and "compiled" in run.function.__qualname__)
-        return plain[type(run)]
+        if isinstance(run, SequentialRun):
+            return sequential
+        return compiled if run.function is fast_step else plain
 
     monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
-    assert make_plan(task, CELLS).executor == "stacked"
-    plain[StackedRun] = 24.0
-    assert make_plan(task, CELLS).executor == "sequential"
-    assert not any(compiled)
-    assert 24.0 / 1e3 * task.steps < COMPILE_FROM_SECONDS
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._batch_step", lambda run, task: lambda: None)
+    monkeypatch.setattr("breaching_ext.optimizer_study.training.compiled_step", lambda *args: fast_step)
+    plan = make_plan(make_task(), CELLS, compiled=True)
+    assert (plan.executor, plan.compiled) == expected
+    assert plan.chunk == (3 if plan.executor == "stacked" else 1)
+    assert plan.compiled_ms == compiled / 3
+
+
+def test_short_runs_are_not_compiled(monkeypatch):
+    """Compiling is tried only where training takes long against it."""
+    tried = []
+    monkeypatch.setattr(
+        "breaching_ext.optimizer_study.executor.time_step", lambda build, task, repeats=5: 6.0
+    )
+    monkeypatch.setattr(
+        "breaching_ext.optimizer_study.executor._measure_compiled", lambda *args: tried.append(args)
+    )
+    task = make_task()
+    assert 6.0 / 1e3 * task.steps < COMPILE_FROM_SECONDS
+    assert not make_plan(task, CELLS).compiled
+    assert not tried
+    make_plan(make_task(epochs=1000), CELLS)
+    assert len(tried) == 1
+
+
+def test_smaller_chunks_are_taken_where_they_are_faster(monkeypatch):
+    """Of sixteen members at a time and all at once the faster is run, unless a chunk is given."""
+    cells = [(1.0, float(wd)) for wd in range(32)]
+
+    def fake_time(build, task, repeats=5):
+        run = build()
+        return 100.0 if isinstance(run, SequentialRun) else {16: 16.0, 32: 64.0, 8: 24.0}[len(run.lr)]
+
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._STEP_SECONDS", 1e9)
+    assert make_plan(make_task(), cells, compiled=False).chunk == 16
+    assert make_plan(make_task(), cells, compiled=False, chunk=8).chunk == 8
 
 
 @given(members=st.integers(1, 300), largest=st.integers(1, 300))

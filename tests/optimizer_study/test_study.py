@@ -244,10 +244,33 @@ def test_a_multirun_runs_in_processes_and_merges(folder, tmp_path):
     assert (out / "heatmaps.png").stat().st_size > 1000
 
 
-def test_the_command_names_a_wrong_value(folder, tmp_path):
-    done = command(folder, tmp_path / "out", "variant=Z1")
-    assert done.returncode != 0
-    assert "variant_id='Z1'" in done.stderr
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("variant=Z1", "variant_id='Z1'"),
+        ("action=stop", "action='stop'.*run, merge"),
+        ("seed=[]", "seed="),
+        ("protocol.model=vit", "model='vit'"),
+        ("protocol.executor=magic", "executor='magic'"),
+        ("protocol.schedule=linear", "schedule='linear'"),
+    ],
+)
+def test_the_command_names_a_wrong_value(folder, tmp_path, override, message):
+    sizes = ["protocol.train_size=16", "protocol.test_size=8"]
+    cfg = configured(f"out={tmp_path / 'out'}", f"data.folder={folder}", *sizes, override)
+    with pytest.raises(ValueError, match=message):
+        cli.run(cfg)
+    assert not (tmp_path / "out" / "results").exists()
+
+
+def test_the_command_runs_and_merges(folder, tmp_path):
+    sizes = ["protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7", "protocol.epochs=1"]
+    grid = ["protocol.lr_multipliers=[0.5,1]", "protocol.wd_multipliers=[0,1]", "progress=false"]
+    cfg = configured(
+        f"out={tmp_path}", f"data.folder={folder}", *sizes, *grid, "variant=[A1,B3]", "seed=[1,2]"
+    )
+    assert {path.name for path in cli.run(cfg)} == {"heatmaps.png", "table.md", "summary.json"}
+    assert len(list((tmp_path / "results").iterdir())) == 4
 
 
 def test_the_module_imports_nothing_from_the_attacks():

@@ -1,0 +1,86 @@
+"""The command ``breaching-ext-optimizer-study``: run the study, or merge what many runs left.
+
+breaching-ext-optimizer-study                                   # all variants, reduced protocol
+breaching-ext-optimizer-study variant=[A1,B3] seed=[42,43,44]
+breaching-ext-optimizer-study -m +launch=joblib variant=A1,B3 seed=42,43,44
+breaching-ext-optimizer-study -m +launch=slurm  variant=A1,B3 seed=42,43,44
+breaching-ext-optimizer-study action=merge sources=[DIR1,DIR2]
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from .config import require_choice
+from .study import Protocol, merge_results, run_study, select_variants
+
+log = logging.getLogger(__name__)
+
+ACTIONS = ("run", "merge")
+
+
+def _config_folder() -> str:
+    """The folder of the packaged configs, also where the package is used from its source tree."""
+    try:
+        spec = find_spec("breaching_ext.config.optimizer_study")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is not None and spec.submodule_search_locations:
+        return str(Path(next(iter(spec.submodule_search_locations))).resolve())
+    return str(Path(__file__).resolve().parents[2] / "config" / "optimizer_study")
+
+
+@hydra.main(version_base="1.3", config_path=_config_folder(), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Run the study that the configuration describes."""
+    # The jobs of a multirun leave merging to `callbacks.MergeResults`, which sees the results of all.
+    run(cfg, merge=HydraConfig.get().mode is not RunMode.MULTIRUN)
+
+
+def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
+    """Do what ``cfg`` asks for.
+
+    Args:
+        cfg: See config/optimizer_study/config.yaml.
+        merge: Whether to draw the sheet and write the table afterwards.
+
+    Returns:
+        The files of the sheet and table, if they were made.
+
+    Raises:
+        ValueError: If a value is not valid.
+        FileNotFoundError: If Fashion-MNIST, or a result to merge, is not at hand.
+    """
+    require_choice("action", cfg.action, ACTIONS)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.action == "run":
+        variants = select_variants(_plain(cfg.variant))
+        seeds = _plain(cfg.seed)
+        run_study(
+            cfg.out, variants, seeds if isinstance(seeds, list) else [seeds], protocol_of(cfg), cfg.progress
+        )
+    if not merge:
+        return []
+    files = merge_results([*(cfg.sources or []), cfg.out], cfg.out)
+    log.info("Wrote %s.", ", ".join(map(str, files)))
+    return files
+
+
+def protocol_of(cfg: DictConfig) -> Protocol:
+    """The shared settings of a configuration."""
+    return Protocol(**_plain(cfg.protocol), data_folder=cfg.data.folder)
+
+
+def _plain(value: Any) -> Any:
+    """Containers of the configuration as Python's own."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

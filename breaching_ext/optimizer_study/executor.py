@@ -1,0 +1,218 @@
+"""Choosing how the members of a grid are trained: stacked, stacked and compiled, or one after another.
+
+The choice is measured, not guessed: a few steps of each way on the task itself. Compiling is tried where the
+run is long against the seconds it takes; those are recorded, and the faster step is then taken, since they
+are spent. Stacking wins where a step is mostly overhead (a small model on a CPU, any of these on a GPU) and
+loses where one member keeps the processor busy on its own (the full convolutional autoencoder on a CPU).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import require_choice
+from .stacked import flushed_denormals
+from .training import Cell, SequentialRun, StackedRun, TrainingTask
+
+log = logging.getLogger(__name__)
+
+EXECUTORS: tuple[str, ...] = ("auto", "stacked", "sequential")
+COMPILE_CHOICES: tuple[object, ...] = ("auto", True, False)
+
+# Below this many seconds of training, compiling (10–30 s on a CPU, for a gain of up to two) is not worth
+# trying.
+COMPILE_FROM_SECONDS = 60.0
+# A step of the stack should not take longer than about this: what is measured is the chunk that is then run.
+_STEP_SECONDS = 1.0
+_MEMORY_SHARE = 0.5
+# A smaller chunk that is tried too: its activations may stay in a processor's cache (a small convolutional
+# model).
+_CACHED_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a grid is trained, and what was measured to choose it.
+
+    Attributes:
+        executor: ``stacked`` or ``sequential``.
+        compiled: Whether the stacked step is compiled.
+        chunk: Members in a stack.
+        sequential_ms: Milliseconds per member-step one after another (None: not measured).
+        stacked_ms: The same stacked.
+        compiled_ms: The same stacked and compiled, without the time to compile.
+        compile_seconds: Time to compile.
+    """
+
+    executor: str
+    compiled: bool
+    chunk: int
+    sequential_ms: float | None = None
+    stacked_ms: float | None = None
+    compiled_ms: float | None = None
+    compile_seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types, for the record of a run."""
+        return asdict(self)
+
+
+def make_plan(
+    task: TrainingTask,
+    cells: Sequence[Cell],
+    executor: str = "auto",
+    compiled: object = "auto",
+    chunk: int | None = None,
+) -> Plan:
+    """Decide how to train ``cells``.
+
+    Args:
+        task: What the members share.
+        cells: Multipliers (lr, wd) of the members to train.
+        executor: ``auto`` measures; ``stacked`` and ``sequential`` are taken as given.
+        compiled: True, False, or ``auto``: compile a stack if the run is long enough for it to pay.
+        chunk: Members in a stack; default: the faster of 16 and as many as fit into half of the free memory.
+
+    Raises:
+        ValueError: If ``executor`` or ``compiled`` is not valid.
+    """
+    require_choice("executor", executor, EXECUTORS)
+    require_choice("compile", compiled, COMPILE_CHOICES)
+    given = chunk is not None
+    chunk = even_chunks(len(cells), chunk or members_in_memory(task))
+    if executor == "sequential":
+        return Plan("sequential", False, 1)
+    if executor == "stacked" and compiled != "auto":
+        return Plan("stacked", bool(compiled), chunk)
+    with flushed_denormals():
+        return _measure(task, cells, chunk, given, executor, compiled)
+
+
+def even_chunks(members: int, largest: int) -> int:
+    """Size of the chunks when ``members`` are split as evenly as possible into chunks of at most
+    ``largest``."""
+    return -(-members // -(-members // largest))
+
+
+def _measure(
+    task: TrainingTask, cells: Sequence[Cell], chunk: int, given: bool, executor: str, compiled: object
+) -> Plan:
+    """Time the ways that are open and take the one with the least total time."""
+    sequential = None
+    steps = task.steps * len(cells) / 1e3
+    if executor == "auto":
+        sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=20)
+    sample = max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3))
+    chunk = even_chunks(len(cells), min(chunk, sample))
+    sizes = {chunk} if given else {chunk, even_chunks(len(cells), min(chunk, _CACHED_CHUNK))}
+    try:
+        times = {n: time_step(lambda n=n: StackedRun(task, cells[:n]), task) / n for n in sizes}  # type: ignore[misc]
+    except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation that cannot be batched
+        if executor == "stacked":
+            raise
+        log.info("The model cannot be stacked (%s); training one after another.", error)
+        return Plan("sequential", False, 1, sequential_ms=sequential)
+    chunk = min(times, key=times.__getitem__)
+    stacked = times[chunk]
+    fast = min(stacked, sequential or stacked)
+    if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS):
+        return _measure_compiled(task, cells, chunk, sequential, stacked)
+    choice = "sequential" if sequential is not None and sequential < stacked else "stacked"
+    return Plan(choice, False, chunk if choice == "stacked" else 1, sequential, stacked)
+
+
+def _measure_compiled(
+    task: TrainingTask, cells: Sequence[Cell], chunk: int, sequential: float | None, stacked: float
+) -> Plan:
+    """Compile, time, and choose the least milliseconds per member-step among all three."""
+    started = time.perf_counter()
+    _batch_step(StackedRun(task, cells[:chunk], compiled=True), task)()
+    compile_seconds = time.perf_counter() - started
+    fast = time_step(lambda: StackedRun(task, cells[:chunk], compiled=True), task) / chunk
+    ways = {("stacked", False): stacked, ("stacked", True): fast}
+    if sequential is not None:
+        ways["sequential", False] = sequential
+    executor, use = min(ways, key=ways.__getitem__)
+    chunk = chunk if executor == "stacked" else 1
+    return Plan(executor, use, chunk, sequential, stacked, fast, compile_seconds)
+
+
+def time_step(build: Callable[[], StackedRun | SequentialRun], task: TrainingTask, repeats: int = 5) -> float:
+    """Least milliseconds of a step, after two to warm up.
+
+    The least, not the median, and on one CPU thread the processor's time, not the wall clock's: other
+    processes only make a step seem slower, a long step more often than a short one, and the choice holds for
+    the whole run.
+    """
+    single = task.train.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if single else time.perf_counter
+    step = _batch_step(build(), task)
+    for _ in range(2):
+        step()
+    times = []
+    for _ in range(repeats):
+        started = clock()
+        step()
+        times.append(clock() - started)
+    return min(times) * 1e3
+
+
+def _batch_step(run: StackedRun | SequentialRun, task: TrainingTask) -> Callable[[], None]:
+    """A step on the first batch that waits for the device."""
+    batch, moment = next(task.batches(0)), task.moment(0, 0)
+
+    def step() -> None:
+        run.step(batch, moment)
+        if batch.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def members_in_memory(task: TrainingTask) -> int:
+    """How many members fit into half of the free memory (at least one).
+
+    A member holds parameters, gradients, two moments and about as many temporaries, and the activations of a
+    batch, of which the widest layer is estimated from one forward pass.
+    """
+    device = task.train.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    size = task.train.element_size()
+    weights = 6 * sum(p.numel() for p in task.model.parameters()) * size
+    activations = 3 * _activation_numbers(task) * size
+    return max(1, int(free * _MEMORY_SHARE / (weights + activations)))
+
+
+def _activation_numbers(task: TrainingTask) -> int:
+    """How many numbers the layers put out for one batch."""
+    count = 0
+
+    def add(_module: Any, _inputs: Any, output: Any) -> None:
+        nonlocal count
+        count += output.numel() if isinstance(output, Tensor) else 0
+
+    leaves = [m for m in task.model.modules() if not list(m.children())]
+    hooks = [leaf.register_forward_hook(add) for leaf in leaves]
+    try:
+        with torch.no_grad():
+            task.model(task.train[: task.budget.batch_size])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count
+
+
+def _free_memory() -> int:
+    """Free memory of the machine in bytes (a guess of 4 GiB where the system does not say)."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 4 * 2**30

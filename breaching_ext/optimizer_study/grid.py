@@ -1,0 +1,247 @@
+"""A grid of learning-rate and weight-decay multipliers for one variant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .config import Budget, require
+from .data import images_of
+from .executor import Plan, make_plan
+from .models import create_model
+from .records import GridSearchResult, OptimizerExperiment
+from .storage import read_json, write_json
+from .training import Cell, SequentialRun, StackedRun, TrainingTask, train
+from .variants import get_variant
+
+log = logging.getLogger(__name__)
+
+LR_MULTIPLIERS: tuple[float, ...] = tuple(2.0**power for power in range(-10, 2))
+"""1/1024 … 2."""
+WD_MULTIPLIERS: tuple[float, ...] = (0.0, *(2.0**power for power in range(-5, 6)))
+"""0, 1/32 … 32."""
+_SAVE_EVERY_SECONDS = 5.0
+
+
+def run_grid(
+    variant_id: str,
+    model: nn.Module | str,
+    train: Dataset | Tensor,
+    test: Dataset | Tensor,
+    lr_multipliers: Sequence[float] = LR_MULTIPLIERS,
+    wd_multipliers: Sequence[float] = WD_MULTIPLIERS,
+    epochs: int = 100,
+    batch_size: int = 128,
+    seed: int = 42,
+    executor: str = "auto",
+    *,
+    compile: object = "auto",
+    chunk: int | None = None,
+    schedule: str | None = None,
+    schedule_options: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    log_steps: bool = False,
+    sample_epochs: Sequence[int] = (),
+    progress: bool = True,
+) -> OptimizerExperiment:
+    """Train a variant at every point of a grid.
+
+    All members start from the model's weights and see the same batches.
+
+    Args:
+        variant_id: A1 … D3.
+        model: An autoencoder without buffers, on the device to use, or a name of `models.MODELS` (its weights
+            are then drawn from ``seed``). The module itself is not changed.
+        train: Training inputs: a dataset (items or their first entries) or a tensor (n, …).
+        test: Test inputs, likewise.
+        lr_multipliers: Factors on the base learning rate, > 0.
+        wd_multipliers: Factors on the base weight decay, >= 0.
+        epochs: Length of the runs; warm restarts round it down to the end of a period (``schedule_options``).
+        batch_size: Images a batch; a last, smaller batch is used too.
+        seed: Seed of the order of the batches.
+        executor: ``auto`` (measured), ``stacked`` or ``sequential``.
+        compile: Whether the stacked step is compiled: True, False or ``auto``.
+        chunk: Members in a stack; default: as many as memory allows.
+        schedule: Another schedule than the variant's.
+        schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
+        settings: Other settings than the variant's, such as ``{"decay": "lr"}``.
+        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments continues
+            there.
+        log_steps: Record loss, gradient norm, weight norm and learning rate of every step.
+        sample_epochs: Epochs after which reconstructions of eight test images are kept.
+        progress: Whether to show a bar over member-steps.
+
+    Returns:
+        The experiment, its cells in the order of the multipliers, learning rate outermost.
+
+    Raises:
+        ValueError: If an argument is not valid; checked before anything is trained.
+    """
+    variant = get_variant(variant_id).with_settings(**(settings or {}))
+    cells = _cells(lr_multipliers, wd_multipliers)
+    inputs, held_out = images_of(train), images_of(test)
+    require(
+        inputs.shape[1:] == held_out.shape[1:],
+        "test",
+        tuple(held_out.shape),
+        f"shaped like {inputs.shape[1:]}",
+    )
+    if isinstance(model, str):
+        model = create_model(model, inputs.shape[-1], seed)
+    parameter = next(model.parameters())
+    task = TrainingTask(
+        variant=variant,
+        schedule=variant.create_schedule(epochs, schedule, **(schedule_options or {})),
+        budget=Budget(len(inputs), batch_size, epochs),
+        model=model,
+        train=inputs.to(parameter),
+        test=held_out.to(parameter),
+        seed=seed,
+        log_steps=log_steps,
+        sample_epochs=tuple(sample_epochs),
+    )
+    return _Grid(task, cells, checkpoint, progress).run(executor, compile, chunk)
+
+
+class _Grid:
+    """One call of `run_grid`, after its arguments were checked."""
+
+    def __init__(
+        self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool
+    ) -> None:
+        """Read what an earlier, interrupted call left."""
+        self.task, self.cells, self.progress = task, cells, progress
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.fingerprint = fingerprint(describe(task))
+        self.done: dict[Cell, GridSearchResult] = self._resume()
+        self._saved = time.monotonic()
+
+    def run(self, executor: str, compiled: object, chunk: int | None) -> OptimizerExperiment:
+        """Train the cells that are missing."""
+        started, cpu_started = time.perf_counter(), time.process_time()
+        missing = [cell for cell in self.cells if cell not in self.done]
+        plan = make_plan(self.task, missing, executor, compiled, chunk) if missing else None
+        if plan is not None:
+            try:
+                self._train(missing, plan, time.perf_counter() - started)
+            finally:
+                self._save(force=True)
+        config = {
+            **describe(self.task),
+            "plan": None if plan is None else plan.to_dict(),
+            "wall_seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+        }
+        variant = self.task.variant
+        results = [self.done[cell] for cell in self.cells]
+        return OptimizerExperiment(variant.id, variant.name, config, results)
+
+    def _train(self, cells: list[Cell], plan: Plan, planning: float) -> None:
+        """Train chunk after chunk; the first one bears the seconds of planning and compiling."""
+        total = len(self.cells) * self.task.steps
+        with tqdm(
+            total=total,
+            initial=total - len(cells) * self.task.steps,
+            unit="member-step",
+            desc=self.task.variant.id,
+            disable=not self.progress,
+        ) as bar:
+            for first in range(0, len(cells), plan.chunk):
+                chunk = cells[first : first + plan.chunk]
+                started = time.perf_counter() - (planning if first == 0 else 0.0)
+                run = (
+                    StackedRun(self.task, chunk, plan.compiled)
+                    if plan.executor == "stacked"
+                    else SequentialRun(self.task, chunk)
+                )
+                for cell, training in zip(chunk, train(run, len(chunk), bar.update, started), strict=True):
+                    self.done[cell] = self._result(cell, training)
+                self._save()
+
+    def _result(self, cell: Cell, training: Any) -> GridSearchResult:
+        """A cell with its absolute rates."""
+        config = self.task.variant.config
+        return GridSearchResult(*cell, config.lr * cell[0], config.weight_decay * cell[1], training)
+
+    def _save(self, force: bool = False) -> None:
+        """Keep the finished cells, at most every few seconds."""
+        if self.checkpoint is None or not self.done:
+            return
+        if force or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
+            values = {"fingerprint": self.fingerprint, "results": [r.to_dict() for r in self.done.values()]}
+            write_json(self.checkpoint, values)
+            self._saved = time.monotonic()
+
+    def _resume(self) -> dict[Cell, GridSearchResult]:
+        """Cells that an interrupted call with the same arguments finished."""
+        if (
+            self.checkpoint is None
+            or not self.checkpoint.exists()
+            or self.task.log_steps
+            or self.task.sample_epochs
+        ):
+            return {}  # optional logs are not kept in a checkpoint, so such runs start anew
+        saved = read_json(self.checkpoint)
+        if saved["fingerprint"] != self.fingerprint:
+            log.warning("%s belongs to another run and is ignored.", self.checkpoint)
+            return {}
+        results = [GridSearchResult.from_dict(values) for values in saved["results"]]
+        return {result.cell: result for result in results if result.cell in set(self.cells)}
+
+
+def describe(task: TrainingTask) -> dict[str, Any]:
+    """Settings, schedule, protocol, versions and device of a run (JSON types)."""
+    return {
+        "optimizer": {"kind": type(task.variant.config).__name__, **asdict(task.variant.config)},
+        "schedule": task.schedule.describe(),
+        "budget": asdict(task.budget),
+        "test_points": len(task.test),
+        "input_shape": list(task.train.shape[1:]),
+        "model": repr(task.model),
+        "n_parameters": sum(p.numel() for p in task.model.parameters()),
+        "loss": "mse",
+        "initial_weights_sha256": _digest(*task.model.state_dict().values()),
+        "data_sha256": _digest(task.train, task.test),
+        "seed": task.seed,
+        "dtype": str(task.train.dtype),
+        "device": str(task.train.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def fingerprint(description: dict[str, Any]) -> str:
+    """Hash of what decides the numbers of a run: all of its description but versions and threads."""
+    kept = {key: value for key, value in description.items() if key not in ("versions", "threads")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(*tensors: Tensor) -> str:
+    """Short hash of the values of tensors."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:
+    """The points of the grid, learning rate outermost."""
+    lrs, wds = [float(x) for x in lr_multipliers], [float(x) for x in wd_multipliers]
+    require(bool(lrs) and min(lrs, default=0) > 0, "lr_multipliers", lrs, "a list of numbers > 0")
+    require(bool(wds) and min(wds, default=-1) >= 0, "wd_multipliers", wds, "a list of numbers >= 0")
+    require(len(set(lrs)) == len(lrs), "lr_multipliers", lrs, "without repetition")
+    require(len(set(wds)) == len(wds), "wd_multipliers", wds, "without repetition")
+    return [(lr, wd) for lr in lrs for wd in wds]

@@ -1,0 +1,97 @@
+"""The rules as an ordinary `torch.optim.Optimizer`: the grid's rule with one member."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Budget, OptimizerConfig
+from .rules import StepScalars, UpdateRule, step_scalars
+from .schedules import Fixed, LRScheduler
+
+
+class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
+    """Any optimizer of the study, for one model.
+
+    The hooks ``compute_first_moment``, ``compute_second_moment``, ``compute_update`` and
+    ``weight_decay_step`` are those of `UpdateRule`; a subclass may override them. ``param_groups`` carry
+    ``lr`` and ``weight_decay``, so torch's own schedulers work too.
+
+    Args:
+        params: Parameters or parameter groups.
+        config: Settings of the optimizer.
+        schedule: Schedule that `set_epoch` consults; default: fixed.
+        budget: Size of the run, for normalized decay.
+
+    References:
+        Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+        Shazeer & Stern, "Adafactor", ICML 2018.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        config: OptimizerConfig,
+        schedule: LRScheduler | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        """Set up the parameter groups at epoch 0."""
+        UpdateRule.__init__(self, config)
+        self.budget = budget or Budget()
+        self.schedule = schedule or Fixed(self.budget.epochs)
+        torch.optim.Optimizer.__init__(self, params, {"lr": config.lr, "weight_decay": config.weight_decay})
+        self.set_epoch(0.0)
+
+    def set_epoch(self, epoch: float) -> None:
+        """Move the schedule to ``epoch`` (fractional, from 0 on); call it before a step."""
+        self.epoch = epoch
+        self.eta = self.schedule.factor(epoch)
+        self.decay_scale = decay_scale(self.config, self.schedule, self.budget, epoch)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_param(param, group)
+        return loss
+
+    def _step_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Advance one parameter, with a member axis of one."""
+        record = self.state[param]
+        if not record:
+            record.update(step=0, **self.init_state(param.unsqueeze(0)))
+        record["step"] += 1
+        moments = {key: value for key, value in record.items() if key != "step"}
+        scalars = self._scalars(param, group, record["step"])
+        new, moments = self.apply(param.unsqueeze(0), param.grad.unsqueeze(0), moments, scalars)  # type: ignore[union-attr]
+        param.copy_(new.squeeze(0))
+        record.update(moments)
+
+    def _scalars(self, param: Tensor, group: dict[str, Any], t: int) -> StepScalars:
+        """The numbers of step ``t`` for one group."""
+        lr, decay = (param.new_tensor([group[key]]) for key in ("lr", "weight_decay"))
+        return step_scalars(self.config, lr, decay, t, self.eta, self.decay_scale)
+
+
+def decay_scale(config: OptimizerConfig, schedule: LRScheduler, budget: Budget, epoch: float) -> float:
+    """√(b/(B·T)) for normalized decay, with B training points and T epochs of the current period; else 1."""
+    if not config.normalized_decay:
+        return 1.0
+    return math.sqrt(budget.batch_size / (budget.points * schedule.period(epoch)))

@@ -1,0 +1,167 @@
+"""Numbers of a study: what each variant reached, and its coupling over the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from .config import require
+from .coupling import coupling
+from .records import GridSearchResult, OptimizerExperiment
+from .storage import to_json_floats, write_atomically, write_json
+from .training_log import TrainingLog
+
+CONFIDENCE = 0.95
+WEAK_RATIO = 1.05
+"""A second, smaller harm: normalized decay is so small that few rows of a grid reach the usual one."""
+
+
+def merge_seeds(experiments: Sequence[OptimizerExperiment]) -> OptimizerExperiment:
+    """Average the losses of one variant over seeds; a cell that diverged for any seed stays diverged.
+
+    Raises:
+        ValueError: If variants or grids differ, or there is no experiment.
+    """
+    require(bool(experiments), "experiments", "an empty list", "at least one experiment")
+    first = experiments[0]
+    for other in experiments[1:]:
+        same = other.optimizer_id == first.optimizer_id and _grid(other) == _grid(first)
+        require(
+            same, "experiments", other.optimizer_id, f"of the same variant and grid as {first.optimizer_id}"
+        )
+    cells = [{result.cell: result for result in experiment.results} for experiment in experiments]
+    results = [_mean_result([by_cell[result.cell] for by_cell in cells]) for result in first.results]
+    config = {**first.config, "seeds": [experiment.config["seed"] for experiment in experiments]}
+    return OptimizerExperiment(first.optimizer_id, first.optimizer_name, config, results)
+
+
+def _grid(experiment: OptimizerExperiment) -> tuple[list[float], list[float]]:
+    """The axes of a grid."""
+    return experiment.lr_multipliers, experiment.wd_multipliers
+
+
+def _mean_result(results: Sequence[GridSearchResult]) -> GridSearchResult:
+    """One cell, averaged over seeds."""
+    first, logs = results[0], [result.log for result in results]
+    log = TrainingLog(
+        epoch_train_losses=np.mean([log.epoch_train_losses for log in logs], axis=0).tolist(),
+        epoch_test_losses=np.mean([log.epoch_test_losses for log in logs], axis=0).tolist(),
+        runtime_seconds=float(np.sum([log.runtime_seconds for log in logs])),
+    )
+    return GridSearchResult(*first.cell, first.learning_rate, first.weight_decay, log)
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (Student's t); NaN for a half-width from fewer than two
+    values."""
+    if not values:
+        return math.nan, math.nan
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
+    return mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def summarize(experiments: Sequence[OptimizerExperiment]) -> dict[str, Any]:
+    """What one variant reached over its seeds (JSON types)."""
+    merged = merge_seeds(experiments)
+    data, lrs, wds = merged.get_heatmap_data()
+    best = divmod(int(np.nanargmin(data)), data.shape[1]) if np.isfinite(data).any() else None
+    found = [coupling(e) for e in experiments] if wds[:1] == [0.0] else []
+    mean, half_width = confidence_interval([c.slope for c in found if math.isfinite(c.slope)])
+    weak = [coupling(e, WEAK_RATIO).slope for e in experiments] if found else []
+    members = len(merged.results) * len(experiments)
+    values = {
+        "optimizer_id": merged.optimizer_id,
+        "optimizer_name": merged.optimizer_name,
+        "decay": merged.config["optimizer"]["decay"],
+        "schedule": merged.config["schedule"],
+        "seeds": merged.config["seeds"],
+        "best_test_loss": math.nan if best is None else float(data[best]),
+        "best_lr_multiplier": math.nan if best is None else lrs[best[0]],
+        "best_wd_multiplier": math.nan if best is None else wds[best[1]],
+        "diverged_cells": sum(len(e.diverged) for e in experiments),
+        "cells": members,
+        "coupling": mean,
+        "coupling_half_width": half_width,
+        "coupling_by_seed": [c.slope for c in found],
+        "coupling_standard_errors": [c.standard_error for c in found],
+        "coupling_rows": [len(c.lr_multipliers) for c in found],
+        "weak_ratio": WEAK_RATIO,
+        "weak_coupling_by_seed": weak,
+        "seconds": sum(e.config["wall_seconds"] for e in experiments),
+        "device": merged.config["device"],
+        "versions": merged.config["versions"],
+        "lr_multipliers": lrs,
+        "wd_multipliers": wds,
+        "final_test_loss": [[float(f"{value:.6g}") for value in row] for row in data],
+    }
+    return {key: to_json_floats(value) for key, value in values.items()}
+
+
+def write_tables(by_variant: Mapping[str, Sequence[OptimizerExperiment]], out: str | Path) -> list[Path]:
+    """Write ``table.md`` and ``summary.json``.
+
+    Args:
+        by_variant: The seeds of each variant.
+        out: Folder to write to.
+    """
+    rows = [summarize(group) for group in by_variant.values()]
+    text = "\n".join(_markdown(rows)) + "\n"
+    table = write_atomically(Path(out) / "table.md", lambda file: file.write(text.encode()))
+    return [table, write_json(Path(out) / "summary.json", rows)]
+
+
+_HEAD = (
+    "variant",
+    "decay",
+    "epochs",
+    "best test loss",
+    "at lr ×, wd ×",
+    "coupling",
+    "rows",
+    f"at {WEAK_RATIO:g}×",
+    "diverged",
+    "seconds",
+)
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+    for row in rows:
+        cells = (
+            f"{row['optimizer_id']} {row['optimizer_name']}",
+            row["decay"],
+            row["schedule"]["epochs"],
+            _number(row["best_test_loss"], ".5f"),
+            f"{_number(row['best_lr_multiplier'], 'g')}, {_number(row['best_wd_multiplier'], 'g')}",
+            _coupling_cell(row),
+            ", ".join(map(str, row["coupling_rows"])),
+            ", ".join(_number(value, "+.2f") for value in row["weak_coupling_by_seed"]),
+            f"{row['diverged_cells']}/{row['cells']}",
+            f"{row['seconds']:.0f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _coupling_cell(row: dict[str, Any]) -> str:
+    """Mean and interval over seeds, and the seeds."""
+    seeds = ", ".join(_number(value, "+.2f") for value in row["coupling_by_seed"])
+    if row["coupling"] is None:
+        return "not reached"
+    if row["coupling_half_width"] is None:
+        return seeds
+    return f"{row['coupling']:+.2f} ± {row['coupling_half_width']:.2f} ({seeds})"
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number, or a dash for None."""
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,283 @@
+"""Data, models, the study as a whole and its command."""
+
+import gzip
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.utils.data import TensorDataset
+
+from breaching_ext.optimizer_study import cli, study
+from breaching_ext.optimizer_study import data as data_module
+from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
+from breaching_ext.optimizer_study.models import create_model
+from breaching_ext.optimizer_study.study import (
+    Protocol,
+    load_results,
+    merge_results,
+    run_study,
+    select_variants,
+)
+from breaching_ext.optimizer_study.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of Fashion-MNIST's files with forty random images, the training split gzipped."""
+    place = tmp_path / "data"
+    place.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    raw = struct.pack(">4I", 0x803, 40, 28, 28) + pixels.tobytes()
+    (place / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
+    (place / "t10k-images-idx3-ubyte").write_bytes(raw)
+    return place
+
+
+def small(folder, **changes):
+    arguments = {
+        "data_folder": str(folder),
+        "train_size": 16,
+        "test_size": 8,
+        "pool": 7,
+        "epochs": 2,
+        "batch_size": 8,
+    }
+    grid = {"lr_multipliers": [0.5, 1.0], "wd_multipliers": [0.0, 1.0]}
+    return Protocol(**(arguments | grid | changes))
+
+
+def test_images_are_read_scaled_and_pooled(folder):
+    train, test = load_fashion_mnist(folder, train_size=30)
+    assert (train.shape, test.shape) == ((30, 1, 28, 28), (40, 1, 28, 28))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.testing.assert_allclose(train[:, 0].numpy(), pixels[:30] / 255, rtol=1e-6)
+    pooled, _ = load_fashion_mnist(folder, pool=2)
+    np.testing.assert_allclose(pooled[3, 0, 1, 2], pixels[3, 2:4, 4:6].mean() / 255, rtol=1e-5)
+
+
+def test_a_torchvision_copy_is_found(folder):
+    inner = folder / "FashionMNIST" / "raw"
+    inner.mkdir(parents=True)
+    for path in folder.glob("*ubyte*"):
+        path.rename(inner / path.name)
+    assert len(load_fashion_mnist(folder)[0]) == 40
+
+
+def test_missing_data_names_the_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "DEBIAN_FOLDER", tmp_path / "no")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match=r"torchvision downloads.*dataset-fashion-mnist.*a folder"):
+        load_fashion_mnist(download=False)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_fashion_mnist("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"pool": 3}, "pool=3"), ({"train_size": 41}, "train_size=41"), ({"test_size": 0}, "test_")],
+)
+def test_wrong_sizes_are_named(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_fashion_mnist(folder, **options)
+
+
+def test_datasets_and_tensors_give_the_same_inputs():
+    x = torch.rand(5, 1, 4, 4)
+    assert torch.equal(images_of(x), x)
+    assert torch.equal(images_of(TensorDataset(x)), x)
+    assert torch.equal(images_of([(image, 0) for image in x]), x)
+
+
+@pytest.mark.parametrize("size", [7, 14, 28])
+@pytest.mark.parametrize("name", ["autoencoder", "small_conv", "mlp"])
+def test_models_reconstruct_their_input_size(name, size):
+    images = torch.rand(2, 1, size, size)
+    out = create_model(name, size)(images)
+    assert out.shape == images.shape
+    assert out.min() >= 0
+    assert out.max() <= 1
+
+
+def test_the_full_autoencoder_is_the_one_of_the_study():
+    model = create_model("autoencoder", 28)
+    shapes = [tuple(p.shape) for p in model.parameters() if p.dim() > 1]
+    assert shapes == [(32, 1, 3, 3), (64, 32, 3, 3), (128, 3136), (3136, 128), (64, 32, 3, 3), (32, 1, 3, 3)]
+
+
+def test_models_repeat_by_seed():
+    first, same, other = (create_model("mlp", 4, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_a_study_runs_what_is_missing_and_merges(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run_study(out, ["A1"], [1], small(folder), progress=False)
+    calls, real = [], study.run_grid
+
+    def counted(variant_id, *args, **kwargs):
+        calls.append((variant_id, kwargs["seed"]))
+        return real(variant_id, *args, **kwargs)
+
+    monkeypatch.setattr(study, "run_grid", counted)
+    paths = run_study(out, ["A1", "B3"], [1, 2], small(folder), progress=False)
+    assert sorted(calls) == [("A1", 2), ("B3", 1), ("B3", 2)]
+    assert sorted(p.name for p in paths) == [f"{v}_seed{s}.json" for v in ("A1", "B3") for s in (1, 2)]
+    assert sorted(os.listdir(out / "results")) == sorted(p.name for p in paths)
+    assert [path.name for path in merge_results([out], out)] == ["heatmaps.png", "table.md", "summary.json"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(row["optimizer_id"], row["seeds"]) for row in summary] == [("A1", [1, 2]), ("B3", [1, 2])]
+
+
+def test_results_of_many_machines_merge_into_one_sheet(folder, tmp_path):
+    """Two folders give the table that one would have given."""
+    one, two, both = (tmp_path / name for name in ("one", "two", "both"))
+    run_study(one, ["A1"], [1, 2], small(folder), progress=False)
+    run_study(two, ["D1"], [1, 2], small(folder), progress=False)
+    run_study(both, ["A1", "D1"], [1, 2], small(folder), progress=False)
+    merged = [json.loads(merge_results(f, tmp_path / "m")[2].read_text()) for f in ([one, two], [both])]
+    for row in (*merged[0], *merged[1]):
+        row.pop("seconds")
+    assert merged[0] == merged[1]
+    assert [e.optimizer_id for e in load_results([one, two])] == ["A1", "A1", "D1", "D1"]
+
+
+def test_results_of_other_settings_are_not_overwritten(folder, tmp_path):
+    run_study(tmp_path, ["B1"], [1], small(folder), progress=False)
+    with pytest.raises(ValueError, match=r"out=.*other settings"):
+        run_study(tmp_path, ["B1"], [1], small(folder, epochs=3), progress=False)
+
+
+def test_schedule_options_and_settings_reach_their_variants(folder, tmp_path):
+    protocol = small(
+        folder, schedule_options={"warm_restarts": {"t0": 1, "end": "up"}}, settings={"eps": 1e-4}
+    )
+    paths = run_study(tmp_path, ["B4", "C1"], [1], protocol, progress=False)
+    b4, c1 = (json.loads(path.read_text())["config"] for path in paths)
+    assert b4["schedule"] == {
+        "name": "warm_restarts",
+        "epochs": 3,
+        "t0": 1,
+        "t_mult": 2,
+        "ends_at_period_end": True,
+    }
+    assert b4["optimizer"]["eps"] == 1e-4
+    assert "eps" not in c1["optimizer"]
+
+
+def test_variants_are_selected():
+    assert select_variants("all") == list(VARIANTS)
+    assert len(VARIANTS) == 15
+    assert select_variants("B3") == ["B3"]
+    with pytest.raises(ValueError, match="variant_id='B9'"):
+        select_variants(["B3", "B9"])
+    with pytest.raises(ValueError, match="variant="):
+        select_variants([])
+
+
+def test_nothing_to_merge_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no results"):
+        merge_results([tmp_path], tmp_path)
+
+
+def configured(*overrides):
+    with initialize_config_dir(cli._config_folder(), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def test_the_default_configuration_is_the_default_protocol():
+    protocol = cli.protocol_of(configured())
+    want = Protocol(model_options={"hidden": 64, "latent": 16})
+    for key, value in vars(want).items():
+        got = getattr(protocol, key)
+        assert list(got) == list(value) if key.endswith("multipliers") else got == value
+
+
+def test_the_full_protocol_is_the_one_of_the_study():
+    protocol = cli.protocol_of(configured("protocol=full"))
+    assert (protocol.model, protocol.epochs, protocol.batch_size) == ("autoencoder", 100, 128)
+    assert (protocol.train_size, protocol.test_size, protocol.pool) == (None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("launch", "plugin", "target"),
+    [
+        ("joblib", "hydra_joblib_launcher", "JoblibLauncher"),
+        ("slurm", "hydra_submitit_launcher", "SlurmLauncher"),
+    ],
+)
+def test_launchers_are_configured(launch, plugin, target):
+    pytest.importorskip(f"hydra_plugins.{plugin}", reason="needs the extra [sweep]")
+    with initialize_config_dir(cli._config_folder(), version_base="1.3"):
+        cfg = compose("config", overrides=[f"+launch={launch}"], return_hydra_config=True)
+    assert cfg.hydra.launcher._target_.endswith(target)
+    assert cfg.progress is False
+
+
+def command(folder, out, *arguments):
+    """Run the console entry in a process of its own."""
+    size = ["protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7", "protocol.epochs=1"]
+    grid = ["protocol.lr_multipliers=[0.5,1]", "protocol.wd_multipliers=[0,1]", "protocol.batch_size=8"]
+    entry = "from breaching_ext.optimizer_study.cli import main; main()"
+    call = [sys.executable, "-c", entry, *arguments, f"out={out}", f"data.folder={folder}", *size, *grid]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(call, cwd=out.parent, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_multirun_runs_in_processes_and_merges(folder, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra [sweep]")
+    out = tmp_path / "out"
+    done = command(folder, out, "-m", "+launch=joblib", "variant=A1,D3", "seed=1")
+    assert done.returncode == 0, done.stderr
+    assert len(list((out / "results").glob("*.json"))) == 2
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(row["optimizer_id"], row["seeds"]) for row in summary] == [("A1", [1]), ("D3", [1])]
+    assert (out / "heatmaps.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("variant=Z1", "variant_id='Z1'"),
+        ("action=stop", "action='stop'.*run, merge"),
+        ("seed=[]", "seed="),
+        ("protocol.model=vit", "model='vit'"),
+        ("protocol.executor=magic", "executor='magic'"),
+        ("protocol.schedule=linear", "schedule='linear'"),
+    ],
+)
+def test_the_command_names_a_wrong_value(folder, tmp_path, override, message):
+    sizes = ["protocol.train_size=16", "protocol.test_size=8"]
+    cfg = configured(f"out={tmp_path / 'out'}", f"data.folder={folder}", *sizes, override)
+    with pytest.raises(ValueError, match=message):
+        cli.run(cfg)
+    assert not (tmp_path / "out" / "results").exists()
+
+
+def test_the_command_runs_and_merges(folder, tmp_path):
+    sizes = ["protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7", "protocol.epochs=1"]
+    grid = ["protocol.lr_multipliers=[0.5,1]", "protocol.wd_multipliers=[0,1]", "progress=false"]
+    cfg = configured(
+        f"out={tmp_path}", f"data.folder={folder}", *sizes, *grid, "variant=[A1,B3]", "seed=[1,2]"
+    )
+    assert {path.name for path in cli.run(cfg)} == {"heatmaps.png", "table.md", "summary.json"}
+    assert len(list((tmp_path / "results").iterdir())) == 4
+
+
+def test_the_module_imports_nothing_from_the_attacks():
+    check = (
+        "import json, sys, breaching_ext.optimizer_study.cli\n"
+        "print(json.dumps([m for m in sys.modules if m.startswith('breaching')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
+    assert others <= {"breaching_ext", "breaching_ext.config"}

@@ -1,0 +1,345 @@
+"""Stacked, compiled and sequential training give the same results; divergence, resuming and choosing."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from breaching_ext.optimizer_study import VARIANTS, OptimizerExperiment, create_optimizer, run_grid
+from breaching_ext.optimizer_study import grid as grid_module
+from breaching_ext.optimizer_study.config import AdamWConfig, Budget
+from breaching_ext.optimizer_study.executor import (
+    COMPILE_FROM_SECONDS,
+    even_chunks,
+    make_plan,
+    members_in_memory,
+)
+from breaching_ext.optimizer_study.models import create_model
+from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, TrainingTask, train
+
+CELLS = [(1.0, 0.0), (0.25, 4.0), (2.0, 1.0)]
+
+
+def images(n, size=4, seed=0):
+    return torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_task(variant_id="B3", model="mlp", epochs=3, **options):
+    """Sixty steps in three epochs, with a smaller last batch."""
+    variant = VARIANTS[variant_id]
+    size = 8 if model == "small_conv" else 4
+    skeleton = create_model(
+        model, size, latent=3, **({"hidden": 5} if model == "mlp" else {"channels": (2, 3)})
+    )
+    return TrainingTask(
+        variant=variant,
+        schedule=variant.create_schedule(epochs),
+        budget=Budget(79, 4, epochs),
+        model=skeleton.double(),
+        train=images(79, size),
+        test=images(10, size, seed=1),
+        **options,
+    )
+
+
+def parameters_after(run, members):
+    logs = train(run, members)
+    return logs, run.params
+
+
+@pytest.mark.parametrize("variant_id", VARIANTS)
+def test_stacked_training_is_sequential_training(variant_id):
+    """Parameters agree to 1e-12 after sixty steps in float64, the sequential side with torch's own
+    optimizer."""
+    task = make_task(variant_id)
+    assert task.steps == 60
+    stacked_logs, stacked = parameters_after(StackedRun(task, CELLS), len(CELLS))
+    for member, cell in enumerate(CELLS):
+        logs, alone = parameters_after(SequentialRun(task, [cell]), 1)
+        for name, value in alone.items():
+            assert (stacked[name][member] - value[0]).abs().max().item() <= 1e-12
+        assert logs[0].epoch_test_losses == pytest.approx(stacked_logs[member].epoch_test_losses, rel=1e-10)
+        assert logs[0].epoch_train_losses == pytest.approx(stacked_logs[member].epoch_train_losses, rel=1e-10)
+
+
+def test_stacked_convolutions_are_sequential_ones():
+    task = make_task("D3", "small_conv")
+    _, stacked = parameters_after(StackedRun(task, CELLS), len(CELLS))
+    for member, cell in enumerate(CELLS):
+        _, alone = parameters_after(SequentialRun(task, [cell]), 1)
+        for name, value in alone.items():
+            assert (stacked[name][member] - value[0]).abs().max().item() <= 1e-12
+
+
+def test_the_sequential_run_is_what_a_user_would_write():
+    """The members of a grid follow the path of `create_optimizer` in a plain training loop."""
+    task = make_task("B8")
+    budget, model = task.budget, copy.deepcopy(task.model)
+    optimizer = create_optimizer("B8", model.parameters(), lr_multiplier=0.5, wd_multiplier=8, budget=budget)
+    for epoch in range(3):
+        for index, batch in enumerate(task.batches(epoch)):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(batch), batch).backward()
+            optimizer.set_epoch(epoch + index / budget.steps_per_epoch)
+            optimizer.step()
+    _, stacked = parameters_after(StackedRun(task, [(0.5, 8.0)]), 1)
+    for name, value in model.named_parameters():
+        assert (stacked[name][0] - value).abs().max().item() <= 1e-12
+
+
+def test_compiled_training_is_plain_training():
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Unflatten(1, (1, 4, 4))).double()
+    task = TrainingTask(**{**make_task("D3", epochs=1).__dict__, "model": layers})
+    _, plain = parameters_after(StackedRun(task, CELLS), len(CELLS))
+    _, fast = parameters_after(StackedRun(task, CELLS, compiled=True), len(CELLS))
+    for name, value in plain.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_members_see_the_same_batches_and_every_image_once():
+    task = make_task()
+    batches = list(task.batches(1))
+    assert [len(b) for b in batches] == [4] * 19 + [3]
+    seen = torch.cat(batches).flatten(1).sum(1).sort().values
+    torch.testing.assert_close(seen, task.train.flatten(1).sum(1).sort().values)
+    assert not torch.equal(next(task.batches(0)), next(task.batches(1)))
+
+
+def grid_arguments(**changes):
+    return {
+        "variant_id": "B1",
+        "model": create_model("mlp", 4, hidden=4, latent=2),
+        "train": images(24).float(),
+        "test": images(8, seed=1).float(),
+        "lr_multipliers": [0.5, 1.0],
+        "wd_multipliers": [0.0, 1.0, 2.0],
+        "epochs": 3,
+        "batch_size": 8,
+        "progress": False,
+    } | changes
+
+
+def losses(experiment):
+    return [result.log.epoch_test_losses for result in experiment.results]
+
+
+@pytest.mark.parametrize("executor", ["auto", "stacked", "sequential"])
+def test_executors_and_chunks_agree(executor):
+    whole = run_grid(**grid_arguments(executor="stacked"))
+    other = run_grid(**grid_arguments(executor=executor, chunk=4))
+    for a, b in zip(losses(whole), losses(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert [r.cell for r in other.results] == [(lr, wd) for lr in (0.5, 1.0) for wd in (0.0, 1.0, 2.0)]
+    assert other.config["plan"]["executor"] in (
+        ("stacked", "sequential") if executor == "auto" else (executor,)
+    )
+
+
+def test_the_model_and_the_global_generator_are_left_alone():
+    arguments = grid_arguments()
+    before, state = copy.deepcopy(arguments["model"].state_dict()), torch.get_rng_state()
+    run_grid(**arguments)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in arguments["model"].state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_runs_repeat_and_depend_on_the_seed():
+    first, again = run_grid(**grid_arguments()), run_grid(**grid_arguments())
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(run_grid(**grid_arguments(seed=43)))
+
+
+@pytest.mark.parametrize("executor", ["stacked", "sequential"])
+def test_a_diverged_member_does_not_stop_the_others(executor, tmp_path):
+    arguments = grid_arguments(variant_id="A2", lr_multipliers=[1.0, 1e30], executor=executor)
+    experiment = run_grid(**arguments)
+    assert {d["lr_multiplier"] for d in experiment.diverged} == {1e30}
+    assert len(experiment.diverged) == 3
+    healthy = run_grid(**(arguments | {"lr_multipliers": [1.0]}))
+    assert losses(experiment)[:3] == losses(healthy)
+    bad = experiment.results[-1].log
+    assert math.isnan(bad.final_test_loss)
+    assert bad.diverged_epoch is not None
+    loaded = OptimizerExperiment.load(experiment.save(tmp_path / "a2.json"))
+    assert loaded.diverged == experiment.diverged
+
+
+def test_a_killed_grid_resumes_where_it_was(tmp_path, monkeypatch):
+    """After an interruption in the third chunk the first two are not trained again, and the result is the
+    same."""
+    checkpoint = tmp_path / "grid.partial"
+    arguments = grid_arguments(executor="stacked", chunk=2, compile=False)
+    whole = run_grid(**arguments)
+    real, trained = grid_module.train, []
+
+    def interrupted(run, members, *rest):
+        trained.append(members)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return real(run, members, *rest)
+
+    monkeypatch.setattr(grid_module, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(**arguments, checkpoint=checkpoint)
+    assert checkpoint.exists()
+    resumed = run_grid(**arguments, checkpoint=checkpoint)
+    assert trained == [2, 2, 2, 2]
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_checkpoint_of_another_run_is_ignored(tmp_path):
+    checkpoint = tmp_path / "grid.partial"
+    run_grid(**grid_arguments(), checkpoint=checkpoint)
+    other = run_grid(**grid_arguments(seed=7), checkpoint=checkpoint)
+    assert losses(other) == losses(run_grid(**grid_arguments(seed=7)))
+
+
+def test_steps_and_samples_are_recorded_when_asked(tmp_path):
+    arguments = grid_arguments(log_steps=True, sample_epochs=[1, 3], variant_id="B3")
+    stacked = run_grid(**arguments, executor="stacked")
+    alone = run_grid(**arguments, executor="sequential")
+    for a, b in zip(stacked.results, alone.results, strict=True):
+        for name in ("step_losses", "step_grad_norms", "step_weight_norms", "step_lrs"):
+            assert len(getattr(a.log, name)) == 9
+            assert getattr(a.log, name) == pytest.approx(getattr(b.log, name), rel=1e-3)
+        assert a.log.step_lrs[0] == pytest.approx(a.learning_rate)
+        assert sorted(a.log.samples) == [1, 3]
+        assert a.log.samples[3].shape == (8, 1, 4, 4)
+    loaded = OptimizerExperiment.load(stacked.save(tmp_path / "b3.json"))
+    assert loaded.results[2].log.step_grad_norms == stacked.results[2].log.step_grad_norms
+    assert (loaded.results[2].log.samples[3] == stacked.results[2].log.samples[3]).all()
+
+
+def test_a_model_with_buffers_is_trained_sequentially():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Unflatten(1, (1, 4, 4)))
+    assert run_grid(**grid_arguments(model=model)).config["plan"]["executor"] == "sequential"
+    with pytest.raises(ValueError, match="buffers"):
+        run_grid(**grid_arguments(model=model, executor="stacked", compile=False))
+
+
+@pytest.mark.parametrize(
+    ("sequential", "plain", "compiled", "expected"),
+    [
+        (4.0, 6.0, 9.0, ("stacked", False)),
+        (4.0, 6.0, 3.0, ("stacked", True)),
+        (1.0, 6.0, 4.5, ("sequential", False)),
+    ],
+)
+def test_the_plan_is_the_fastest_way(monkeypatch, sequential, plain, compiled, expected):
+    """With made-up milliseconds a step (a stack has three members), the least a member-step wins."""
+    fast_step = object()
+
+    def fake_time(build, task, repeats=5):
+        run = build()
+        if isinstance(run, SequentialRun):
+            return sequential
+        return compiled if run.function is fast_step else plain
+
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._batch_step", lambda run, task: lambda: None)
+    monkeypatch.setattr("breaching_ext.optimizer_study.training.compiled_step", lambda *args: fast_step)
+    plan = make_plan(make_task(), CELLS, compiled=True)
+    assert (plan.executor, plan.compiled) == expected
+    assert plan.chunk == (3 if plan.executor == "stacked" else 1)
+    assert plan.compiled_ms == compiled / 3
+
+
+def test_short_runs_are_not_compiled(monkeypatch):
+    """Compiling is tried only where training takes long against it."""
+    tried = []
+    monkeypatch.setattr(
+        "breaching_ext.optimizer_study.executor.time_step", lambda build, task, repeats=5: 6.0
+    )
+    monkeypatch.setattr(
+        "breaching_ext.optimizer_study.executor._measure_compiled", lambda *args: tried.append(args)
+    )
+    task = make_task()
+    assert 6.0 / 1e3 * task.steps < COMPILE_FROM_SECONDS
+    assert not make_plan(task, CELLS).compiled
+    assert not tried
+    make_plan(make_task(epochs=1000), CELLS)
+    assert len(tried) == 1
+
+
+def test_smaller_chunks_are_taken_where_they_are_faster(monkeypatch):
+    """Of sixteen members at a time and all at once the faster is run, unless a chunk is given."""
+    cells = [(1.0, float(wd)) for wd in range(32)]
+
+    def fake_time(build, task, repeats=5):
+        run = build()
+        return 100.0 if isinstance(run, SequentialRun) else {16: 16.0, 32: 64.0, 8: 24.0}[len(run.lr)]
+
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._STEP_SECONDS", 1e9)
+    assert make_plan(make_task(), cells, compiled=False).chunk == 16
+    assert make_plan(make_task(), cells, compiled=False, chunk=8).chunk == 8
+
+
+@given(members=st.integers(1, 300), largest=st.integers(1, 300))
+def test_chunks_are_even_and_as_few_as_possible(members, largest):
+    chunk = even_chunks(members, largest)
+    count = -(-members // chunk)
+    assert chunk <= largest
+    assert count == -(-members // largest)
+    assert (count - 1) * chunk < members <= count * chunk
+
+
+def test_chunks_follow_memory(monkeypatch):
+    task = make_task()
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._free_memory", lambda: 1)
+    assert members_in_memory(task) == 1
+    assert make_plan(task, CELLS, "stacked", False).chunk == 1
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._free_memory", lambda: 2**40)
+    assert make_plan(task, CELLS, "stacked", False).chunk == len(CELLS)
+
+
+def test_settings_reach_the_members():
+    decay = run_grid(**grid_arguments(settings={"decay": "lr"}))
+    assert decay.config["optimizer"]["decay"] == "lr"
+    default = run_grid(**grid_arguments(wd_multipliers=[0.0, 1.0, 32.0]))
+    decay = run_grid(**grid_arguments(wd_multipliers=[0.0, 1.0, 32.0], settings={"decay": "lr"}))
+    assert losses(decay)[0] == pytest.approx(losses(default)[0], rel=1e-5)  # no decay, no difference
+    assert losses(decay)[2] != pytest.approx(losses(default)[2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant_id": "E1"}, "variant_id='E1'"),
+        ({"executor": "magic"}, "executor='magic'.*auto, stacked, sequential"),
+        ({"compile": "often"}, "compile='often'"),
+        ({"lr_multipliers": [0.0]}, "lr_multipliers"),
+        ({"wd_multipliers": [-1.0]}, "wd_multipliers"),
+        ({"wd_multipliers": [1.0, 1.0]}, "without repetition"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"model": "vit"}, "model='vit'.*mlp"),
+        ({"test": torch.rand(4, 1, 5, 5)}, "test="),
+        ({"train": torch.rand(0, 1, 4, 4)}, "at least one item"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_training(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_grid(**grid_arguments(**changes))
+
+
+def test_adamw_with_torchs_decay_is_torchs_adamw_in_a_grid():
+    """A member of a grid against a plain loop with torch.optim.AdamW, written out."""
+    task = make_task("B1")
+    task = TrainingTask(**{**task.__dict__, "variant": task.variant.with_settings(decay="lr")})
+    assert isinstance(task.variant.config, AdamWConfig)
+    model = copy.deepcopy(task.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 * 0.25, weight_decay=1e-3 * 4)
+    for epoch in range(3):
+        for batch in task.batches(epoch):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(batch), batch).backward()
+            optimizer.step()
+    _, stacked = parameters_after(StackedRun(task, CELLS), len(CELLS))
+    for name, value in model.named_parameters():
+        assert (stacked[name][1] - value).abs().max().item() <= 1e-12

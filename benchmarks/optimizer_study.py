@@ -101,11 +101,7 @@ def planned(task: TrainingTask, compiled: object) -> tuple[Callable[[], None], i
     """A step of what the executor chooses, how many members it advances, and the plan."""
     plan = make_plan(task, CELLS, compiled=compiled)
     members = CELLS[: plan.chunk]
-    run = (
-        StackedRun(task, members, plan.compiled)
-        if plan.executor == "stacked"
-        else SequentialRun(task, members)
-    )
+    run = StackedRun(task, members, plan.compiled) if plan.executor == "stacked" else SequentialRun(task, members)
     batch = next(task.batches(0))
 
     def step() -> None:
@@ -119,9 +115,7 @@ def measure(name: str, case: Case, device: str, rounds: int, compiled: object) -
     task = make_task(case, device)
     ours, members, plan = planned(task, compiled)
     theirs = baseline(task)
-    times: dict[str, list[float]] = {
-        f"{side}_{clock}": [] for side in ("ours", "torch") for clock in ("wall", "cpu")
-    }
+    times: dict[str, list[float]] = {f"{side}_{clock}": [] for side in ("ours", "torch") for clock in ("wall", "cpu")}
     sides = (("torch", theirs, 1), ("ours", ours, members))
     counts = {side: max(1, int(SECONDS_A_ROUND / seconds_of(step, device, 1)[0])) for side, step, _ in sides}
     for turn in range(rounds):

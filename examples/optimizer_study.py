@@ -42,12 +42,8 @@ def main() -> None:
         experiments.append(experiment)
         found = coupling(experiment)
         best = min(experiment.results, key=lambda result: result.log.best_test_loss)
-        print(
-            f"{variant} {experiment.optimizer_name}: best test loss {best.log.best_test_loss:.4f}", end="; "
-        )
-        print(
-            f"coupling {found.slope:+.2f} ± {found.standard_error:.2f} over {len(found.lr_multipliers)} rows"
-        )
+        print(f"{variant} {experiment.optimizer_name}: best test loss {best.log.best_test_loss:.4f}", end="; ")
+        print(f"coupling {found.slope:+.2f} ± {found.standard_error:.2f} over {len(found.lr_multipliers)} rows")
     print("wrote", save_sheet(experiments, args.out / "heatmaps.png"))
 
 

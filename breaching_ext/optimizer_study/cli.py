@@ -66,9 +66,7 @@ def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
     if cfg.action == "run":
         variants = select_variants(_plain(cfg.variant))
         seeds = _plain(cfg.seed)
-        run_study(
-            cfg.out, variants, seeds if isinstance(seeds, list) else [seeds], protocol_of(cfg), cfg.progress
-        )
+        run_study(cfg.out, variants, seeds if isinstance(seeds, list) else [seeds], protocol_of(cfg), cfg.progress)
     if not merge:
         return []
     files = merge_results([*(cfg.sources or []), cfg.out], cfg.out)

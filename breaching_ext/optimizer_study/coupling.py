@@ -59,9 +59,7 @@ def coupling(experiment: OptimizerExperiment, ratio: float = DEFAULT_RATIO) -> C
     require(ratio > 1, "ratio", ratio, "a number > 1")
     data, lrs, wds = experiment.get_heatmap_data()
     require(wds[:1] == [0.0], "wd_multipliers", wds, "a grid that contains 0")
-    points = [
-        (lr, crossing(wds[1:], (row[1:] / row[0]).tolist(), ratio)) for lr, row in zip(lrs, data, strict=True)
-    ]
+    points = [(lr, crossing(wds[1:], (row[1:] / row[0]).tolist(), ratio)) for lr, row in zip(lrs, data, strict=True)]
     found = [(lr, wd) for lr, wd in points if wd is not None]
     rows = int(np.isfinite(data[:, 0]).sum())
     slope, error = _regress([math.log2(lr) for lr, _ in found], [math.log2(wd) for _, wd in found])

@@ -100,9 +100,7 @@ def _download() -> Path | None:
 
 def _advice(folder: str | Path | None) -> str:
     """The three ways to get the data, in one line."""
-    where = (
-        f"in {folder}" if folder is not None else f"in {DEBIAN_FOLDER} or {_cache_root()}, nor by download"
-    )
+    where = f"in {folder}" if folder is not None else f"in {DEBIAN_FOLDER} or {_cache_root()}, nor by download"
     return (
         f"Fashion-MNIST was not found {where}. Either connect to a network, so that torchvision downloads "
         "it; or install Debian's package (apt-get install dataset-fashion-mnist); "

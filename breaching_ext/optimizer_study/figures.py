@@ -54,9 +54,7 @@ def draw_heatmap(
     ax.set_yticks(range(len(lrs)), [_label(lr) for lr in lrs], fontsize=7)
     ax.set_xlabel(f"weight decay × {_base(experiment, 'weight_decay')}", fontsize=8)
     ax.set_ylabel(f"learning rate × {_base(experiment, 'lr')}", fontsize=8)
-    ax.set_title(
-        title if title is not None else f"{experiment.optimizer_id} {experiment.optimizer_name}", fontsize=9
-    )
+    ax.set_title(title if title is not None else f"{experiment.optimizer_id} {experiment.optimizer_name}", fontsize=9)
     rows, columns = best_cells(data)
     ax.scatter(columns, rows, s=42, facecolors="none", edgecolors="tab:red", linewidths=1.2)
     if norm is None:
@@ -104,9 +102,7 @@ def panel_title(experiment: OptimizerExperiment) -> str:
     if experiment.wd_multipliers[:1] != [0.0]:
         return first
     found = coupling(experiment)
-    number = (
-        "not reached" if math.isnan(found.slope) else f"{found.slope:+.2f} ({len(found.lr_multipliers)} rows)"
-    )
+    number = "not reached" if math.isnan(found.slope) else f"{found.slope:+.2f} ({len(found.lr_multipliers)} rows)"
     return f"{first}\ncoupling {number}"
 
 

@@ -119,9 +119,7 @@ def run_grid(
 class _Grid:
     """One call of `run_grid`, after its arguments were checked."""
 
-    def __init__(
-        self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool
-    ) -> None:
+    def __init__(self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool) -> None:
         """Read what an earlier, interrupted call left."""
         self.task, self.cells, self.progress = task, cells, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -187,12 +185,7 @@ class _Grid:
 
     def _resume(self) -> dict[Cell, GridSearchResult]:
         """Cells that an interrupted call with the same arguments finished."""
-        if (
-            self.checkpoint is None
-            or not self.checkpoint.exists()
-            or self.task.log_steps
-            or self.task.sample_epochs
-        ):
+        if self.checkpoint is None or not self.checkpoint.exists() or self.task.log_steps or self.task.sample_epochs:
             return {}  # optional logs are not kept in a checkpoint, so such runs start anew
         saved = read_json(self.checkpoint)
         if saved["fingerprint"] != self.fingerprint:

@@ -32,9 +32,7 @@ class LogBook:
         self._train: list[np.ndarray] = []
         self._test: list[np.ndarray] = []
         self._seconds: list[float] = []
-        self._steps: dict[str, list[Tensor]] = {
-            name: [] for name in ("losses", "grad_norms", "weight_norms", "lrs")
-        }
+        self._steps: dict[str, list[Tensor]] = {name: [] for name in ("losses", "grad_norms", "weight_norms", "lrs")}
         self._samples: dict[int, np.ndarray] = {}
 
     def before_step(self, weight_norms: Tensor, lrs: Tensor) -> None:

@@ -27,9 +27,7 @@ class MLPAutoencoder(nn.Module):
         super().__init__()
         pixels = image_size**2
         self.encoder = nn.Sequential(nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, latent))
-        self.decoder = nn.Sequential(
-            nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, pixels), nn.Sigmoid()
-        )
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, pixels), nn.Sigmoid())
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct ``images`` (B, 1, H, W), values in [0, 1]."""
@@ -61,16 +59,12 @@ class ConvAutoencoder(nn.Module):
         for level in reversed(range(len(channels))):
             extra = sizes[level] - (2 * sizes[level + 1] - 1)
             decoder.append(
-                nn.ConvTranspose2d(
-                    widths[level + 1], widths[level], 3, stride=2, padding=1, output_padding=extra
-                )
+                nn.ConvTranspose2d(widths[level + 1], widths[level], 3, stride=2, padding=1, output_padding=extra)
             )
             decoder.append(nn.ReLU() if level else nn.Sigmoid())
         shape = (widths[-1], sizes[-1], sizes[-1])
         self.encoder = nn.Sequential(*encoder, nn.Flatten(), nn.Linear(math.prod(shape), latent))
-        self.decoder = nn.Sequential(
-            nn.Linear(latent, math.prod(shape)), nn.ReLU(), nn.Unflatten(1, shape), *decoder
-        )
+        self.decoder = nn.Sequential(nn.Linear(latent, math.prod(shape)), nn.ReLU(), nn.Unflatten(1, shape), *decoder)
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct ``images`` (B, 1, H, W), values in [0, 1]."""

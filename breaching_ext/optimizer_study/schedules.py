@@ -67,9 +67,7 @@ class StepDrop(LRScheduler):
 
     name = "step_drop"
 
-    def __init__(
-        self, epochs: int, fractions: tuple[float, ...] = (0.3, 0.6, 0.8), gamma: float = 0.1
-    ) -> None:
+    def __init__(self, epochs: int, fractions: tuple[float, ...] = (0.3, 0.6, 0.8), gamma: float = 0.1) -> None:
         """Place the drops.
 
         Args:
@@ -176,7 +174,5 @@ def create_schedule(name: str, epochs: int, **options: object) -> LRScheduler:
         ValueError: If the name or an option's value is not valid.
     """
     require_choice("schedule", name, SCHEDULES)
-    kinds: dict[str, Callable[..., LRScheduler]] = {
-        k.name: k for k in (Fixed, StepDrop, Cosine, WarmRestarts)
-    }
+    kinds: dict[str, Callable[..., LRScheduler]] = {k.name: k for k in (Fixed, StepDrop, Cosine, WarmRestarts)}
     return kinds[name](epochs, **options)

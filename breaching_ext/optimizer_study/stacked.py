@@ -52,9 +52,7 @@ def stack_members(model: nn.Module, members: int) -> Params:
     """
     params, buffers = stack_module_state([model])
     if buffers:
-        raise ValueError(
-            f"model has the buffers {sorted(buffers)}; a stacked model must have parameters only."
-        )
+        raise ValueError(f"model has the buffers {sorted(buffers)}; a stacked model must have parameters only.")
     return {name: p.detach().repeat(members, *(1,) * (p.dim() - 1)) for name, p in params.items()}
 
 
@@ -87,9 +85,7 @@ def make_step(model: nn.Module, rule: UpdateRule, track_norms: bool = False) -> 
     return step
 
 
-def compiled_step(
-    model: nn.Module, rule: UpdateRule, params: Params, track_norms: bool = False
-) -> StepFunction:
+def compiled_step(model: nn.Module, rule: UpdateRule, params: Params, track_norms: bool = False) -> StepFunction:
     """`make_step`, compiled; one graph for every rule, model, number of members, dtype and device."""
     key = (type(rule), _static(rule.config), id(model), model.training, track_norms, *_signature(params))
     if key not in _COMPILED:

@@ -118,14 +118,10 @@ def run_study(
     require(bool(seeds), "seed", list(seeds), "at least one whole number")
     train, test = (
         images.to(protocol.device)
-        for images in load_fashion_mnist(
-            protocol.data_folder, protocol.train_size, protocol.test_size, protocol.pool
-        )
+        for images in load_fashion_mnist(protocol.data_folder, protocol.train_size, protocol.test_size, protocol.pool)
     )
     # One module for all seeds, so that compiled steps serve them all.
-    model = create_model(protocol.model, train.shape[-1], seeds[0], **protocol.model_options).to(
-        protocol.device
-    )
+    model = create_model(protocol.model, train.shape[-1], seeds[0], **protocol.model_options).to(protocol.device)
     paths = []
     for seed in seeds:
         model.load_state_dict(

@@ -31,9 +31,7 @@ def merge_seeds(experiments: Sequence[OptimizerExperiment]) -> OptimizerExperime
     first = experiments[0]
     for other in experiments[1:]:
         same = other.optimizer_id == first.optimizer_id and _grid(other) == _grid(first)
-        require(
-            same, "experiments", other.optimizer_id, f"of the same variant and grid as {first.optimizer_id}"
-        )
+        require(same, "experiments", other.optimizer_id, f"of the same variant and grid as {first.optimizer_id}")
     cells = [{result.cell: result for result in experiment.results} for experiment in experiments]
     results = [_mean_result([by_cell[result.cell] for by_cell in cells]) for result in first.results]
     config = {**first.config, "seeds": [experiment.config["seed"] for experiment in experiments]}

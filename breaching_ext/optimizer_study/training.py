@@ -177,9 +177,7 @@ class SequentialRun:
         loss.backward()
         norms = loss.new_empty(0)
         if self.task.log_steps:
-            norms = member_norm(
-                {str(i): p.grad[None] for i, p in enumerate(self.leaves) if p.grad is not None}
-            )
+            norms = member_norm({str(i): p.grad[None] for i, p in enumerate(self.leaves) if p.grad is not None})
         self._set_rates(moment)
         self.optimizer.step()
         return loss.detach().view(1), norms

@@ -52,9 +52,7 @@ class TrainingLog:
     @property
     def best_epoch(self) -> int | None:
         """Epoch (from 1 on) with the lowest test loss, or None if none was finite."""
-        finite = [
-            (loss, epoch) for epoch, loss in enumerate(self.epoch_test_losses, 1) if math.isfinite(loss)
-        ]
+        finite = [(loss, epoch) for epoch, loss in enumerate(self.epoch_test_losses, 1) if math.isfinite(loss)]
         return min(finite)[1] if finite else None
 
     @property

@@ -71,9 +71,7 @@ _ALL: tuple[Variant, ...] = (
     Variant("C2", "Adafactor with momentum", replace(_ADAFACTOR, beta1=0.9), "fixed"),
     Variant("D1", "AdamW + Adafactor, cosine", _COMBINED, "cosine"),
     Variant("D2", "AdamW + Adafactor, warm restarts", _COMBINED, "warm_restarts"),
-    Variant(
-        "D3", "AdamW + Adafactor, warm restarts, momentum", replace(_COMBINED, beta1=0.9), "warm_restarts"
-    ),
+    Variant("D3", "AdamW + Adafactor, warm restarts, momentum", replace(_COMBINED, beta1=0.9), "warm_restarts"),
 )
 
 VARIANTS: MappingProxyType[str, Variant] = MappingProxyType({variant.id: variant for variant in _ALL})

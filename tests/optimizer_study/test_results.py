@@ -39,9 +39,7 @@ LAYOUT = [
 def make_experiment(loss, lrs=LR_MULTIPLIERS, wds=WD_MULTIPLIERS, seed=42, variant="B3"):
     """An experiment whose final test loss is a function of the multipliers."""
     results = [
-        GridSearchResult(
-            lr, wd, 1e-3 * lr, 1e-3 * wd, TrainingLog([1.0, 0.5], [0.9, loss(lr, wd)], [0.1, 0.1], 0.2)
-        )
+        GridSearchResult(lr, wd, 1e-3 * lr, 1e-3 * wd, TrainingLog([1.0, 0.5], [0.9, loss(lr, wd)], [0.1, 0.1], 0.2))
         for lr in lrs
         for wd in wds
     ]
@@ -64,9 +62,7 @@ def test_the_coupling_number_is_the_slope_that_was_put_in(slope, offset, base):
     def loss(lr, wd):
         return base * 1.25 ** (wd / (2.0**offset * lr**slope)) if wd else base
 
-    found = coupling(
-        make_experiment(loss, lrs=[0.25, 0.5, 1.0, 2.0], wds=[0.0, *2.0 ** np.arange(-6, 7, 0.25)])
-    )
+    found = coupling(make_experiment(loss, lrs=[0.25, 0.5, 1.0, 2.0], wds=[0.0, *2.0 ** np.arange(-6, 7, 0.25)]))
     assert len(found.lr_multipliers) == 4
     assert found.slope == pytest.approx(slope, abs=0.02)
     assert found.standard_error < 0.02
@@ -111,9 +107,7 @@ def test_coupling_needs_a_column_without_decay():
 
 
 def test_heatmap_data_is_laid_out_by_rate_and_decay():
-    data, lrs, wds = make_experiment(
-        lambda lr, wd: lr + 100 * wd, lrs=[2.0, 1.0], wds=[4.0, 0.0]
-    ).get_heatmap_data()
+    data, lrs, wds = make_experiment(lambda lr, wd: lr + 100 * wd, lrs=[2.0, 1.0], wds=[4.0, 0.0]).get_heatmap_data()
     assert (lrs, wds) == ([1.0, 2.0], [0.0, 4.0])
     assert data.tolist() == [[1.0, 401.0], [2.0, 402.0]]
 
@@ -125,9 +119,7 @@ def test_files_have_the_layout_and_survive_a_round_trip(tmp_path):
     assert all(list(result) == LAYOUT for result in values["results"])
     assert len(values["config"]["diverged"]) == 12
     diverged = [r for r in values["results"] if r["lr_multiplier"] == 2]
-    assert all(
-        r["final_test_loss"] is None and r["best_test_loss"] == 0.9 and r["best_epoch"] == 1 for r in diverged
-    )
+    assert all(r["final_test_loss"] is None and r["best_test_loss"] == 0.9 and r["best_epoch"] == 1 for r in diverged)
     loaded = OptimizerExperiment.load(tmp_path / "b3.json")
     assert loaded.to_dict() == experiment.to_dict()
     np.testing.assert_array_equal(loaded.get_heatmap_data()[0], experiment.get_heatmap_data()[0])
@@ -198,9 +190,7 @@ def test_heatmaps_take_an_axes_and_diverged_grids():
 
 @pytest.mark.parametrize(("count", "suffix"), [(1, "png"), (7, "svg")])
 def test_sheets_are_written(tmp_path, count, suffix):
-    experiments = [
-        make_experiment(lambda lr, wd: lr + wd + 0.1, [0.5, 1.0], [0.0, 1.0]) for _ in range(count)
-    ]
+    experiments = [make_experiment(lambda lr, wd: lr + wd + 0.1, [0.5, 1.0], [0.0, 1.0]) for _ in range(count)]
     path = save_sheet(experiments, tmp_path / f"sheet.{suffix}")
     assert path.stat().st_size > 1000
     assert os.listdir(tmp_path) == [path.name]
@@ -212,10 +202,7 @@ def test_seeds_are_averaged_and_summarized(tmp_path):
     def harm(slope):
         return lambda lr, wd: math.nan if (slope, lr, wd) == (0.5, 2.0, 0.0) else 1.25 ** (wd / lr**slope)
 
-    group = [
-        make_experiment(harm(s), [0.25, 0.5, 1.0, 2.0], WD_MULTIPLIERS, seed)
-        for seed, s in enumerate((0.3, 0.5))
-    ]
+    group = [make_experiment(harm(s), [0.25, 0.5, 1.0, 2.0], WD_MULTIPLIERS, seed) for seed, s in enumerate((0.3, 0.5))]
     merged = merge_seeds(group)
     cell = {r.cell: r.log.final_test_loss for r in merged.results}
     assert cell[1.0, 4.0] == pytest.approx(1.25**4)

@@ -239,9 +239,7 @@ def test_decoupled_decay_ignores_the_learning_rate_and_coupled_does_not():
     for decay, expected in (("schedule", 1 - 0.5 * 0.1), ("lr", 1 - 0.5 * 0.01 * 0.1)):
         config = AdamWConfig(decay=decay)
         rule, param = UpdateRule(config), torch.ones(1, 3).double()
-        new, _ = rule.apply(
-            param, 0 * param, rule.init_state(param), scalars_for(config, [0.01], [0.1], 1, eta=0.5)
-        )
+        new, _ = rule.apply(param, 0 * param, rule.init_state(param), scalars_for(config, [0.01], [0.1], 1, eta=0.5))
         torch.testing.assert_close(new, expected * param, rtol=1e-12, atol=0)
 
 

@@ -158,9 +158,7 @@ def test_results_of_other_settings_are_not_overwritten(folder, tmp_path):
 
 
 def test_schedule_options_and_settings_reach_their_variants(folder, tmp_path):
-    protocol = small(
-        folder, schedule_options={"warm_restarts": {"t0": 1, "end": "up"}}, settings={"eps": 1e-4}
-    )
+    protocol = small(folder, schedule_options={"warm_restarts": {"t0": 1, "end": "up"}}, settings={"eps": 1e-4})
     paths = run_study(tmp_path, ["B4", "C1"], [1], protocol, progress=False)
     b4, c1 = (json.loads(path.read_text())["config"] for path in paths)
     assert b4["schedule"] == {
@@ -266,9 +264,7 @@ def test_the_command_names_a_wrong_value(folder, tmp_path, override, message):
 def test_the_command_runs_and_merges(folder, tmp_path):
     sizes = ["protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7", "protocol.epochs=1"]
     grid = ["protocol.lr_multipliers=[0.5,1]", "protocol.wd_multipliers=[0,1]", "progress=false"]
-    cfg = configured(
-        f"out={tmp_path}", f"data.folder={folder}", *sizes, *grid, "variant=[A1,B3]", "seed=[1,2]"
-    )
+    cfg = configured(f"out={tmp_path}", f"data.folder={folder}", *sizes, *grid, "variant=[A1,B3]", "seed=[1,2]")
     assert {path.name for path in cli.run(cfg)} == {"heatmaps.png", "table.md", "summary.json"}
     assert len(list((tmp_path / "results").iterdir())) == 4
 

@@ -32,9 +32,7 @@ def make_task(variant_id="B3", model="mlp", epochs=3, **options):
     """Sixty steps in three epochs, with a smaller last batch."""
     variant = VARIANTS[variant_id]
     size = 8 if model == "small_conv" else 4
-    skeleton = create_model(
-        model, size, latent=3, **({"hidden": 5} if model == "mlp" else {"channels": (2, 3)})
-    )
+    skeleton = create_model(model, size, latent=3, **({"hidden": 5} if model == "mlp" else {"channels": (2, 3)}))
     return TrainingTask(
         variant=variant,
         schedule=variant.create_schedule(epochs),
@@ -134,9 +132,7 @@ def test_executors_and_chunks_agree(executor):
     for a, b in zip(losses(whole), losses(other), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert [r.cell for r in other.results] == [(lr, wd) for lr in (0.5, 1.0) for wd in (0.0, 1.0, 2.0)]
-    assert other.config["plan"]["executor"] in (
-        ("stacked", "sequential") if executor == "auto" else (executor,)
-    )
+    assert other.config["plan"]["executor"] in (("stacked", "sequential") if executor == "auto" else (executor,))
 
 
 def test_the_model_and_the_global_generator_are_left_alone():
@@ -252,12 +248,8 @@ def test_the_plan_is_the_fastest_way(monkeypatch, sequential, plain, compiled, e
 def test_short_runs_are_not_compiled(monkeypatch):
     """Compiling is tried only where training takes long against it."""
     tried = []
-    monkeypatch.setattr(
-        "breaching_ext.optimizer_study.executor.time_step", lambda build, task, repeats=5: 6.0
-    )
-    monkeypatch.setattr(
-        "breaching_ext.optimizer_study.executor._measure_compiled", lambda *args: tried.append(args)
-    )
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", lambda build, task, repeats=5: 6.0)
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._measure_compiled", lambda *args: tried.append(args))
     task = make_task()
     assert 6.0 / 1e3 * task.steps < COMPILE_FROM_SECONDS
     assert not make_plan(task, CELLS).compiled

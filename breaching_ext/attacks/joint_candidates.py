@@ -11,10 +11,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
 from breaching.attacks.auxiliaries.regularizers import TotalVariation, regularizer_lookup
 from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from omegaconf import OmegaConf, open_dict
@@ -25,8 +24,9 @@ from ..matching.build import EngineParts
 from ..matching.engine import CandidateObjective, GradientRule
 from ..matching.randomness import CandidateStreams
 from ..registration import REGULARIZERS, load
-from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
+from ..regularizers import AnyChannelTotalVariation
 from . import checks
+from .candidate_choice import CandidateChoice, Target
 from .candidate_objective import match_only_trainable, pure_objective
 from .checkpoint import Checkpoint, fingerprint
 from .joint_loop import JointLoop, LoopResult
@@ -37,21 +37,7 @@ log = logging.getLogger(__name__)
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
-class Target(NamedTuple):
-    """What is attacked: one model and one set of shared data a query, the labels, and the shape (B, C, H, W)."""
-
-    models: list[torch.nn.Module]
-    shared_data: list[dict]
-    labels: torch.Tensor
-    shape: list[int]
-
-    @property
-    def local_hyperparams(self) -> Any:
-        """Breaching's description of a client's local steps, None for a single gradient."""
-        return self.shared_data[0]["metadata"]["local_hyperparams"]
-
-
-class JointCandidateAttacker(OptimizationBasedAttacker):
+class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
     """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
 
     Args:
@@ -90,11 +76,6 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         kind = load(REGULARIZERS[key]) if key in REGULARIZERS else regularizer_lookup[key]
         regularizer = kind(self.setup, **options)
         return AnyChannelTotalVariation.like(regularizer) if type(regularizer) is TotalVariation else regularizer
-
-    @property
-    def group(self) -> GroupRegularization | None:
-        """The group term, if the config has one."""
-        return next((r for r in self.regularizers if isinstance(r, GroupRegularization)), None)
 
     def reconstruct(
         self,
@@ -285,52 +266,6 @@ class JointCandidateAttacker(OptimizationBasedAttacker):
         finally:
             self.cfg, self.augmentations = cfg, augmentations
         return value.detach(), [leaf.grad]
-
-    def _box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (-self.dm / self.ds, (1 - self.dm) / self.ds) if self.cfg.optim.boxed else None
-
-    # -- choosing ------------------------------------------------------------------------------------------------
-
-    def _conclude(self, candidates: torch.Tensor, target: Target, stats: dict) -> dict[str, torch.Tensor]:
-        """Score the candidates and choose the output; the ground truth plays no part in either."""
-        scores = self._score_candidates(candidates, target)
-        best = self._select_optimal_reconstruction(list(candidates), scores, stats)
-        if self.cfg.restarts.get("output", "best") == "consensus":
-            best = self._consensus(candidates[scores.isfinite()] if scores.isfinite().any() else candidates)
-        return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
-
-    def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
-        consensus, _ = registered_consensus(candidates, self.group.aligner if self.group else "none")
-        box = self._box()
-        return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
-
-    def _score_candidates(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
-        """Return a score for every candidate, (N,) on the CPU, lower is better; infinite where it is not finite."""
-        if self.cfg.restarts.scoring == "registered-group-regularization":
-            finite = candidates[candidates.flatten(1).isfinite().all(dim=1)]
-            centre = self._consensus(finite) if len(finite) else candidates[0]
-            scores = (candidates - centre).pow(2).flatten(1).mean(dim=1)
-        else:
-            scores = torch.stack([self._score_trial(c, target.labels, *target[:2]) for c in candidates])
-        return torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
-
-    def _score_trial(
-        self,
-        candidate: torch.Tensor,
-        labels: torch.Tensor,
-        rec_model: list[torch.nn.Module],
-        shared_data: list[dict],
-    ) -> torch.Tensor:
-        """Score one candidate. Breaching's total-variation score lacks an argument, and its others frozen models."""
-        if self.cfg.restarts.scoring in ("TV", "total-variation"):
-            with torch.no_grad():
-                return AnyChannelTotalVariation(self.setup, scale=1.0)(candidate)
-        objective = Euclidean() if self.cfg.restarts.scoring == "euclidean" else CosineSimilarity()
-        objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
-        match_only_trainable(objective, rec_model, self.loss_fn)
-        queries = zip(rec_model, shared_data, strict=True)
-        values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
-        return torch.stack(values).sum().detach()
 
     # -- small things --------------------------------------------------------------------------------------------
 

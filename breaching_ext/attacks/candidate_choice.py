@@ -1,0 +1,87 @@
+"""From candidates to one reconstruction: scores, selection, consensus. The ground truth plays no part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
+
+from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
+from .candidate_objective import match_only_trainable
+
+
+class Target(NamedTuple):
+    """What is attacked: one model and one set of shared data a query, the labels, and the shape (B, C, H, W)."""
+
+    models: list[torch.nn.Module]
+    shared_data: list[dict]
+    labels: torch.Tensor
+    shape: list[int]
+
+    @property
+    def local_hyperparams(self) -> Any:
+        """Breaching's description of a client's local steps, None for a single gradient."""
+        return self.shared_data[0]["metadata"]["local_hyperparams"]
+
+
+class CandidateChoice:
+    """The part of the joint attack that chooses; it expects Breaching's attacker beside it."""
+
+    cfg: Any
+    setup: dict[str, Any]
+    loss_fn: Callable[..., torch.Tensor]
+    dm: torch.Tensor
+    ds: torch.Tensor
+    regularizers: list[Any]
+    _select_optimal_reconstruction: Callable[..., torch.Tensor]
+
+    @property
+    def group(self) -> GroupRegularization | None:
+        """The group term, if the config has one."""
+        return next((r for r in self.regularizers if isinstance(r, GroupRegularization)), None)
+
+    def _box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (-self.dm / self.ds, (1 - self.dm) / self.ds) if self.cfg.optim.boxed else None
+
+    def _conclude(self, candidates: torch.Tensor, target: Target, stats: dict) -> dict[str, torch.Tensor]:
+        """Score the candidates and choose the output; the ground truth plays no part in either."""
+        scores = self._score_candidates(candidates, target)
+        best = self._select_optimal_reconstruction(list(candidates), scores, stats)
+        if self.cfg.restarts.get("output", "best") == "consensus":
+            best = self._consensus(candidates[scores.isfinite()] if scores.isfinite().any() else candidates)
+        return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
+
+    def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
+        consensus, _ = registered_consensus(candidates, self.group.aligner if self.group else "none")
+        box = self._box()
+        return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
+
+    def _score_candidates(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
+        """Return a score for every candidate, (N,) on the CPU, lower is better; infinite where it is not finite."""
+        if self.cfg.restarts.scoring == "registered-group-regularization":
+            finite = candidates[candidates.flatten(1).isfinite().all(dim=1)]
+            centre = self._consensus(finite) if len(finite) else candidates[0]
+            scores = (candidates - centre).pow(2).flatten(1).mean(dim=1)
+        else:
+            scores = torch.stack([self._score_trial(c, target.labels, *target[:2]) for c in candidates])
+        return torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
+
+    def _score_trial(
+        self,
+        candidate: torch.Tensor,
+        labels: torch.Tensor,
+        rec_model: list[torch.nn.Module],
+        shared_data: list[dict],
+    ) -> torch.Tensor:
+        """Score one candidate. Breaching's total-variation score lacks an argument, and its others frozen models."""
+        if self.cfg.restarts.scoring in ("TV", "total-variation"):
+            with torch.no_grad():
+                return AnyChannelTotalVariation(self.setup, scale=1.0)(candidate)
+        objective = Euclidean() if self.cfg.restarts.scoring == "euclidean" else CosineSimilarity()
+        objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
+        match_only_trainable(objective, rec_model, self.loss_fn)
+        queries = zip(rec_model, shared_data, strict=True)
+        values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
+        return torch.stack(values).sum().detach()

@@ -52,7 +52,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["RESCALINGS", "SUBSET_TERMS", "data_term", "full_term", "rescaling", "subset_term", "total_variation"]
+__all__ = ["RESCALINGS", "SUBSET_TERMS", "data_term", "full_term", "rescaling", "subset_term"]
 
 Gradients = Sequence[torch.Tensor]
 
@@ -150,19 +150,3 @@ def data_term(
     if subset is not None and kind != "none":
         value = value + (1.0 - alpha) * subset_term(kind, subset, batch, target, size, batch_size)
     return scale * value
-
-
-def total_variation(x: torch.Tensor) -> torch.Tensor:
-    """Anisotropic total variation: mean absolute difference of neighbours, down plus across.
-
-    Args:
-        x: images (B, C, H, W) with any number of channels.
-
-    Returns:
-        A scalar; 0 along an axis of length 1.
-    """
-    value = x.new_zeros(())
-    for axis in (-2, -1):
-        if x.shape[axis] > 1:
-            value = value + x.diff(dim=axis).abs().mean()
-    return value

@@ -32,7 +32,7 @@ from breaching_ext.data.sample_photos import PHOTOS, SamplePhotos
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
 from breaching_ext.files import write_json
-from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Schedule
+from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Pyramid, Schedule
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
 from breaching_ext.regularizers.color_tv import anisotropic_total_variation, color_total_variation
 from breaching_ext.selection import MODES
@@ -40,8 +40,8 @@ from breaching_ext.selection import MODES
 log = logging.getLogger("magia_study")
 
 #: outer steps (of 20 full-batch gradients): of the runs at full length, and of the ablation
-FULL = {4: 150, 8: 150, 16: 150, 32: 150, 64: 120}
-SHORT = {4: 60, 8: 60, 16: 60, 32: 40, 64: 30}
+FULL = {4: 80, 8: 80, 16: 100, 32: 120, 64: 120}
+SHORT = {4: 30, 8: 30, 16: 30, 32: 20, 64: 15}
 INNER = 20
 
 
@@ -57,11 +57,19 @@ class Arm:
     term: SubsetTerm = field(default_factory=SubsetTerm)
     schedule: Schedule = field(default_factory=Schedule)
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
+    pyramid: Pyramid = field(default_factory=Pyramid)
     candidates: int = 1  # more: each gets its share of the budget, and their pixel mean is the result
 
 
-DEFAULT = Arm("shipped default: grey start, annealed colour TV, L-BFGS with history 100, no subset term")
-BASELINE = replace(DEFAULT, text="DLG + annealed TV from grey", prior="anisotropic", annealing=Annealing(0.002, 0.1))
+PLAIN = Pyramid((1,), ())
+DEFAULT = Arm("shipped default: grey start, coarse to fine, annealed colour TV, L-BFGS (100), no subset term")
+BASELINE = Arm(
+    "DLG + annealed TV from grey",
+    prior="anisotropic",
+    annealing=Annealing(0.002, 0.1),
+    options=OptimizerOptions(label_scale=1.0),
+    pyramid=PLAIN,
+)
 
 
 def subset(kind: str, mode: str = "constk", alpha: float = 0.999) -> dict[str, Any]:
@@ -74,13 +82,16 @@ ARMS: dict[str, Arm] = {
     "dlg": replace(BASELINE, text="DLG: randn start, no prior", start="randn", annealing=Annealing(0.0)),
     "dlg-tv": replace(BASELINE, text="DLG + constant TV from grey", annealing=Annealing(0.005)),
     "baseline-randn": replace(BASELINE, text="baseline from randn", start="randn"),
-    "baseline-adam": replace(BASELINE, text="baseline with Adam", options=OptimizerOptions("adam", 0.05)),
+    "baseline-adam": replace(BASELINE, text="baseline with Adam", options=OptimizerOptions("adam", 0.05, label_scale=1.0)),
     "released": replace(BASELINE, text="baseline + released subset term, S = 2", **subset("released")),
     "mean": replace(BASELINE, text="baseline + subset mean term, S = 2", **subset("mean")),
     "residual": replace(BASELINE, text="baseline + residual subset term, S = 2", **subset("residual")),
     "default-residual": replace(DEFAULT, text="default + residual subset term, S = 2", **subset("residual")),
     "default-residual-half": replace(DEFAULT, text="same, α = 0.5", **subset("residual", alpha=0.5)),
     "default-randn": replace(DEFAULT, text="default from randn", start="randn"),
+    "default-one-grid": replace(DEFAULT, text="default on one grid", pyramid=PLAIN),
+    "default-label1": replace(DEFAULT, text="default, logits not scaled", options=OptimizerOptions(label_scale=1.0)),
+    "default-aniso": replace(DEFAULT, text="default, per-channel TV", prior="anisotropic", annealing=BASELINE.annealing),
     "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.012)),
     "default-chroma1": replace(DEFAULT, text="default, colours weighted like brightness", chroma=1.0),
     "default-history10": replace(DEFAULT, text="default, history 10", options=OptimizerOptions(history_size=10)),
@@ -124,12 +135,15 @@ def plan(classes: int) -> list[Run]:
     schedules = [name for name in ARMS if name.startswith("schedule")]
     wide = ["baseline", "dlg", "dlg-tv", "released", "mean", "residual"]
     return [
-        *runs(core, [4, 8, 16], FULL),
-        *runs(["default"], [32, 64], FULL),
-        *runs(core, [4, 8, 16], SHORT),
-        *runs(arms, [8, 16, 4], SHORT),
+        *runs(["default"], [8, 16, 32, 64, 4], FULL),
+        *runs(core, [8, 16, 4], SHORT),
+        *runs(["residual", "released", "mean", "dlg", "dlg-tv", "default-residual"], [8, 16, 4], SHORT),
         *runs(schedules, [16], SHORT),
-        *runs(["default", *wide], [32, 64], SHORT),
+        *runs([name for name in arms if name.startswith("default-") and name != "default-residual"], [8], SHORT),
+        *runs(["default", *wide], [32], SHORT),
+        *runs(["baseline"], [8], FULL),
+        *runs(["default", *wide], [64], SHORT),
+        *runs([name for name in arms if name.startswith(("default-", "baseline-"))], [8, 16, 4], SHORT),
     ]
 
 
@@ -221,6 +235,7 @@ def optimise(
         schedule=scaled(arm.schedule, steps),
         annealing=arm.annealing,
         options=replace(arm.options, inner_iterations=INNER),
+        pyramid=arm.pyramid,
     )
     alive = torch.ones(len(seeds), dtype=torch.bool)
     iteration, losses = 0, []
@@ -293,11 +308,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5, at B = 64 3)")
     parser.add_argument("--classes", type=int, default=len(PHOTOS), help="outputs of the network (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the runs and whether they are there")
+    parser.add_argument("--limit", type=int, help="stop after so many stacks (for sharing a machine)")
     parser.add_argument("--report", action="store_true", help="only write table and figures")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
-    runs = chosen(args)
+    runs = list(dict.fromkeys(chosen(args)))
+    made = 0
     for run in runs:
         for seeds in run.groups():
             missing = tuple(seed for seed in seeds if not run.path(args.out, seed).exists())
@@ -305,6 +322,9 @@ def main() -> None:
                 print(f"{run.arm:24} B={run.batch:<3} {run.outer:4} outer  seeds {seeds}  {'' if missing else 'done'}")
             elif missing and not args.report:
                 make(run, missing, args.out, args.classes)
+                made += 1
+                if made == args.limit:
+                    return
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:

@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from ..selection import subset_size
 from .engine import StepResult
 from .lbfgs import BatchedLBFGS
 from .subset_matching import SubsetMatching
 
-__all__ = ["Annealing", "MagiaEngine", "OptimizerOptions", "Schedule"]
+__all__ = ["Annealing", "MagiaEngine", "OptimizerOptions", "Pyramid", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,55 @@ class Annealing:
 
 
 @dataclass(frozen=True)
+class Pyramid:
+    """Coarse-to-fine pixels: images are optimised on coarser grids first, bilinearly enlarged to their size.
+
+    A grid coarser by 4 has a sixteenth of the unknowns, so that early iterations, which settle labels and rough
+    colours, need fewer evaluations, and L-BFGS's vectors are short. (1,) is plain pixels.
+
+    Attributes:
+        factors: how much coarser each stage's grid is than the image.
+        shares: share of the run that each stage takes; the last stage takes the rest.
+
+    Raises:
+        ValueError: for factors below 1, a last factor other than 1, or shares that do not fit.
+    """
+
+    factors: tuple[int, ...] = (4, 2, 1)
+    shares: tuple[float, ...] = (0.25, 0.3)
+
+    def __post_init__(self) -> None:
+        if not self.factors or self.factors[-1] != 1 or min(self.factors) < 1:
+            raise ValueError(f"pyramid.factors={self.factors} must be 1 or more each, and end with 1.")
+        if len(self.shares) != len(self.factors) - 1 or min(self.shares, default=0) < 0 or sum(self.shares) > 1:
+            raise ValueError(f"pyramid.shares={self.shares}: valid: one per stage but the last, 0 to 1, sum up to 1.")
+
+    def factor(self, progress: float) -> int:
+        """The stage's factor at progress in [0, 1]."""
+        end = 0.0
+        for factor, share in zip(self.factors, self.shares, strict=False):
+            end += share
+            if progress < end:
+                return factor
+        return 1
+
+
+def shrink(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    """Averages of about factor × factor pixels: (N, B, C, H, W) -> (N, B, C, ⌈H/factor⌉, ⌈W/factor⌉)."""
+    size = [-(-side // factor) for side in pixels.shape[-2:]]
+    return F.adaptive_avg_pool2d(pixels.flatten(0, 1), size).unflatten(0, pixels.shape[:2])
+
+
+def enlarge(grid: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Bilinear interpolation to `size` (H, W); the identity where the grid has that size."""
+    if grid.shape[-2:] == size:
+        return grid
+    return F.interpolate(grid.flatten(0, 1), size=size, mode="bilinear", align_corners=False).unflatten(
+        0, grid.shape[:2]
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer of the candidates.
 
@@ -83,9 +133,10 @@ class OptimizerOptions:
         inner_iterations: optimizer iterations an outer step.
         history_size: L-BFGS curvature pairs.
         line_search: None or 'strong_wolfe' (L-BFGS).
+        label_scale: logits are label_scale times the variable that is optimised; above 1 lets labels move earlier.
 
     Raises:
-        ValueError: for an unknown optimizer.
+        ValueError: for an unknown optimizer, or a label_scale that is not positive.
     """
 
     name: str = "l-bfgs"
@@ -93,10 +144,13 @@ class OptimizerOptions:
     inner_iterations: int = 20
     history_size: int = 100
     line_search: str | None = None
+    label_scale: float = 5.0
 
     def __post_init__(self) -> None:
         if self.name not in ("l-bfgs", "adam"):
             raise ValueError(f"optim.optimizer={self.name!r} is unknown; valid: l-bfgs, adam.")
+        if not self.label_scale > 0:
+            raise ValueError(f"optim.label_scale={self.label_scale} is out of range; valid: above 0.")
 
     def build(self, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
         """The optimizer over stacks (N, ...); both kinds keep the candidates apart."""
@@ -124,7 +178,8 @@ class MagiaEngine:
         iterations: outer steps of the whole run.
         schedule: subset sizes.
         annealing: weight of the image prior.
-        options: the optimizer.
+        options: the optimizer; L-BFGS starts afresh where the grid changes.
+        pyramid: the grids on which pixels are optimised.
     """
 
     matching: SubsetMatching
@@ -134,17 +189,20 @@ class MagiaEngine:
     schedule: Schedule = field(default_factory=Schedule)
     annealing: Annealing = field(default_factory=lambda: Annealing(0.012, 0.6))
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
+    pyramid: Pyramid = field(default_factory=Pyramid)
 
     def __post_init__(self) -> None:
         if any(not bool(torch.isfinite(start).all()) for start in self.starts):
             raise ValueError("The start is not finite; every pixel and label logit must be a finite number.")
-        self._stacks = [start.detach().clone().requires_grad_() for start in self.starts]
-        self._optimizer = self.options.build(self._stacks)
+        self._size = self.starts[0].shape[-2:]
+        self._factor = 0
+        self._adam_asked = self._asked_before = 0
+        self._failed = torch.zeros(len(self.starts[0]), dtype=torch.bool, device=self.starts[0].device)
+        self._on_grid(self.pyramid.factor(0.0), [start.detach() for start in self.starts])
         self._generators = [torch.Generator().manual_seed(seed % 2**63) for seed in self.seeds]
         self._alive = torch.ones(len(self.starts[0]), dtype=torch.bool)
         self._subsets: torch.Tensor | None = None
         self._prior_weight = 0.0
-        self._adam_asked = 0
         self.name = self.matching.chosen_method(self.starts[0])
         self.gradient_evaluations = 0
         #: evaluations in units of a full-batch gradient (a subset counts S/B), summed over candidates
@@ -152,7 +210,8 @@ class MagiaEngine:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        return [stack.detach() for stack in self._stacks]
+        grid, logits = (stack.detach() for stack in self._stacks)
+        return [enlarge(grid, self._size).clone(), logits * self.options.label_scale]
 
     @property
     def evaluation_cost(self) -> float:
@@ -171,6 +230,8 @@ class MagiaEngine:
         self._alive = alive.cpu()
         self._prior_weight = self.annealing.at(done)
         self._draw(iteration)
+        if self.pyramid.factor(done) != self._factor:
+            self._on_grid(self.pyramid.factor(done), self.parameters)
         frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
         before = self._asked()
         values = self._run_optimizer(iteration, done)
@@ -178,15 +239,28 @@ class MagiaEngine:
         self.gradient_evaluations += asked
         self.full_gradients += asked * self.evaluation_cost
         if frozen is not None:
-            self.overwrite(frozen, ~alive)
+            self._put(frozen, ~alive)
         return StepResult(values, torch.zeros_like(values))
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        pixels, logits = parameters
+        self._put([shrink(pixels, self._factor), logits / self.options.label_scale], where)
+
+    def _put(self, stacks: list[torch.Tensor], where: torch.Tensor | None) -> None:
+        """Put values on the present grid into the candidates `where` (N,); None: into all."""
         with torch.no_grad():
-            for stack, value in zip(self._stacks, parameters, strict=True):
+            for stack, value in zip(self._stacks, stacks, strict=True):
                 if where is not None:
                     value = torch.where(where.view(-1, *[1] * (value.dim() - 1)), value, stack)
                 stack.copy_(value)
+
+    def _on_grid(self, factor: int, parameters: list[torch.Tensor]) -> None:
+        """Go on, from pixels and logits, on the grid of that factor."""
+        self._asked_before, self._factor = self._asked() if self._factor else 0, factor
+        pixels, logits = parameters
+        grid = shrink(pixels, factor) if factor > 1 else pixels.clone()
+        self._stacks = [grid.requires_grad_(), (logits / self.options.label_scale).requires_grad_()]
+        self._optimizer = self.options.build(self._stacks)
 
     def _run_optimizer(self, iteration: int, done: float) -> torch.Tensor:
         """Values (N,) at the start of the step; NaN for candidates that failed in it."""
@@ -194,14 +268,12 @@ class MagiaEngine:
         def closure() -> torch.Tensor:
             if self.schedule.redraw == "closure":
                 self._draw(iteration)
-            pixels, logits = self._stacks
-            values, pixels.grad, logits.grad = self.matching(pixels, logits, self._subsets, self._prior_weight)
-            return values
+            return self._evaluate()
 
         if isinstance(self._optimizer, BatchedLBFGS):
             values = self._optimizer.step(closure)
-            failed = torch.tensor(self._optimizer.failed, device=values.device)
-            return torch.where(failed, float("nan"), values)
+            self._failed |= torch.tensor(self._optimizer.failed, device=values.device)
+            return torch.where(self._failed, float("nan"), values)
         first: torch.Tensor | None = None
         for inner in range(self.options.inner_iterations):
             now = done + inner / self.options.inner_iterations / max(self.iterations, 1)
@@ -209,15 +281,29 @@ class MagiaEngine:
             self._optimizer.param_groups[0]["lr"] = lr
             values = closure()
             self._optimizer.step()
-            self._adam_asked += int(self._alive.sum())
+            self._adam_asked += len(self._alive)
             first = values if first is None else first
         assert first is not None
         return first
 
+    def _evaluate(self) -> torch.Tensor:
+        """Set the gradients of grid and label variables, and return the values (N,)."""
+        grid, labels = self._stacks
+        scale = self.options.label_scale
+        leaf = grid.detach().requires_grad_()
+        with torch.enable_grad():
+            pixels = enlarge(leaf, self._size)
+        values, in_pixels, in_logits = self.matching(
+            pixels.detach(), labels.detach() * scale, self._subsets, self._prior_weight
+        )
+        grid.grad = in_pixels if pixels is leaf else torch.autograd.grad(pixels, leaf, in_pixels)[0]
+        labels.grad = in_logits * scale
+        return values
+
     def _asked(self) -> int:
-        """Evaluations that live candidates have asked for so far."""
+        """Evaluations that candidates have asked for so far (frozen ones are counted, too: they are evaluated)."""
         if isinstance(self._optimizer, BatchedLBFGS):
-            return sum(n for n, alive in zip(self._optimizer.func_evals, self._alive.tolist(), strict=True) if alive)
+            return self._asked_before + sum(self._optimizer.func_evals)
         return self._adam_asked
 
     def _draw(self, iteration: int) -> None:

@@ -40,8 +40,8 @@ from breaching_ext.selection import MODES
 log = logging.getLogger("magia_study")
 
 #: outer steps (of 20 full-batch gradients): of the runs at full length, and of the ablation
-FULL = {4: 80, 8: 80, 16: 100, 32: 120, 64: 120}
-SHORT = {4: 30, 8: 30, 16: 30, 32: 20, 64: 15}
+FULL = {4: 60, 8: 60, 16: 60, 32: 80, 64: 60}
+SHORT = {4: 20, 8: 20, 16: 20, 32: 15, 64: 10}
 INNER = 20
 
 
@@ -53,7 +53,7 @@ class Arm:
     start: str = "grey"  # grey: uniform in 0.4 … 0.6; randn: DLG's standard normal
     prior: str = "color"  # color | anisotropic
     chroma: float = 5.0
-    annealing: Annealing = field(default_factory=lambda: Annealing(0.012, 0.6))
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.06, 3.0))
     term: SubsetTerm = field(default_factory=SubsetTerm)
     schedule: Schedule = field(default_factory=Schedule)
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -92,7 +92,7 @@ ARMS: dict[str, Arm] = {
     "default-one-grid": replace(DEFAULT, text="default on one grid", pyramid=PLAIN),
     "default-label1": replace(DEFAULT, text="default, logits not scaled", options=OptimizerOptions(label_scale=1.0)),
     "default-aniso": replace(DEFAULT, text="default, per-channel TV", prior="anisotropic", annealing=BASELINE.annealing),
-    "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.012)),
+    "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.06)),
     "default-chroma1": replace(DEFAULT, text="default, colours weighted like brightness", chroma=1.0),
     "default-history10": replace(DEFAULT, text="default, history 10", options=OptimizerOptions(history_size=10)),
     "default-wolfe": replace(
@@ -134,16 +134,19 @@ def plan(classes: int) -> list[Run]:
     arms = [name for name in ARMS if name not in core and not name.startswith("schedule")]
     schedules = [name for name in ARMS if name.startswith("schedule")]
     wide = ["baseline", "dlg", "dlg-tv", "released", "mean", "residual"]
+    ablation = [name for name in arms if name.startswith(("default-", "baseline-"))]
     return [
-        *runs(["default"], [8, 16, 32, 64, 4], FULL),
-        *runs(core, [8, 16, 4], SHORT),
-        *runs(["residual", "released", "mean", "dlg", "dlg-tv", "default-residual"], [8, 16, 4], SHORT),
-        *runs(schedules, [16], SHORT),
-        *runs([name for name in arms if name.startswith("default-") and name != "default-residual"], [8], SHORT),
-        *runs(["default", *wide], [32], SHORT),
+        *runs(["default"], [8, 16], FULL),
+        *runs([*core, "residual", "dlg", "dlg-tv", "released", "mean", "default-residual"], [8], SHORT),
+        *runs(["default"], [32, 64], FULL),
+        *runs([*core, *wide[1:], "default-residual"], [16, 4], SHORT),
         *runs(["baseline"], [8], FULL),
+        *runs(ablation, [8], SHORT),
+        *runs(["default", *wide], [32], SHORT),
+        *runs(schedules, [16], SHORT),
         *runs(["default", *wide], [64], SHORT),
-        *runs([name for name in arms if name.startswith(("default-", "baseline-"))], [8, 16, 4], SHORT),
+        *runs(core, [4, 16], FULL),
+        *runs(ablation, [16, 4], SHORT),
     ]
 
 
@@ -308,13 +311,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5, at B = 64 3)")
     parser.add_argument("--classes", type=int, default=len(PHOTOS), help="outputs of the network (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the runs and whether they are there")
-    parser.add_argument("--limit", type=int, help="stop after so many stacks (for sharing a machine)")
+    parser.add_argument("--minutes", type=float, help="begin no further run after that time (for sharing a machine)")
     parser.add_argument("--report", action="store_true", help="only write table and figures")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     runs = list(dict.fromkeys(chosen(args)))
-    made = 0
+    clock = time.perf_counter()
     for run in runs:
         for seeds in run.groups():
             missing = tuple(seed for seed in seeds if not run.path(args.out, seed).exists())
@@ -322,8 +325,7 @@ def main() -> None:
                 print(f"{run.arm:24} B={run.batch:<3} {run.outer:4} outer  seeds {seeds}  {'' if missing else 'done'}")
             elif missing and not args.report:
                 make(run, missing, args.out, args.classes)
-                made += 1
-                if made == args.limit:
+                if args.minutes and time.perf_counter() - clock > 60 * args.minutes:
                     return
 
 

@@ -14,10 +14,18 @@ import torch
 __all__ = ["History", "row_dot"]
 
 
+#: Rows of this length and above go through BLAS one by one, which keeps a row in the cache; shorter ones together.
+_LONG_ROW = 65536
+
+
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner product of each candidate's row: (N, D), (N, D) -> (N,)."""
-    if a.shape[0] == 1:  # a single candidate: BLAS, as torch.optim.LBFGS does
-        return torch.dot(a[0], b[0]).reshape(1)
+    """Inner product of each candidate's row: (N, D), (N, D) -> (N,).
+
+    How a row is summed must not depend on N, or a candidate's path would depend on its company: L-BFGS amplifies
+    rounding differences.
+    """
+    if a.shape[1] >= _LONG_ROW and a.device.type == "cpu":
+        return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)])
     return torch.linalg.vecdot(a, b)
 
 

@@ -187,7 +187,7 @@ class MagiaEngine:
     seeds: list[int]
     iterations: int
     schedule: Schedule = field(default_factory=Schedule)
-    annealing: Annealing = field(default_factory=lambda: Annealing(0.012, 0.6))
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.06, 3.0))
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
     pyramid: Pyramid = field(default_factory=Pyramid)
 

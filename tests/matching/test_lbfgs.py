@@ -21,7 +21,7 @@ def rosenbrock(x: torch.Tensor) -> torch.Tensor:
 
 def bowl(x: torch.Tensor) -> torch.Tensor:
     """Smooth, convex, badly scaled, not quadratic: (..., D) -> (...)."""
-    weight = torch.logspace(0, 1.5, x.shape[-1], dtype=x.dtype)
+    weight = torch.logspace(0, 1.0, x.shape[-1], dtype=x.dtype)
     return (weight * (x.square() + 0.1 * x.pow(4))).sum(dim=-1) + (x.sum(dim=-1) - 1).cosh()
 
 

@@ -15,9 +15,12 @@ A run that is there is not made again, so that a stopped study goes on where it 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
+import math
 import platform
+import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,12 +29,14 @@ from typing import Any
 import torch
 import torchvision
 from breaching.cases.models.model_preparation import LeNetZhu
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from breaching_ext.data.sample_photos import PHOTOS, SamplePhotos
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
-from breaching_ext.files import write_json
+from breaching_ext.files import write_atomically, write_json
 from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Pyramid, Schedule
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
 from breaching_ext.regularizers.color_tv import anisotropic_total_variation, color_total_variation
@@ -40,9 +45,11 @@ from breaching_ext.selection import MODES
 log = logging.getLogger("magia_study")
 
 #: outer steps (of 20 full-batch gradients): of the runs at full length, and of the ablation
-FULL = {4: 60, 8: 60, 16: 60, 32: 80, 64: 60}
-SHORT = {4: 20, 8: 20, 16: 20, 32: 15, 64: 10}
+FULL = {4: 40, 8: 40, 16: 40, 32: 60, 64: 40}
+SHORT = {4: 20, 8: 20, 16: 20, 32: 10, 64: 8}
 INNER = 20
+#: an image counts as recovered from this SSIM on
+RECOVERED = 0.6
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,17 @@ class Arm:
     start: str = "grey"  # grey: uniform in 0.4 … 0.6; randn: DLG's standard normal
     prior: str = "color"  # color | anisotropic
     chroma: float = 5.0
-    annealing: Annealing = field(default_factory=lambda: Annealing(0.06, 3.0))
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.02, 3.0))
     term: SubsetTerm = field(default_factory=SubsetTerm)
     schedule: Schedule = field(default_factory=Schedule)
-    options: OptimizerOptions = field(default_factory=OptimizerOptions)
+    options: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(line_search="strong_wolfe"))
     pyramid: Pyramid = field(default_factory=Pyramid)
     candidates: int = 1  # more: each gets its share of the budget, and their pixel mean is the result
 
 
 PLAIN = Pyramid((1,), ())
-DEFAULT = Arm("shipped default: grey start, coarse to fine, annealed colour TV, L-BFGS (100), no subset term")
+WOLFE = functools.partial(OptimizerOptions, line_search="strong_wolfe")
+DEFAULT = Arm("shipped default: grey start, coarse to fine, annealed colour TV, strong-Wolfe L-BFGS, no subset term")
 BASELINE = Arm(
     "DLG + annealed TV from grey",
     prior="anisotropic",
@@ -82,22 +90,25 @@ ARMS: dict[str, Arm] = {
     "dlg": replace(BASELINE, text="DLG: randn start, no prior", start="randn", annealing=Annealing(0.0)),
     "dlg-tv": replace(BASELINE, text="DLG + constant TV from grey", annealing=Annealing(0.005)),
     "baseline-randn": replace(BASELINE, text="baseline from randn", start="randn"),
-    "baseline-adam": replace(BASELINE, text="baseline with Adam", options=OptimizerOptions("adam", 0.05, label_scale=1.0)),
+    "baseline-adam": replace(
+        BASELINE, text="baseline with Adam", options=OptimizerOptions("adam", 0.05, label_scale=1.0)
+    ),
     "released": replace(BASELINE, text="baseline + released subset term, S = 2", **subset("released")),
     "mean": replace(BASELINE, text="baseline + subset mean term, S = 2", **subset("mean")),
     "residual": replace(BASELINE, text="baseline + residual subset term, S = 2", **subset("residual")),
     "default-residual": replace(DEFAULT, text="default + residual subset term, S = 2", **subset("residual")),
     "default-residual-half": replace(DEFAULT, text="same, α = 0.5", **subset("residual", alpha=0.5)),
     "default-randn": replace(DEFAULT, text="default from randn", start="randn"),
+    "default-fine": replace(DEFAULT, text="default, prior down to 0.005", annealing=Annealing(0.005, 3.0)),
     "default-one-grid": replace(DEFAULT, text="default on one grid", pyramid=PLAIN),
-    "default-label1": replace(DEFAULT, text="default, logits not scaled", options=OptimizerOptions(label_scale=1.0)),
-    "default-aniso": replace(DEFAULT, text="default, per-channel TV", prior="anisotropic", annealing=BASELINE.annealing),
-    "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.06)),
-    "default-chroma1": replace(DEFAULT, text="default, colours weighted like brightness", chroma=1.0),
-    "default-history10": replace(DEFAULT, text="default, history 10", options=OptimizerOptions(history_size=10)),
-    "default-wolfe": replace(
-        DEFAULT, text="default, strong-Wolfe search", options=OptimizerOptions(line_search="strong_wolfe")
+    "default-label1": replace(DEFAULT, text="default, logits not scaled", options=WOLFE(label_scale=1.0)),
+    "default-aniso": replace(
+        DEFAULT, text="default, per-channel TV", prior="anisotropic", annealing=BASELINE.annealing
     ),
+    "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.02)),
+    "default-chroma1": replace(DEFAULT, text="default, colours weighted like brightness", chroma=1.0),
+    "default-history10": replace(DEFAULT, text="default, history 10", options=WOLFE(history_size=10)),
+    "default-fixed-step": replace(DEFAULT, text="default without line search", options=OptimizerOptions()),
     "default-adam": replace(DEFAULT, text="default with Adam", options=OptimizerOptions("adam", 0.05)),
     "default-consensus3": replace(DEFAULT, text="default, mean of 3 candidates at a third of the budget", candidates=3),
     **{
@@ -138,15 +149,15 @@ def plan(classes: int) -> list[Run]:
     return [
         *runs(["default"], [8, 16], FULL),
         *runs([*core, "residual", "dlg", "dlg-tv", "released", "mean", "default-residual"], [8], SHORT),
-        *runs(["default"], [32, 64], FULL),
-        *runs([*core, *wide[1:], "default-residual"], [16, 4], SHORT),
+        *runs(["default"], [64, 32, 4], FULL),
         *runs(["baseline"], [8], FULL),
-        *runs(ablation, [8], SHORT),
-        *runs(["default", *wide], [32], SHORT),
+        *runs(["default-one-grid", "default-aniso", "default-fixed-step", "default-adam"], [8], SHORT),
+        *runs([*core, "residual"], [16, 4], SHORT),
         *runs(schedules, [16], SHORT),
-        *runs(["default", *wide], [64], SHORT),
-        *runs(core, [4, 16], FULL),
-        *runs(ablation, [16, 4], SHORT),
+        *runs(ablation, [8], SHORT),
+        *runs(["default", *wide], [32, 64], SHORT),
+        *runs(["baseline"], [4, 16], FULL),
+        *runs([*wide, *ablation], [16, 4], SHORT),
     ]
 
 
@@ -309,7 +320,9 @@ def main() -> None:
     parser.add_argument("--batch", help="batch sizes, separated by commas (default: all)")
     parser.add_argument("--outer", type=int, help="only runs of that length; with --only and --batch: that length")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5, at B = 64 3)")
-    parser.add_argument("--classes", type=int, default=len(PHOTOS), help="outputs of the network (default: %(default)s)")
+    parser.add_argument(
+        "--classes", type=int, default=len(PHOTOS), help="outputs of the network (default: %(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="print the runs and whether they are there")
     parser.add_argument("--minutes", type=float, help="begin no further run after that time (for sharing a machine)")
     parser.add_argument("--report", action="store_true", help="only write table and figures")
@@ -326,7 +339,99 @@ def main() -> None:
             elif missing and not args.report:
                 make(run, missing, args.out, args.classes)
                 if args.minutes and time.perf_counter() - clock > 60 * args.minutes:
-                    return
+                    break
+        else:
+            continue
+        break
+    if not args.list:
+        report(args.out)
+
+
+def report(out: Path) -> None:
+    """Write summary.json, table.md and two figures from the runs that are there."""
+    rows = summarise([json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))])
+    if not rows:
+        return
+    write_json(out / "summary.json", {"rows": rows})
+    write_atomically(out / "table.md", lambda target: target.write_text(table(rows), encoding="utf-8"))
+    plot_arms(out / "arms.png", rows)
+    plot_length(out / "length.png", rows)
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % confidence interval of the mean (Student's t); NaN for a single value."""
+    if len(values) < 2:
+        return math.nan
+    return float(student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per arm, batch size and length: means over seeds, worst image, share recovered, interval."""
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["batch"], record["outer"], record["arm"]), []).append(record)
+    rows = []
+    for (batch, outer, arm), members in sorted(groups.items()):
+        psnrs = [m["metrics"]["psnr"] for m in members]
+        images = [m["metrics"]["per_image"] for m in members]
+        row = {"arm": arm, "text": members[0]["text"], "batch": batch, "outer": outer, "seeds": len(members)}
+        row |= {"psnr": statistics.mean(psnrs), "psnr_ci95": interval(psnrs), "psnr_seeds": psnrs}
+        row["psnr_worst_image"] = min(min(i["psnr"]) for i in images)
+        for name in ("ssim", "lpips", "label_acc"):
+            values = [m["metrics"][name] for m in members if m["metrics"].get(name) is not None]
+            row[name] = statistics.mean(values) if values else None
+        row["recovered"] = statistics.mean([statistics.mean([s >= RECOVERED for s in i["ssim"]]) for i in images])
+        row["full_gradients"] = statistics.mean([m["full_gradients"] for m in members])
+        row["failed"] = sum(m["failed"] for m in members)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, the best of each batch size and length first."""
+    lines = [
+        "| B | outer steps | method | seeds | PSNR [dB] (95 %) | worst image | SSIM | LPIPS | labels | SSIM ≥ 0.6 |",
+        "|--:|--:|:--|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in sorted(rows, key=lambda r: (r["batch"], -r["outer"], -r["psnr"])):
+        lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
+        lines.append(
+            f"| {row['batch']} | {row['outer']} | {row['text']} (`{row['arm']}`) | {row['seeds']} "
+            f"| {row['psnr']:.2f} ± {row['psnr_ci95']:.2f} | {row['psnr_worst_image']:.1f} | {row['ssim']:.3f} "
+            f"| {lpips} | {100 * row['label_acc']:.0f} % | {100 * row['recovered']:.0f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_arms(path: Path, rows: list[dict[str, Any]]) -> None:
+    """PSNR of all arms at the ablation's length, one panel per batch size."""
+    short = [row for row in rows if row["outer"] == SHORT[row["batch"]]]
+    batches = sorted({row["batch"] for row in short})
+    if not batches:
+        return
+    most = max(sum(row["batch"] == b for row in short) for b in batches)
+    figure = Figure(figsize=(4.6 * len(batches), 1.2 + 0.3 * most), layout="constrained")
+    for axis, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        mine = sorted((row for row in short if row["batch"] == batch), key=lambda r: r["psnr"])
+        errors = [0.0 if math.isnan(row["psnr_ci95"]) else row["psnr_ci95"] for row in mine]
+        axis.barh([row["arm"] for row in mine], [row["psnr"] for row in mine], xerr=errors, capsize=2)
+        axis.set(title=f"B = {batch}, {SHORT[batch] * INNER} gradients", xlabel="PSNR [dB], 95 %")
+        axis.tick_params(labelsize=7)
+    write_atomically(path, lambda target: figure.savefig(target, dpi=120))
+
+
+def plot_length(path: Path, rows: list[dict[str, Any]]) -> None:
+    """PSNR of default and baseline against the budget."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for arm, style in (("default", "o-"), ("baseline", "s--")):
+        for batch in sorted({row["batch"] for row in rows}):
+            mine = sorted((r["outer"], r["psnr"]) for r in rows if r["arm"] == arm and r["batch"] == batch)
+            if mine:
+                axis.plot(*zip(*mine, strict=True), style, label=f"{arm}, B = {batch}")
+    axis.set(xlabel="outer steps of 20 full gradients", ylabel="PSNR [dB]")
+    axis.legend(fontsize=7)
+    write_atomically(path, lambda target: figure.savefig(target, dpi=120))
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:

@@ -57,7 +57,12 @@ def parse() -> argparse.Namespace:
     add("--rescaling", default="none", help="factor c: none, ratio, variance or a number")
     add("--n_iter", type=int, default=100, help="outer steps, each of 20 optimizer iterations")
     add("--batch_size", type=int, default=8, help="images in the batch (the number of --indices wins)")
-    add("--tv_weight", type=float, default=0.06, help=f"prior at the end; starts at {ANNEALING_RATIO} times that; 0: off")
+    add(
+        "--tv_weight",
+        type=float,
+        default=0.06,
+        help=f"prior at the end; starts at {ANNEALING_RATIO} times that; 0: off",
+    )
     add("--optimizer", default="l-bfgs", choices=["l-bfgs", "adam"], help="optimizer")
     add("--step_size", type=float, help="step; default 1 for l-bfgs, 0.05 for adam")
     add("--seed", type=int, default=0, help="of the model, the start, the subsets and the choice of images")

@@ -72,7 +72,10 @@ def test_linear_modes_reach_their_ends():
 def test_exact_where_floating_point_rounds_up():
     """Many steps at which the same formula in floating point is one too large."""
     rounded_up = [
-        (i, n) for n in range(1, 60) for i in range(n) if math.ceil(15 * (1 - i / n)) != math.ceil(15 * Fraction(n - i, n))
+        (i, n)
+        for n in range(1, 60)
+        for i in range(n)
+        if math.ceil(15 * (1 - i / n)) != math.ceil(15 * Fraction(n - i, n))
     ]
     assert rounded_up  # the trap exists
     for i, n in rounded_up:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +112,8 @@ class Pyramid:
 
 def shrink(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     """Averages of about factor × factor pixels: (N, B, C, H, W) -> (N, B, C, ⌈H/factor⌉, ⌈W/factor⌉)."""
-    size = [-(-side // factor) for side in pixels.shape[-2:]]
-    return F.adaptive_avg_pool2d(pixels.flatten(0, 1), size).unflatten(0, pixels.shape[:2])
+    height, width = (-(-side // factor) for side in pixels.shape[-2:])
+    return F.adaptive_avg_pool2d(pixels.flatten(0, 1), (height, width)).unflatten(0, pixels.shape[:2])
 
 
 def enlarge(grid: torch.Tensor, size: torch.Size) -> torch.Tensor:
@@ -136,7 +138,7 @@ class OptimizerOptions:
         label_scale: logits are label_scale times the variable that is optimised; above 1 lets labels move earlier.
 
     Raises:
-        ValueError: for an unknown optimizer, or a label_scale that is not positive.
+        ValueError: for an unknown optimizer or line search, or a label_scale that is not positive.
     """
 
     name: str = "l-bfgs"
@@ -149,6 +151,8 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         if self.name not in ("l-bfgs", "adam"):
             raise ValueError(f"optim.optimizer={self.name!r} is unknown; valid: l-bfgs, adam.")
+        if self.line_search not in (None, "strong_wolfe"):
+            raise ValueError(f"optim.line_search={self.line_search!r} is unknown; valid: empty, strong_wolfe.")
         if not self.label_scale > 0:
             raise ValueError(f"optim.label_scale={self.label_scale} is out of range; valid: above 0.")
 
@@ -187,7 +191,7 @@ class MagiaEngine:
     seeds: list[int]
     iterations: int
     schedule: Schedule = field(default_factory=Schedule)
-    annealing: Annealing = field(default_factory=lambda: Annealing(0.06, 3.0))
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.02, 3.0))
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
     pyramid: Pyramid = field(default_factory=Pyramid)
 
@@ -210,6 +214,7 @@ class MagiaEngine:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
+        """Pixels (N, B, C, H, W) and label logits (N, B, K), detached copies."""
         grid, logits = (stack.detach() for stack in self._stacks)
         return [enlarge(grid, self._size).clone(), logits * self.options.label_scale]
 
@@ -243,8 +248,32 @@ class MagiaEngine:
         return StepResult(values, torch.zeros_like(values))
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        """Put pixels and logits, each (N, ...), into the candidates `where` (N,); on a coarse grid, their averages."""
         pixels, logits = parameters
         self._put([shrink(pixels, self._factor), logits / self.options.label_scale], where)
+
+    def state(self) -> dict[str, Any]:
+        """See `CandidateEngine`: the grid and its variables, the optimizer, random streams and counters."""
+        return {
+            "factor": self._factor,
+            "stacks": [stack.detach().clone() for stack in self._stacks],
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "generators": [generator.get_state() for generator in self._generators],
+            "subsets": None if self._subsets is None else self._subsets.clone(),
+            "failed": self._failed.clone(),
+            "counters": [self._adam_asked, self._asked_before, self.gradient_evaluations, self.full_gradients],
+        }
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """See `CandidateEngine`."""
+        self._on_grid(state["factor"], self.parameters)
+        self._put([stack.to(self.starts[0]) for stack in state["stacks"]], None)
+        self._optimizer.load_state_dict(state["optimizer"])
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+        self._subsets = None if state["subsets"] is None else state["subsets"].to(self.starts[0].device)
+        self._failed = state["failed"].to(self.starts[0].device)
+        self._adam_asked, self._asked_before, self.gradient_evaluations, self.full_gradients = state["counters"]
 
     def _put(self, stacks: list[torch.Tensor], where: torch.Tensor | None) -> None:
         """Put values on the present grid into the candidates `where` (N,); None: into all."""

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 from .magia_objective import SUBSET_TERMS, data_term, rescaling
 
-__all__ = ["SubsetTerm", "Target", "SubsetMatching"]
+__all__ = ["SubsetMatching", "SubsetTerm", "Target"]
 
 ImagePrior = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -170,7 +170,7 @@ class SubsetMatching:
         use = self._uses_subset(subsets)
         model_gradient = grad(self.target.loss)
 
-        def objective(pixels, logits, index, parameters, gradients):  # noqa: ANN001, ANN202 - one candidate's
+        def objective(pixels, logits, index, parameters, gradients):
             probs = logits.softmax(dim=-1)
             batch = list(model_gradient(parameters, pixels, probs).values())
             if not use:
@@ -207,7 +207,8 @@ class SubsetMatching:
         subset = None if index is None else self._gradient(leaves, pixels[index], probs[index])
         size = len(pixels) if index is None else len(index)
         value = self._objective(batch, subset, gradients, pixels, size, prior_weight)
-        return value.detach(), *torch.autograd.grad(value, [pixels, logits])
+        in_pixels, in_logits = torch.autograd.grad(value, [pixels, logits])
+        return value.detach(), in_pixels, in_logits
 
     def _gradient(
         self, leaves: dict[str, torch.Tensor], pixels: torch.Tensor, probs: torch.Tensor

@@ -166,9 +166,7 @@ def test_resumes_bit_for_bit(search):
     assert torch.equal(x.detach(), straight[-1])
 
 
-@given(
-    st.floats(-2, 2), st.floats(-2, 2), st.floats(-5, 5), st.floats(-5, 5), st.floats(-3, 3), st.floats(0.01, 3)
-)
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-5, 5), st.floats(-5, 5), st.floats(-3, 3), st.floats(0.01, 3))
 @settings(max_examples=200)
 def test_cubic_interpolation_stays_between_its_points(fa, fb, sa, sb, ta, width):
     zero = torch.zeros(1)

@@ -23,6 +23,7 @@ from ..matching.magia_engine import MagiaEngine
 from ..matching.randomness import CandidateStreams
 from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
+from ..regularizers import GroupRegularization
 from . import checks
 from .joint_candidates import JointCandidateAttacker, Target
 from .joint_loop import JointLoop, LoopResult
@@ -58,13 +59,17 @@ class MagiaAttacker(JointCandidateAttacker):
         self.options = MagiaOptions.from_config(cfg_attack)
         given = {"dtype": torch.float, "device": torch.device("cpu")} if setup is None else setup
         super().__init__(model, loss_fn, cfg_attack, given)
-        others = [r for r in self.regularizers if r is not self.group]
-        if others:
+        unused = [r for r in self.regularizers if not isinstance(r, GroupRegularization)]
+        if unused:
             raise ConfigError(
-                f"regularization has {type(others[0]).__name__}, which magia does not use; valid: "
+                f"regularization has {type(unused[0]).__name__}, which magia does not use; valid: "
                 "group_regularization (the image prior is configured under image_prior)."
             )
-        self._ordered_group = None if self.group is None else GroupAnyOrder(self.group)
+
+    def _build_regularizer(self, key: str, options: Any) -> torch.nn.Module:
+        if key == "group_regularization":
+            return GroupAnyOrder(self.setup, **options)
+        return super()._build_regularizer(key, options)
 
     def reconstruct(
         self,
@@ -168,24 +173,28 @@ class MagiaAttacker(JointCandidateAttacker):
         self, target: Target, starts: list[torch.Tensor], stats: dict[str, Any], dryrun: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All candidates to the end: images in the network's normalisation, and label probabilities (N, B, K)."""
-        if self._ordered_group is not None:
-            self._ordered_group.initialize()
-        matching = self._matching(target)
         jointly = self.cfg.restarts.get("parallel_candidates", True)
+        group = self.group if jointly else None
+        if group is not None:
+            group.initialize(None)
+            group.prepare(starts[0])
+        elif self.group is not None:
+            log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
+        matching = self._matching(target, group)
         blocks = [slice(None)] if jointly else [slice(n, n + 1) for n in range(len(starts[0]))]
         results, engines = [], []
         for block in blocks:
             seeds = range(self._seed(), self._seed() + len(starts[0]))[block]
             engine = self._engine(matching, [start[block] for start in starts], list(seeds))
-            loop = JointLoop(engine, self.cfg, box=self._pixel_box(), group=self._ordered_group)
-            results.append(loop.run(dryrun))
+            checkpoint = self._checkpoint(target, starts, engine.name) if jointly else None
+            results.append(JointLoop(engine, self.cfg, self._pixel_box(), group, checkpoint).run(dryrun))
             engines.append(engine)
         self._record_all(stats, results, engines)
         pixels = torch.cat([result.best[0] for result in results])
         logits = torch.cat([result.best[1] for result in results])
         return (pixels - self.dm) / self.ds, logits.softmax(dim=-1)
 
-    def _matching(self, target: Target) -> SubsetMatching:
+    def _matching(self, target: Target, group: GroupRegularization | None) -> SubsetMatching:
         model = target.models[0]
         normalised = self.dm.dim() > 0
         gradients = target.shared_data[0]["gradients"]
@@ -199,7 +208,7 @@ class MagiaAttacker(JointCandidateAttacker):
         )
         batching = self.cfg.restarts.get("candidate_batching", "auto")
         method = "vmap" if batching == "compile" else batching
-        return SubsetMatching(what, self.options.term, self.options.prior, self._ordered_group, method)
+        return SubsetMatching(what, self.options.term, self.options.prior, group, method)
 
     def _engine(self, matching: SubsetMatching, starts: list[torch.Tensor], seeds: list[int]) -> MagiaEngine:
         options = self.options

@@ -6,6 +6,8 @@ fixes that order, and image 0 of one candidate may be image 5 of another.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -27,35 +29,22 @@ def aligned_to(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor
     return torch.as_tensor(columns, device=candidate.device)
 
 
-class GroupAnyOrder:
+class GroupAnyOrder(GroupRegularization):
     """Group consistency for candidates whose images stand in different orders.
 
-    Args:
-        group: the group term; its consensus is kept in the order of the first live candidate.
+    The consensus stands in the order of the first live candidate; each candidate is compared with it image by
+    image, after matching. Arguments are those of `GroupRegularization`.
     """
-
-    def __init__(self, group: GroupRegularization) -> None:
-        self.group = group
-
-    @property
-    def alignment_failures(self) -> int:
-        """Images whose alignment failed so far."""
-        return self.group.alignment_failures
-
-    def initialize(self) -> None:
-        """Forget the last run's consensus."""
-        self.group.initialize(None)
 
     def update(self, candidates: torch.Tensor, iteration: int) -> None:
         """Recompute the consensus if it is due; candidates (N, B, C, H, W)."""
         if len(candidates):
             ordered = [candidate[aligned_to(candidates[0], candidate)] for candidate in candidates]
-            self.group.update(torch.stack(ordered), iteration)
+            super().update(torch.stack(ordered), iteration)
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The term for one candidate (B, C, H, W), a scalar."""
-        consensus = self.group.consensus
-        if consensus is None:
-            return pixels.new_zeros(())
-        order = aligned_to(pixels, consensus)  # consensus images in the candidate's order
-        return self.group.scale * (pixels - consensus[order]).square().mean()
+    def forward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the term for one candidate (B, C, H, W), a scalar."""
+        if self.consensus is None or not self.active:
+            return tensor.new_zeros(())
+        order = aligned_to(tensor, self.consensus)
+        return self.scale * (tensor - self.consensus[order]).square().mean()

@@ -12,7 +12,6 @@ from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.matching.candidate_order import GroupAnyOrder, aligned_to
 from breaching_ext.registration import register
-from breaching_ext.regularizers import GroupRegularization
 
 
 def attacker(*overrides: str, model: torch.nn.Module | None = None, iterations: int = 2) -> MagiaAttacker:
@@ -100,8 +99,10 @@ def test_group_term_sees_through_the_order_of_images():
     images = torch.rand(3, 3, 4, 4, dtype=torch.float64)
     order = torch.tensor([2, 0, 1])
     assert torch.equal(images[order][aligned_to(images, images[order])], images)
-    group = GroupAnyOrder(GroupRegularization({"dtype": torch.float64, "device": torch.device("cpu")}, scale=2.0))
-    group.update(torch.stack([images, images[order]]), 0)
+    group = GroupAnyOrder({"dtype": torch.float64, "device": torch.device("cpu")}, scale=2.0)
+    stack = torch.stack([images, images[order]])
+    group.prepare(stack)
+    group.update(stack, 0)
     assert group(images[order]).item() == pytest.approx(0)
     moved = (images[order] + 0.01).requires_grad_()
     (gradient,) = torch.autograd.grad(group(moved), moved)

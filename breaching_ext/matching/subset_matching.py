@@ -170,7 +170,13 @@ class SubsetMatching:
         use = self._uses_subset(subsets)
         model_gradient = grad(self.target.loss)
 
-        def objective(pixels, logits, index, parameters, gradients):
+        def objective(
+            pixels: torch.Tensor,
+            logits: torch.Tensor,
+            index: torch.Tensor,
+            parameters: dict[str, torch.Tensor],
+            gradients: list[torch.Tensor],
+        ) -> torch.Tensor:
             probs = logits.softmax(dim=-1)
             batch = list(model_gradient(parameters, pixels, probs).values())
             if not use:
@@ -179,7 +185,7 @@ class SubsetMatching:
             return self._objective(batch, subset, gradients, pixels, len(index), prior_weight)
 
         own = 0 if self.target.per_candidate else None
-        index = subsets if use else torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
+        index = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device) if subsets is None else subsets
         run = vmap(grad_and_value(objective, argnums=(0, 1)), in_dims=(0, 0, 0, own, own))
         (in_pixels, in_logits), values = run(
             pixels, logits, index, dict(self.target.parameters), list(self.target.gradients)

@@ -372,6 +372,7 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((record["batch"], record["outer"], record["arm"]), []).append(record)
     rows = []
     for (batch, outer, arm), members in sorted(groups.items()):
+        members.sort(key=lambda record: record["seed"])
         psnrs = [m["metrics"]["psnr"] for m in members]
         images = [m["metrics"]["per_image"] for m in members]
         row = {"arm": arm, "text": members[0]["text"], "batch": batch, "outer": outer, "seeds": len(members)}
@@ -400,6 +401,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['psnr']:.2f} ± {row['psnr_ci95']:.2f} | {row['psnr_worst_image']:.1f} | {row['ssim']:.3f} "
             f"| {lpips} | {100 * row['label_acc']:.0f} % | {100 * row['recovered']:.0f} % |"
         )
+    lines += ["", "Differences in PSNR [dB] at the same budget, paired over seeds, with 95 % intervals:", ""]
+    lines += ["| B | outer steps | method | against | difference |", "|--:|--:|:--|:--|--:|"]
+    found = {(row["batch"], row["outer"], row["arm"]): row["psnr_seeds"] for row in rows}
+    for (batch, outer, arm), values in found.items():
+        for reference in ("default", "baseline"):
+            other = found.get((batch, outer, reference))
+            if other is None or reference == arm or len(other) != len(values):
+                continue
+            differences = [a - b for a, b in zip(values, other, strict=True)]
+            mean = statistics.mean(differences)
+            lines.append(f"| {batch} | {outer} | `{arm}` | `{reference}` | {mean:+.2f} ± {interval(differences):.2f} |")
     return "\n".join(lines) + "\n"
 
 

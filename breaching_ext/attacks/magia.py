@@ -25,7 +25,8 @@ from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
 from ..regularizers import GroupRegularization
 from . import checks
-from .joint_candidates import JointCandidateAttacker, Target
+from .candidate_choice import Target
+from .joint_candidates import JointCandidateAttacker
 from .joint_loop import JointLoop, LoopResult
 from .magia_options import MagiaOptions
 from .observation import own_copy

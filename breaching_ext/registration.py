@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 #: attack type (the key `attack_type` of an attack config) -> "module:class"
 ATTACK_TYPES: dict[str, str] = {
     "joint-candidates": "breaching_ext.attacks.joint_candidates:JointCandidateAttacker",
+    "magia": "breaching_ext.attacks.magia:MagiaAttacker",
 }
 
 #: key below `regularization` in an attack config -> "module:class"

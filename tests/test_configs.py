@@ -17,7 +17,11 @@ from breaching_ext.registration import register
 MODELS = ("lenet_zhu", "cnn6", "ResNet20", "own")
 
 #: what a config needs to be small; everything else is as shipped
-SMALL = {"joint_candidates": ["restarts.num_trials=2"], "seethroughgradients_group": ["restarts.num_trials=2"]}
+SMALL = {
+    "joint_candidates": ["restarts.num_trials=2"],
+    "magia": ["restarts.num_trials=2", "optim.inner_iterations=3"],
+    "seethroughgradients_group": ["restarts.num_trials=2"],
+}
 
 
 def attack_names(root) -> list[str]:

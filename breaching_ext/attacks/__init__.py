@@ -9,10 +9,11 @@ from .observation import observe
 
 if TYPE_CHECKING:
     from .joint_candidates import JointCandidateAttacker
+    from .magia import MagiaAttacker
 
-_HOME = {"JointCandidateAttacker": "joint_candidates"}
+_HOME = {"JointCandidateAttacker": "joint_candidates", "MagiaAttacker": "magia"}
 
-__all__ = ["JointCandidateAttacker", "observe"]
+__all__ = ["JointCandidateAttacker", "MagiaAttacker", "observe"]
 
 
 def __getattr__(name: str) -> Any:

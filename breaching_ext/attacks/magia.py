@@ -1,0 +1,281 @@
+"""Random-subset gradient matching without label inference: images and soft labels are optimised together.
+
+References:
+    "MAGIA: Sensing Per-Image Signals from Single-Round Averaged Gradients for Label-Inference-Free Gradient
+    Inversion", arXiv 2509.18170. What its released code leaves open is a guess here, and called one where it is
+    made (`breaching_ext.matching.magia_objective`, `breaching_ext.selection`).
+    Zhu et al., "Deep leakage from gradients", NeurIPS 2019 (labels as optimised logits).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, SharedDataError
+from ..matching.candidate_order import GroupAnyOrder, aligned_to
+from ..matching.client import matched_parameters, unscripted
+from ..matching.magia_engine import MagiaEngine
+from ..matching.randomness import CandidateStreams
+from ..matching.subset_matching import SubsetMatching
+from ..matching.subset_matching import Target as MatchingTarget
+from ..regularizers import GroupRegularization
+from . import checks
+from .candidate_choice import Target
+from .joint_candidates import JointCandidateAttacker
+from .joint_loop import JointLoop, LoopResult
+from .magia_options import MagiaOptions
+from .observation import own_copy
+
+log = logging.getLogger(__name__)
+
+
+class MagiaAttacker(JointCandidateAttacker):
+    """MAGIA on N candidates at once; labels are never inferred, never taken from the client, only optimised.
+
+    Pixels are optimised in [0, 1] and normalised for the model, so that the start and the image prior mean the same
+    for every dataset.
+
+    Args:
+        model: the model under attack.
+        loss_fn: its loss; it must take soft labels, as torch.nn.CrossEntropyLoss does.
+        cfg_attack: an attack config, for example `breaching.get_attack_config("magia")`.
+        setup: dict(dtype=..., device=...) as Breaching's; `impl.dtype` of the config (float, double) decides.
+
+    Raises:
+        ConfigError: for a config value that cannot work, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: Callable[..., torch.Tensor],
+        cfg_attack: Any,
+        setup: dict[str, Any] | None = None,
+    ) -> None:
+        self.options = MagiaOptions.from_config(cfg_attack)
+        given = {"dtype": torch.float, "device": torch.device("cpu")} if setup is None else setup
+        super().__init__(model, loss_fn, cfg_attack, given)
+        unused = [r for r in self.regularizers if not isinstance(r, GroupRegularization)]
+        if unused:
+            raise ConfigError(
+                f"regularization has {type(unused[0]).__name__}, which magia does not use; valid: "
+                "group_regularization (the image prior is configured under image_prior)."
+            )
+
+    def _build_regularizer(self, key: str, options: Any) -> torch.nn.Module:
+        if key == "group_regularization":
+            return GroupAnyOrder(self.setup, **options)
+        return super()._build_regularizer(key, options)
+
+    def reconstruct(
+        self,
+        server_payload: Sequence[dict] | dict,
+        shared_data: Sequence[dict] | dict,
+        server_secrets: dict | None = None,
+        initial_data: torch.Tensor | None = None,
+        dryrun: bool = False,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Reconstruct images and labels from one shared gradient.
+
+        Args:
+            server_payload: what the server sent (one query).
+            shared_data: what the client answered. It is not modified; labels in it are not looked at.
+            server_secrets: Breaching's server.secrets; not used.
+            initial_data: start (B, C, H, W) for all candidates or (N, B, C, H, W) for one each, in the network's
+                normalisation; None draws starts, candidate i from seed + i.
+            dryrun: stop after one outer step.
+
+        Returns:
+            A dict with `data` (B, C, H, W), `labels` (B,), `label_probabilities` (B, K), `candidates`
+            (N, B, C, H, W), `candidate_labels` (N, B) and `candidate_scores` (N,), lower is better; and statistics as
+            the joint attack's, with `full_gradients`: evaluations in units of one full-batch gradient.
+
+        Raises:
+            SharedDataError: for shared data that do not fit the model, several queries or local steps, or a start
+                that is not finite, before the loop starts.
+        """
+        target, stats, classes = self._prepare(server_payload, shared_data)
+        if initial_data is not None:
+            checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, target.shape)
+        self._say_sizes(target.shape[0])
+        streams = self._streams()
+        starts = self._starts(target, streams, initial_data)
+        starts = [self._to_pixels(starts[0]), self._label_starts(streams, target.shape[0], classes)]
+        candidates, probabilities = self._run(target, starts, stats, dryrun)
+        return self._finish(candidates, probabilities, target, stats), stats
+
+    # -- what is attacked ----------------------------------------------------------------------------------------
+
+    def _prepare(
+        self, server_payload: Sequence[dict] | dict, shared_data: Sequence[dict] | dict
+    ) -> tuple[Target, dict[str, Any], int]:
+        """Check everything that can be checked before the loop; returns the target, statistics and K."""
+        payload = [server_payload] if isinstance(server_payload, dict) else list(server_payload)
+        shared = [shared_data] if isinstance(shared_data, dict) else list(shared_data)
+        if payload[0]["metadata"].get("modality", "vision") != "vision":
+            raise SharedDataError("magia reconstructs images; valid: metadata modality 'vision'.")
+        checks.check_shared_data(self.model_template, payload, shared, "text")  # "text": labels are not looked at
+        if len(shared) != 1:
+            raise SharedDataError(f"magia attacks the gradient of one query, there are {len(shared)}.")
+        if shared[0]["metadata"]["local_hyperparams"] is not None:
+            raise SharedDataError("magia attacks one gradient, not the change after several local steps.")
+        shared = own_copy(shared, self.setup["device"])
+        shared[0]["metadata"]["labels"] = None
+        models, _, stats = self.prepare_attack(payload, shared)
+        shape = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
+        device_shared = self._cast_shared_data(shared)
+        labels = torch.zeros(shape[0], dtype=torch.long, device=self.setup["device"])
+        with torch.no_grad():
+            output = models[0](torch.zeros(1, *self.data_shape, **self.setup))
+        if output.dim() != 2:
+            raise SharedDataError(f"The model's output has shape {tuple(output.shape)}; valid: (B, classes).")
+        return Target(models, device_shared, labels, shape), stats, output.shape[1]
+
+    def _recover_label_information(self, *args: Any, **kwargs: Any) -> None:
+        """Labels are optimised; Breaching must not infer them."""
+        return
+
+    def _say_sizes(self, batch_size: int) -> None:
+        options, steps = self.options, self.cfg.optim.max_iterations
+        if options.term.kind == "none":
+            return
+        if options.schedule.mode == "constk" and not 1 <= options.schedule.k <= batch_size:
+            size = options.schedule.size(0, batch_size, steps)
+            log.warning("subset.sel_k=%d is outside 1 ... %d; taking %d.", options.schedule.k, batch_size, size)
+
+    # -- starts --------------------------------------------------------------------------------------------------
+
+    def _initialize_data(self, data_shape: list[int]) -> torch.Tensor:
+        """Uniform grey (0.4 ... 0.6 of the pixel range) for `init: grey`; else Breaching's starts."""
+        if self.cfg.init != "grey":
+            return super()._initialize_data(data_shape)
+        pixels = 0.4 + 0.2 * torch.rand(data_shape, **self.setup)
+        return (pixels - self.dm) / self.ds
+
+    def _label_starts(self, streams: CandidateStreams, batch_size: int, classes: int) -> torch.Tensor:
+        """Standard normal logits, each candidate's from its own stream: (N, B, K)."""
+        starts = []
+        for index in range(self.cfg.restarts.num_trials):
+            with streams.use(index):
+                starts.append(torch.randn(batch_size, classes, **self.setup))
+        return torch.stack(starts)
+
+    def _to_pixels(self, data: torch.Tensor) -> torch.Tensor:
+        return data * self.ds + self.dm
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, target: Target, starts: list[torch.Tensor], stats: dict[str, Any], dryrun: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All candidates to the end: images in the network's normalisation, and label probabilities (N, B, K)."""
+        jointly = self.cfg.restarts.get("parallel_candidates", True)
+        group = self.group if jointly else None
+        if group is not None:
+            group.initialize(None)
+            group.prepare(starts[0])
+        elif self.group is not None:
+            log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
+        matching = self._matching(target, group)
+        blocks = [slice(None)] if jointly else [slice(n, n + 1) for n in range(len(starts[0]))]
+        results, engines = [], []
+        for block in blocks:
+            seeds = range(self._seed(), self._seed() + len(starts[0]))[block]
+            engine = self._engine(matching, [start[block] for start in starts], list(seeds))
+            checkpoint = self._checkpoint(target, starts, engine.name) if jointly else None
+            results.append(JointLoop(engine, self.cfg, self._pixel_box(), group, checkpoint).run(dryrun))
+            engines.append(engine)
+        self._record_all(stats, results, engines)
+        pixels = torch.cat([result.best[0] for result in results])
+        logits = torch.cat([result.best[1] for result in results])
+        return (pixels - self.dm) / self.ds, logits.softmax(dim=-1)
+
+    def _matching(self, target: Target, group: GroupRegularization | None) -> SubsetMatching:
+        model = target.models[0]
+        normalised = self.dm.dim() > 0
+        gradients = target.shared_data[0]["gradients"]
+        what = MatchingTarget(
+            model=model,
+            loss_fn=unscripted(self.loss_fn),
+            parameters={name: p.detach() for name, p in matched_parameters(model).items()},
+            gradients=[g.to(**self.setup) for g in gradients],
+            mean=self.dm.flatten() if normalised else None,
+            std=self.ds.flatten() if normalised else None,
+        )
+        batching = self.cfg.restarts.get("candidate_batching", "auto")
+        method = "vmap" if batching == "compile" else batching
+        return SubsetMatching(what, self.options.term, self.options.prior, group, method)
+
+    def _engine(self, matching: SubsetMatching, starts: list[torch.Tensor], seeds: list[int]) -> MagiaEngine:
+        options = self.options
+        return MagiaEngine(
+            matching,
+            starts,
+            seeds,
+            self.cfg.optim.max_iterations,
+            options.schedule,
+            options.annealing,
+            options.optimizer,
+            options.pyramid,
+        )
+
+    def _pixel_box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        bounds = (torch.zeros((), **self.setup), torch.ones((), **self.setup))
+        return bounds if self.cfg.optim.boxed else None
+
+    def _record_all(self, stats: dict, results: list[LoopResult], engines: list[MagiaEngine]) -> None:
+        merged = copy.copy(results[0])
+        merged.histories = [history for result in results for history in result.histories]
+        merged.failures = {}
+        for offset, result in enumerate(results):
+            merged.failures |= {offset + n: step for n, step in result.failures.items()}
+        merged.interrupted = any(result.interrupted for result in results)
+        evaluations = sum(engine.gradient_evaluations for engine in engines)
+        self._record(stats, merged, engines[0].name, evaluations)
+        stats["full_gradients"] = sum(engine.full_gradients for engine in engines)
+
+    # -- choosing ------------------------------------------------------------------------------------------------
+
+    def _finish(
+        self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target, stats: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Score with each candidate's own labels, and choose; the ground truth plays no part in it."""
+        scores = self._scores(candidates, probabilities, target)
+        best = int(scores.argmin())
+        data = self._select_optimal_reconstruction(list(candidates), scores, stats)
+        chosen = probabilities[best]
+        if self.cfg.restarts.get("output", "best") == "consensus":
+            finite = [n for n in range(len(candidates)) if bool(scores[n].isfinite())] or [best]
+            orders = {n: aligned_to(candidates[best], candidates[n]) for n in finite}
+            data = self._consensus(torch.stack([candidates[n][orders[n]] for n in finite]))
+            chosen = torch.stack([probabilities[n][orders[n]] for n in finite]).mean(dim=0)
+        return {
+            "data": data,
+            "labels": chosen.argmax(dim=-1),
+            "label_probabilities": chosen,
+            "candidates": candidates,
+            "candidate_labels": probabilities.argmax(dim=-1),
+            "candidate_scores": scores,
+        }
+
+    def _scores(self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target) -> torch.Tensor:
+        if self.cfg.restarts.scoring == "registered-group-regularization":
+            best = candidates[0]
+            return self._score_candidates(torch.stack([c[aligned_to(best, c)] for c in candidates]), target)
+        scores = [
+            torch.as_tensor(self._score_trial(c, p, target.models, target.shared_data)).float().reshape(())
+            for c, p in zip(candidates, probabilities, strict=True)
+        ]
+        stacked = torch.stack(scores).detach().cpu()
+        return torch.where(stacked.isfinite(), stacked, float("inf"))
+
+    def __repr__(self) -> str:
+        return f"Attacker (of type {type(self).__name__}) with settings for {self.cfg.type}: {self.options}"
+
+
+__all__ = ["MagiaAttacker"]

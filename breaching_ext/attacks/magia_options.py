@@ -1,0 +1,107 @@
+"""The keys of `config/attack/magia.yaml`, checked and put into the form that the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..matching.magia_engine import Annealing, OptimizerOptions, Pyramid, Schedule
+from ..matching.subset_matching import SubsetTerm
+from ..regularizers.color_tv import anisotropic_total_variation, color_total_variation
+
+__all__ = ["PRIORS", "MagiaOptions"]
+
+#: Valid values of image_prior.kind.
+PRIORS = ("color", "anisotropic")
+
+
+@dataclass(frozen=True)
+class MagiaOptions:
+    """Everything that the attack's config says about the objective and the optimizer.
+
+    Attributes:
+        term: the subset term.
+        schedule: subset sizes.
+        annealing: weight of the image prior.
+        optimizer: the optimizer.
+        pyramid: grids, coarse to fine.
+        prior_kind, chroma, eps: the image prior (see `breaching_ext.regularizers.color_tv`).
+    """
+
+    term: SubsetTerm
+    schedule: Schedule
+    annealing: Annealing
+    optimizer: OptimizerOptions
+    pyramid: Pyramid
+    prior_kind: str = "color"
+    chroma: float = 5.0
+    eps: float = 0.01
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> MagiaOptions:
+        """Read an attack config.
+
+        Raises:
+            ConfigError: naming the key, its value and the valid ones.
+        """
+        subset, prior, optim, grids = (cfg.get(key) or {} for key in ("subset", "image_prior", "optim", "pyramid"))
+        kind = str(prior.get("kind", "color"))
+        if kind not in PRIORS:
+            raise ConfigError(f"image_prior.kind={kind!r} is unknown; valid: {', '.join(PRIORS)}.")
+        try:
+            return cls(
+                term=_term(subset),
+                schedule=_schedule(subset),
+                annealing=Annealing(float(prior.get("weight", 0.02)), _optional(prior.get("anneal_from"))),
+                optimizer=_optimizer(optim),
+                pyramid=Pyramid(tuple(grids.get("factors", (4, 2, 1))), tuple(grids.get("shares", (0.25, 0.3)))),
+                prior_kind=kind,
+                chroma=float(prior.get("chroma", 5.0)),
+                eps=float(prior.get("eps", 0.01)),
+            )
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def prior(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The image prior of one candidate (B, C, H, W) in [0, 1], a scalar."""
+        if self.prior_kind == "anisotropic":
+            return anisotropic_total_variation(pixels)
+        return color_total_variation(pixels, self.chroma, self.eps)
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _term(subset: Mapping[str, Any]) -> SubsetTerm:
+    factor = subset.get("rescaling", "none")
+    factor = factor if isinstance(factor, str) else float(factor)
+    return SubsetTerm(str(subset.get("term", "none")), float(subset.get("alpha", 0.999)), factor)
+
+
+def _schedule(subset: Mapping[str, Any]) -> Schedule:
+    return Schedule(
+        mode=str(subset.get("sel_mode", "constk")),
+        k=int(subset.get("sel_k", 2)),
+        l_iter=int(subset.get("sel_l_iter", 100)),
+        a=float(subset.get("sig_a", -0.1)),
+        b=float(subset.get("sig_b", 200.0)),
+        redraw=str(subset.get("redraw", "step")),
+    )
+
+
+def _optimizer(optim: Mapping[str, Any]) -> OptimizerOptions:
+    return OptimizerOptions(
+        name=str(optim.get("optimizer", "l-bfgs")).lower(),
+        step_size=float(optim.get("step_size", 1.0)),
+        inner_iterations=int(optim.get("inner_iterations", 20)),
+        history_size=int(optim.get("history_size", 100)),
+        line_search=optim.get("line_search"),
+        label_scale=float(optim.get("label_scale", 5.0)),
+    )

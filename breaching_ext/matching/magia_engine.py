@@ -1,0 +1,345 @@
+"""Steps MAGIA candidates: subset schedule, annealed image prior, and one optimizer state a candidate."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..selection import subset_size
+from .engine import StepResult
+from .lbfgs import BatchedLBFGS
+from .subset_matching import SubsetMatching
+
+__all__ = ["Annealing", "MagiaEngine", "OptimizerOptions", "Pyramid", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many images a subset has, and how often it is drawn (see `breaching_ext.selection`).
+
+    Attributes:
+        mode, k, l_iter, a, b: as in `subset_size`.
+        redraw: 'step' (once an outer step) or 'closure' (at every evaluation; makes L-BFGS's curvature noisy).
+
+    Raises:
+        ValueError: for an unknown mode or redraw, or l_iter < 1.
+    """
+
+    mode: str = "constk"
+    k: int = 2
+    l_iter: int = 100
+    a: float = -0.1
+    b: float = 200.0
+    redraw: str = "step"
+
+    def __post_init__(self) -> None:
+        if self.redraw not in ("step", "closure"):
+            raise ValueError(f"subset.redraw={self.redraw!r} is unknown; valid: step, closure.")
+        subset_size(self.mode, 0, 1, 1, self.k, self.l_iter, self.a, self.b)
+
+    def size(self, iteration: int, batch_size: int, n_iter: int) -> int:
+        """S at an outer step."""
+        return subset_size(self.mode, iteration, batch_size, n_iter, self.k, self.l_iter, self.a, self.b)
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """Weight of the image prior over the run: geometric from `first` to `last`, or constant.
+
+    A strong prior at the start keeps the candidate smooth while the gradient settles which image has which label;
+    it then fades so that detail is decided by the gradient.
+
+    Attributes:
+        last: weight at the end.
+        first: weight at the start; None keeps `last` throughout.
+
+    Raises:
+        ValueError: for a negative weight, or a geometric run to or from 0.
+    """
+
+    last: float
+    first: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.last < 0 or (self.first is not None and (self.first <= 0 or self.last <= 0)):
+            raise ValueError(f"prior weights first={self.first}, last={self.last}; valid: above 0 (last=0 alone: off).")
+
+    def at(self, progress: float) -> float:
+        """Weight at progress in [0, 1] through the run."""
+        if self.first is None:
+            return self.last
+        return self.first * (self.last / self.first) ** min(max(progress, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Coarse-to-fine pixels: images are optimised on coarser grids first, bilinearly enlarged to their size.
+
+    A grid coarser by 4 has a sixteenth of the unknowns, so that early iterations, which settle labels and rough
+    colours, need fewer evaluations, and L-BFGS's vectors are short. (1,) is plain pixels.
+
+    Attributes:
+        factors: how much coarser each stage's grid is than the image.
+        shares: share of the run that each stage takes; the last stage takes the rest.
+
+    Raises:
+        ValueError: for factors below 1, a last factor other than 1, or shares that do not fit.
+    """
+
+    factors: tuple[int, ...] = (4, 2, 1)
+    shares: tuple[float, ...] = (0.25, 0.3)
+
+    def __post_init__(self) -> None:
+        if not self.factors or self.factors[-1] != 1 or min(self.factors) < 1:
+            raise ValueError(f"pyramid.factors={self.factors} must be 1 or more each, and end with 1.")
+        if len(self.shares) != len(self.factors) - 1 or min(self.shares, default=0) < 0 or sum(self.shares) > 1:
+            raise ValueError(f"pyramid.shares={self.shares}: valid: one per stage but the last, 0 to 1, sum up to 1.")
+
+    def factor(self, progress: float) -> int:
+        """The stage's factor at progress in [0, 1]."""
+        end = 0.0
+        for factor, share in zip(self.factors, self.shares, strict=False):
+            end += share
+            if progress < end:
+                return factor
+        return 1
+
+
+def shrink(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    """Averages of about factor × factor pixels: (N, B, C, H, W) -> (N, B, C, ⌈H/factor⌉, ⌈W/factor⌉)."""
+    height, width = (-(-side // factor) for side in pixels.shape[-2:])
+    return F.adaptive_avg_pool2d(pixels.flatten(0, 1), (height, width)).unflatten(0, pixels.shape[:2])
+
+
+def enlarge(grid: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Bilinear interpolation to `size` (H, W); the identity where the grid has that size."""
+    if grid.shape[-2:] == size:
+        return grid
+    return F.interpolate(grid.flatten(0, 1), size=size, mode="bilinear", align_corners=False).unflatten(
+        0, grid.shape[:2]
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer of the candidates.
+
+    Attributes:
+        name: 'l-bfgs' or 'adam'.
+        step_size: L-BFGS's fixed step (1), or Adam's learning rate at the start (cosine decay over the run).
+        inner_iterations: optimizer iterations an outer step.
+        history_size: L-BFGS curvature pairs.
+        line_search: None or 'strong_wolfe' (L-BFGS).
+        label_scale: logits are label_scale times the variable that is optimised; above 1 lets labels move earlier.
+
+    Raises:
+        ValueError: for an unknown optimizer or line search, or a label_scale that is not positive.
+    """
+
+    name: str = "l-bfgs"
+    step_size: float = 1.0
+    inner_iterations: int = 20
+    history_size: int = 100
+    line_search: str | None = None
+    label_scale: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("l-bfgs", "adam"):
+            raise ValueError(f"optim.optimizer={self.name!r} is unknown; valid: l-bfgs, adam.")
+        if self.line_search not in (None, "strong_wolfe"):
+            raise ValueError(f"optim.line_search={self.line_search!r} is unknown; valid: empty, strong_wolfe.")
+        if not self.label_scale > 0:
+            raise ValueError(f"optim.label_scale={self.label_scale} is out of range; valid: above 0.")
+
+    def build(self, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+        """The optimizer over stacks (N, ...); both kinds keep the candidates apart."""
+        if self.name == "adam":  # elementwise, so that a stack is N independent runs
+            return torch.optim.Adam(parameters, lr=self.step_size)
+        return BatchedLBFGS(
+            parameters,
+            lr=self.step_size,
+            max_iter=self.inner_iterations,
+            history_size=self.history_size,
+            line_search_fn=self.line_search,
+        )
+
+
+@dataclass
+class MagiaEngine:
+    """N candidates, each a batch of pixels in [0, 1] and of label logits, with their optimizer.
+
+    A `CandidateEngine`: an attack's loop and the study drive it alike.
+
+    Attributes:
+        matching: the objective.
+        starts: pixels (N, B, C, H, W) and logits (N, B, K).
+        seeds: one seed per candidate for its draws of subsets.
+        iterations: outer steps of the whole run.
+        schedule: subset sizes.
+        annealing: weight of the image prior.
+        options: the optimizer; L-BFGS starts afresh where the grid changes.
+        pyramid: the grids on which pixels are optimised.
+    """
+
+    matching: SubsetMatching
+    starts: list[torch.Tensor]
+    seeds: list[int]
+    iterations: int
+    schedule: Schedule = field(default_factory=Schedule)
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.02, 3.0))
+    options: OptimizerOptions = field(default_factory=OptimizerOptions)
+    pyramid: Pyramid = field(default_factory=Pyramid)
+
+    def __post_init__(self) -> None:
+        if any(not bool(torch.isfinite(start).all()) for start in self.starts):
+            raise ValueError("The start is not finite; every pixel and label logit must be a finite number.")
+        self._size = self.starts[0].shape[-2:]
+        self._factor = 0
+        self._adam_asked = self._asked_before = 0
+        self._failed = torch.zeros(len(self.starts[0]), dtype=torch.bool, device=self.starts[0].device)
+        self._on_grid(self.pyramid.factor(0.0), [start.detach() for start in self.starts])
+        self._generators = [torch.Generator().manual_seed(seed % 2**63) for seed in self.seeds]
+        self._alive = torch.ones(len(self.starts[0]), dtype=torch.bool)
+        self._subsets: torch.Tensor | None = None
+        self._prior_weight = 0.0
+        self.name = self.matching.chosen_method(self.starts[0])
+        self.gradient_evaluations = 0
+        #: evaluations in units of a full-batch gradient (a subset counts S/B), summed over candidates
+        self.full_gradients = 0.0
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Pixels (N, B, C, H, W) and label logits (N, B, K), detached copies."""
+        grid, logits = (stack.detach() for stack in self._stacks)
+        return [enlarge(grid, self._size).clone(), logits * self.options.label_scale]
+
+    @property
+    def evaluation_cost(self) -> float:
+        """Cost of the last evaluation of one candidate in full-batch gradients: 1, plus S/B for the subset."""
+        return 1.0 + (0.0 if self._subsets is None else self._subsets.shape[1] / self.starts[0].shape[1])
+
+    def step(self, iteration: int, alive: torch.Tensor, progress: float | None = None) -> StepResult:
+        """One outer step.
+
+        Args:
+            iteration: counted from 0.
+            alive: (N,) candidates to move.
+            progress: share of the run that is over; default iteration / (iterations − 1).
+        """
+        done = iteration / max(self.iterations - 1, 1) if progress is None else progress
+        self._alive = alive.cpu()
+        self._prior_weight = self.annealing.at(done)
+        self._draw(iteration)
+        if self.pyramid.factor(done) != self._factor:
+            self._on_grid(self.pyramid.factor(done), self.parameters)
+        frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
+        before = self._asked()
+        values = self._run_optimizer(iteration, done)
+        asked = self._asked() - before
+        self.gradient_evaluations += asked
+        self.full_gradients += asked * self.evaluation_cost
+        if frozen is not None:
+            self._put(frozen, ~alive)
+        return StepResult(values, torch.zeros_like(values))
+
+    def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
+        """Put pixels and logits, each (N, ...), into the candidates `where` (N,); on a coarse grid, their averages."""
+        pixels, logits = parameters
+        self._put([shrink(pixels, self._factor), logits / self.options.label_scale], where)
+
+    def state(self) -> dict[str, Any]:
+        """See `CandidateEngine`: the grid and its variables, the optimizer, random streams and counters."""
+        return {
+            "factor": self._factor,
+            "stacks": [stack.detach().clone() for stack in self._stacks],
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "generators": [generator.get_state() for generator in self._generators],
+            "subsets": None if self._subsets is None else self._subsets.clone(),
+            "failed": self._failed.clone(),
+            "counters": [self._adam_asked, self._asked_before, self.gradient_evaluations, self.full_gradients],
+        }
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """See `CandidateEngine`."""
+        self._on_grid(state["factor"], self.parameters)
+        self._put([stack.to(self.starts[0]) for stack in state["stacks"]], None)
+        self._optimizer.load_state_dict(state["optimizer"])
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+        self._subsets = None if state["subsets"] is None else state["subsets"].to(self.starts[0].device)
+        self._failed = state["failed"].to(self.starts[0].device)
+        self._adam_asked, self._asked_before, self.gradient_evaluations, self.full_gradients = state["counters"]
+
+    def _put(self, stacks: list[torch.Tensor], where: torch.Tensor | None) -> None:
+        """Put values on the present grid into the candidates `where` (N,); None: into all."""
+        with torch.no_grad():
+            for stack, value in zip(self._stacks, stacks, strict=True):
+                if where is not None:
+                    value = torch.where(where.view(-1, *[1] * (value.dim() - 1)), value, stack)
+                stack.copy_(value)
+
+    def _on_grid(self, factor: int, parameters: list[torch.Tensor]) -> None:
+        """Go on, from pixels and logits, on the grid of that factor."""
+        self._asked_before, self._factor = self._asked() if self._factor else 0, factor
+        pixels, logits = parameters
+        grid = shrink(pixels, factor) if factor > 1 else pixels.clone()
+        self._stacks = [grid.requires_grad_(), (logits / self.options.label_scale).requires_grad_()]
+        self._optimizer = self.options.build(self._stacks)
+
+    def _run_optimizer(self, iteration: int, done: float) -> torch.Tensor:
+        """Values (N,) at the start of the step; NaN for candidates that failed in it."""
+
+        def closure() -> torch.Tensor:
+            if self.schedule.redraw == "closure":
+                self._draw(iteration)
+            return self._evaluate()
+
+        if isinstance(self._optimizer, BatchedLBFGS):
+            values = self._optimizer.step(closure)
+            self._failed |= torch.tensor(self._optimizer.failed, device=values.device)
+            return torch.where(self._failed, float("nan"), values)
+        first: torch.Tensor | None = None
+        for inner in range(self.options.inner_iterations):
+            now = done + inner / self.options.inner_iterations / max(self.iterations, 1)
+            lr = self.options.step_size * 0.5 * (1.0 + math.cos(math.pi * min(now, 1.0)))
+            self._optimizer.param_groups[0]["lr"] = lr
+            values = closure()
+            self._optimizer.step()
+            self._adam_asked += len(self._alive)
+            first = values if first is None else first
+        assert first is not None
+        return first
+
+    def _evaluate(self) -> torch.Tensor:
+        """Set the gradients of grid and label variables, and return the values (N,)."""
+        grid, labels = self._stacks
+        scale = self.options.label_scale
+        leaf = grid.detach().requires_grad_()
+        with torch.enable_grad():
+            pixels = enlarge(leaf, self._size)
+        values, in_pixels, in_logits = self.matching(
+            pixels.detach(), labels.detach() * scale, self._subsets, self._prior_weight
+        )
+        grid.grad = in_pixels if pixels is leaf else torch.autograd.grad(pixels, leaf, in_pixels)[0]
+        labels.grad = in_logits * scale
+        return values
+
+    def _asked(self) -> int:
+        """Evaluations that candidates have asked for so far (frozen ones are counted, too: they are evaluated)."""
+        if isinstance(self._optimizer, BatchedLBFGS):
+            return self._asked_before + sum(self._optimizer.func_evals)
+        return self._adam_asked
+
+    def _draw(self, iteration: int) -> None:
+        """Draw every candidate's subset from its own random stream."""
+        if self.matching.term.kind == "none":
+            return
+        batch_size = self.starts[0].shape[1]
+        size = self.schedule.size(iteration, batch_size, self.iterations)
+        drawn = [torch.randperm(batch_size, generator=generator)[:size] for generator in self._generators]
+        self._subsets = torch.stack(drawn).to(self.starts[0].device)  # (N, S)

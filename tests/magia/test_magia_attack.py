@@ -1,0 +1,217 @@
+"""The attack as users call it: results, labels, candidates, bad input."""
+
+from __future__ import annotations
+
+import breaching
+import pytest
+import torch
+from cases import MEAN, STD, attack_config, build_model, loss, observed
+
+from breaching_ext.attacks import MagiaAttacker
+from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
+from breaching_ext.evaluation import evaluate, to_images
+from breaching_ext.matching.candidate_order import GroupAnyOrder, aligned_to
+from breaching_ext.registration import register
+
+
+def attacker(*overrides: str, model: torch.nn.Module | None = None, iterations: int = 2) -> MagiaAttacker:
+    model = build_model("lenet_zhu") if model is None else model
+    return MagiaAttacker(model, loss(), attack_config("magia", list(overrides), iterations))
+
+
+def reconstruct(*overrides: str, iterations: int = 2, batch: int = 2, start=None, **known):
+    model = build_model("lenet_zhu")
+    payload, shared, images, labels = observed(model, batch, **known)
+    made = attacker(*overrides, model=model, iterations=iterations)
+    result, stats = made.reconstruct(payload, shared, {}, initial_data=start)
+    return result, stats, images, labels
+
+
+def test_images_and_labels_of_two_photos_come_back():
+    result, stats, images, labels = reconstruct("impl.dtype=float", iterations=25, labels=None)
+    true, found = to_images(images, MEAN, STD), to_images(result["data"], MEAN, STD)
+    scores = evaluate(found, true, result["labels"], labels)
+    assert scores.means["psnr"] > 20
+    assert scores.means["label_acc"] == 1
+    assert stats["Trial_0_Val"][-1] < 1e-2 * stats["Trial_0_Val"][0]
+
+
+def test_shapes_and_statistics():
+    result, stats, images, _ = reconstruct("restarts.num_trials=3")
+    assert result["data"].shape == images.shape
+    assert result["candidates"].shape == (3, *images.shape)
+    assert result["candidate_labels"].shape == (3, 2)
+    assert result["labels"].shape == (2,)
+    torch.testing.assert_close(result["label_probabilities"].sum(dim=1), torch.ones(2, dtype=torch.float64))
+    assert result["candidate_scores"].shape == (3,)
+    assert stats["opt_value"] == pytest.approx(result["candidate_scores"].min().item())
+    assert 3 * 2 * 20 <= stats["gradient_evaluations"] == stats["full_gradients"] <= 3 * 2 * 25
+    assert [len(stats[f"Trial_{i}_Val"]) for i in range(3)] == [2, 2, 2]
+    assert torch.equal(result["data"], result["candidates"][result["candidate_scores"].argmin()])
+
+
+def test_labels_that_the_client_sent_are_not_looked_at():
+    blind, *_ = reconstruct(labels=None)
+    seeing, *_ = reconstruct()
+    assert torch.equal(blind["data"], seeing["data"])
+    assert torch.equal(blind["labels"], seeing["labels"])
+
+
+def test_candidates_do_not_depend_on_their_company():
+    seed = "restarts.seed=5"
+    together, *_ = reconstruct(seed, "restarts.num_trials=3", "subset.term=residual")
+    sequential, *_ = reconstruct(
+        seed, "restarts.num_trials=3", "subset.term=residual", "restarts.parallel_candidates=false"
+    )
+    torch.testing.assert_close(together["candidates"], sequential["candidates"], rtol=0, atol=1e-6)
+    second, *_ = reconstruct("restarts.seed=6", "restarts.num_trials=1", "subset.term=residual")
+    torch.testing.assert_close(together["candidates"][1], second["data"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("term", ["none", "released", "mean", "residual"])
+@pytest.mark.parametrize("rest", [["optim.optimizer=adam", "optim.step_size=0.05"], ["optim.line_search=strong_wolfe"]])
+def test_every_term_and_optimizer_lowers_the_objective(term, rest):
+    _, stats, *_ = reconstruct(f"subset.term={term}", "subset.rescaling=ratio", *rest, iterations=3)
+    values = stats["Trial_0_Val"]
+    assert values[-1] < values[0]
+
+
+def test_group_consistency_pulls_candidates_together():
+    options = ("restarts.num_trials=3", "pyramid.factors=[1]", "pyramid.shares=[]", "restarts.seed=1")
+    apart, *_ = reconstruct(*options, iterations=4)
+    pulled, stats, *_ = reconstruct(
+        *options,
+        "regularization.group_regularization.scale=50",
+        "regularization.group_regularization.warmup_iters=1",
+        iterations=4,
+    )
+    assert spread(pulled["candidates"]) < spread(apart["candidates"])
+    assert stats["alignments"] > 0
+
+
+def spread(candidates: torch.Tensor) -> float:
+    """Mean squared distance of the candidates from their mean, in one order."""
+    ordered = torch.stack([c[aligned_to(candidates[0], c)] for c in candidates])
+    return (ordered - ordered.mean(dim=0)).square().mean().item()
+
+
+def test_group_term_sees_through_the_order_of_images():
+    images = torch.rand(3, 3, 4, 4, dtype=torch.float64)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(images[order][aligned_to(images, images[order])], images)
+    group = GroupAnyOrder({"dtype": torch.float64, "device": torch.device("cpu")}, scale=2.0)
+    stack = torch.stack([images, images[order]])
+    group.prepare(stack)
+    group.update(stack, 0)
+    assert group(images[order]).item() == pytest.approx(0)
+    moved = (images[order] + 0.01).requires_grad_()
+    (gradient,) = torch.autograd.grad(group(moved), moved)
+    torch.testing.assert_close(gradient, 2 * 2.0 * (moved.detach() - images[order]) / images.numel())
+
+
+def test_consensus_output_is_the_mean_in_the_chosen_order():
+    result, *_ = reconstruct("restarts.num_trials=3", "restarts.output=consensus")
+    candidates, best = result["candidates"], result["candidates"][result["candidate_scores"].argmin()]
+    mean = torch.stack([c[aligned_to(best, c)] for c in candidates]).mean(dim=0)
+    torch.testing.assert_close(result["data"], mean)
+
+
+@pytest.mark.parametrize(
+    "scoring", ["euclidean", "cosine-similarity", "total-variation", "registered-group-regularization"]
+)
+def test_every_scoring(scoring):
+    result, *_ = reconstruct("restarts.num_trials=2", f"restarts.scoring={scoring}")
+    assert result["candidate_scores"].isfinite().all()
+
+
+def test_the_euclidean_score_is_the_full_term():
+    """Breaching's euclidean objective is half the squared distance of the gradients; labels are the optimised ones."""
+    result, *_ = reconstruct()
+    model = build_model("lenet_zhu")
+    _, shared, _, _ = observed(model)
+    outputs = torch.nn.functional.cross_entropy(model(result["data"]), result["label_probabilities"])
+    found = torch.autograd.grad(outputs, list(model.parameters()))
+    distance = sum((a - b).square().sum() for a, b in zip(found, shared[0]["gradients"], strict=True))
+    assert result["candidate_scores"][0].item() == pytest.approx(0.5 * distance.item(), rel=1e-5)
+
+
+def test_breachings_entry_point_knows_the_attack():
+    register()
+    made = breaching.attacks.prepare_attack(build_model("lenet_zhu"), loss(), attack_config("magia"))
+    assert isinstance(made, MagiaAttacker)
+    assert "magia" in repr(made)
+
+
+def test_one_channel_images_and_a_users_own_model():
+    model = build_model("own", channels=1)
+    payload, shared, images, _ = observed(model, 2, channels=1)
+    result, _ = attacker(model=model).reconstruct(payload, shared)
+    assert result["data"].shape == images.shape
+
+
+def test_interrupting_returns_the_best_so_far(monkeypatch):
+    from breaching_ext.matching.magia_engine import MagiaEngine
+
+    step = MagiaEngine.step
+
+    def interrupted(self, iteration, alive, progress=None):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return step(self, iteration, alive, progress)
+
+    monkeypatch.setattr(MagiaEngine, "step", interrupted)
+    result, stats, *_ = reconstruct(iterations=5)
+    assert stats["interrupted"]
+    assert len(stats["Trial_0_Val"]) == 2
+    assert result["data"].isfinite().all()
+
+
+def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
+    reconstruct("subset.term=mean", "subset.sel_k=99")
+    assert "sel_k=99" in caplog.text
+    assert "taking 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "subset.sel_mode=cubic",
+            "const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid",
+        ),
+        ("subset.sel_l_iter=0", "l_iter=0"),
+        ("subset.alpha=1.2", "alpha=1.2"),
+        ("subset.term=best", "released, mean, residual"),
+        ("subset.rescaling=binomial", "none, ratio, variance"),
+        ("subset.redraw=often", "step, closure"),
+        ("image_prior.kind=sobolev", "color, anisotropic"),
+        ("image_prior.weight=-1", "last=-1"),
+        ("optim.optimizer=momgd", "l-bfgs, adam"),
+        ("optim.line_search=armijo", "strong_wolfe"),
+        ("pyramid.factors=[4,2]", "end with 1"),
+        ("+regularization.total_variation={scale: 0.1}", "image_prior"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_computed(override, text):
+    with pytest.raises(ConfigError, match=text):
+        attacker(override)
+
+
+def test_data_that_do_not_fit_are_refused():
+    model = build_model("lenet_zhu")
+    payload, shared, images, _ = observed(model)
+    made = attacker(model=model)
+    with pytest.raises(SharedDataError, match="initial_data is not finite"):
+        made.reconstruct(payload, shared, initial_data=torch.full_like(images, float("nan")))
+    with pytest.raises(SharedDataError, match="query"):
+        made.reconstruct(payload * 2, shared * 2)
+    for change, text in (
+        ({"num_data_points": 0}, "number of data points is 0"),
+        ({"local_hyperparams": {"steps": 2}}, "local steps"),
+    ):
+        changed = [{**shared[0], "metadata": {**shared[0]["metadata"], **change}}]
+        with pytest.raises(SharedDataError, match=text):
+            made.reconstruct(payload, changed)
+    for gradients in (shared[0]["gradients"][1:], [g * float("nan") for g in shared[0]["gradients"]]):
+        with pytest.raises(BreachingExtError, match=r"gradient"):
+            made.reconstruct(payload, [{**shared[0], "gradients": gradients}])

@@ -20,11 +20,20 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "JointCandidateAttacker": "attacks",
+    "MagiaAttacker": "attacks",
     "GroupRegularization": "regularizers",
     "subset_size": "selection",
 }
 
-__all__ = ["GroupRegularization", "JointCandidateAttacker", "__version__", "register", "subset_size", "unregister"]
+__all__ = [
+    "GroupRegularization",
+    "JointCandidateAttacker",
+    "MagiaAttacker",
+    "__version__",
+    "register",
+    "subset_size",
+    "unregister",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,6 +118,14 @@ def test_every_option_of_a_step(overrides):
     check(model, config(*overrides, iterations=12), payload, shared)
 
 
+def test_lbfgs():
+    """L-BFGS amplifies rounding from step to step, so fewer of them: 4 steps of up to 20 iterations."""
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    overrides = ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean", "optim.step_size=0.5"]
+    check(model, config(*overrides, iterations=4), payload, shared)
+
+
 def test_batch_norm_statistics():
     model = build_model("ResNet20")
     payload, shared, *_ = observed(model, batch=2)

@@ -22,6 +22,7 @@ from ..errors import SharedDataError
 from ..matching import build_engine
 from ..matching.build import EngineParts
 from ..matching.engine import CandidateObjective, GradientRule
+from ..matching.lbfgs import BatchedLBFGS
 from ..matching.randomness import CandidateStreams
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation
@@ -35,6 +36,17 @@ from .observation import own_copy
 log = logging.getLogger(__name__)
 
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
+
+
+_LBFGS_OPTIONS = (
+    "lr",
+    "max_iter",
+    "max_eval",
+    "tolerance_grad",
+    "tolerance_change",
+    "history_size",
+    "line_search_fn",
+)
 
 
 class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
@@ -238,17 +250,28 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             make_optimizer=self._init_optimizer,
             reference=lambda candidate: self._reference(candidate, target),
             objective=objective,
-            make_stack_optimizer=self._init_optimizer,
+            make_stack_optimizer=self._init_stack_optimizer,
             why_not=why_not,
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
             random_steps=rule.random or len(self.augmentations) > 0,
         )
 
+    def _init_stack_optimizer(
+        self, stacks: list[torch.Tensor]
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return Breaching's optimizer and schedule over stacks; L-BFGS in the form that keeps candidates apart."""
+        optimizer, scheduler = self._init_optimizer(stacks)
+        if not isinstance(optimizer, torch.optim.LBFGS):
+            return optimizer, scheduler  # elementwise: one over the stack is one for every candidate
+        (options,) = optimizer.param_groups
+        batched = BatchedLBFGS(stacks, **{key: value for key, value in options.items() if key in _LBFGS_OPTIONS})
+        batched.param_groups = optimizer.param_groups  # the schedule goes on driving the step size,
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # and need not warn that its optimizer does not step
+        return batched, scheduler
+
     def _pure_objective(self, target: Target) -> tuple[CandidateObjective | None, str]:
         """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
-        if str(self.cfg.optim.optimizer).lower() == "l-bfgs":
-            return None, "L-BFGS needs one curvature and one line search per candidate"
         return pure_objective(self.objective, self.regularizers, self.loss_fn, self.cfg.impl, *target[:3])
 
     def _reference(self, candidate: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, list[torch.Tensor]]:

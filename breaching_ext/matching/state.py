@@ -20,7 +20,8 @@ def restore_optimizer(
     """Put a fresh optimizer and its fresh schedule where they were after `steps` steps.
 
     The schedule is replayed: Breaching's warm-up holds its inner schedule in a form that cannot be pickled. The
-    optimizer's tensors are put back as they are, because `load_state_dict` casts all of them to the parameter's type.
+    tensors of torch's optimizers, kept by parameter number, are put back as they are, because their
+    `load_state_dict` casts all of them to the parameter's type.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "scheduler.step() before optimizer.step()": on purpose
@@ -30,4 +31,5 @@ def restore_optimizer(
     optimizer.load_state_dict(state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, value in state["state"].items():
-        optimizer.state[parameters[index]] = value
+        if isinstance(index, int):
+            optimizer.state[parameters[index]] = value

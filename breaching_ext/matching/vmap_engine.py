@@ -1,4 +1,4 @@
-"""The whole stack of candidates evaluated at once with torch.func, and stepped by one elementwise optimizer."""
+"""The whole stack of candidates evaluated at once with torch.func, and stepped by one optimizer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Augmentation = Callable[[torch.Tensor], torch.Tensor]
 class VmapEngine:
     """N candidates as stacks (N, ...), one evaluation for all of them.
 
-    The optimizer works elementwise (Adam, SGD and their variants), so one optimizer over a stack is N independent
-    ones; an optimizer that couples the entries of a tensor must not be used here.
+    The optimizer must keep candidates apart: an elementwise one (Adam, SGD and their variants) does by itself, L-BFGS
+    in the form of `BatchedLBFGS`.
 
     Args:
         starts: start values, each (N, ...).

@@ -194,3 +194,13 @@ def test_observe_without_normalisation():
     result, _ = attack(model, payload, shared)
     assert result["data"].min() >= 0  # boxed to [0, 1] itself
     assert result["data"].max() <= 1
+
+
+def test_a_case_that_names_a_normalisation_and_does_not_use_it():
+    """Breaching would project onto the box of normalised images; with normalize=False that is [0, 1] itself."""
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    payload[0]["metadata"].normalize = False
+    result, _ = attack(model, payload, shared)
+    assert result["data"].min() >= 0
+    assert result["data"].max() <= 1

@@ -134,6 +134,13 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             reconstruction = self._postprocess_text_data(reconstruction, rec_models)
         return _fill_in_class_attack(reconstruction, server_secrets or {}), stats
 
+    def prepare_attack(self, server_payload: list[dict], shared_data: list[dict]) -> tuple[Any, Any, Any]:
+        """Prepare as Breaching does, but without a mean and deviation that the case names and does not use."""
+        prepared = super().prepare_attack(server_payload, shared_data)
+        if server_payload[0]["metadata"].get("normalize") is False:
+            self.dm, self.ds = torch.tensor(0, **self.setup), torch.tensor(1, **self.setup)
+        return prepared
+
     # -- the two loops -------------------------------------------------------------------------------------------
 
     def _run_jointly(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from breaching_ext.files import write_atomically
 from breaching_ext.ssigd.rows import Array
 
 SERIES = (
@@ -33,15 +33,8 @@ def write_json(path: str | Path, data: Any) -> None:
         path: target; its folder is created.
         data: what to write. Infinities become strings, which JSON does not know otherwise.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = _format(_plain(data))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = _format(_plain(data)) + "\n"
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def _format(value: Any, indent: str = "") -> str:

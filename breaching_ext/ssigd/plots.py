@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from breaching_ext.files import write_atomically
 from breaching_ext.ssigd.history import BilevelResult
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a PNG so that a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120, metadata={"Software": None})
-    os.replace(temporary, path)
+    write_atomically(path, lambda target: figure.savefig(target, dpi=120, metadata={"Software": None}))
 
 
 def plot_runs(runs: dict[str, BilevelResult], reference: dict[str, float] | None = None, *, title: str = "") -> Figure:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 
+from ..matching.candidate_order import aligned_to
 from .perceptual import lpips_distances
 
 #: A mean squared error below this counts as exact, so that one exact image does not make the mean PSNR infinite.
@@ -62,10 +62,7 @@ def assign(reconstructed: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
         reconstructed: images (B, C, H, W).
         true: images (B, C, H, W).
     """
-    cost = torch.cdist(true.flatten(1), reconstructed.flatten(1)).pow(2)  # (true, reconstructed)
-    cost = cost.nan_to_num(nan=torch.finfo(cost.dtype).max / len(cost) / 4)
-    _, columns = linear_sum_assignment(cost.numpy())
-    return torch.as_tensor(columns)
+    return aligned_to(true, reconstructed)
 
 
 def psnr(reconstructed: torch.Tensor, true: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def phase_correlation(moving: np.ndarray, reference: np.ndarray) -> Coordinates 
 
 
 def ransac(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
-    """Homography (or, with few matches, a translation-rotation-scale) from SIFT matches, made robust by RANSAC.
+    """Affine map (or, where that is not plausible, translation, rotation and scale) from SIFT matches by RANSAC.
 
     Returns None where there are too few matches or inliers, or where the fitted map is not a plausible camera move.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .variants import VARIANTS, get_variant
 log = logging.getLogger(__name__)
 
 RESULTS = "results"
+BEYOND = "beyond"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Protocol:
         batch_size: Images a batch.
         lr_multipliers: Learning-rate axis.
         wd_multipliers: Weight-decay axis.
+        beyond: More weight decays, trained after the grid of a variant with normalized decay and used for its
+            coupling number alone: normalized decay is so small that a grid may end before it does harm.
         data_folder: Where Fashion-MNIST lies; None to look for it.
         device: Device to train on.
         executor: ``auto``, ``stacked`` or ``sequential``.
@@ -59,6 +62,7 @@ class Protocol:
     batch_size: int = 64
     lr_multipliers: Sequence[float] = LR_MULTIPLIERS
     wd_multipliers: Sequence[float] = WD_MULTIPLIERS
+    beyond: Sequence[float] = field(default_factory=list)
     data_folder: str | None = None
     device: str = "cpu"
     executor: str = "auto"
@@ -82,9 +86,9 @@ def select_variants(choice: str | Sequence[str]) -> list[str]:
     return [get_variant(variant_id).id for variant_id in ids]
 
 
-def result_path(folder: str | Path, variant_id: str, seed: int) -> Path:
-    """The file of one variant and seed."""
-    return Path(folder) / RESULTS / f"{variant_id}_seed{seed}.json"
+def result_path(folder: str | Path, variant_id: str, seed: int, beyond: bool = False) -> Path:
+    """The file of one variant and seed: its grid, or what was trained beyond it."""
+    return Path(folder) / RESULTS / (BEYOND if beyond else "") / f"{variant_id}_seed{seed}.json"
 
 
 def run_study(
@@ -116,6 +120,8 @@ def run_study(
     protocol = protocol or Protocol()
     ids = select_variants(variants)
     require(bool(seeds), "seed", list(seeds), "at least one whole number")
+    last = max(protocol.wd_multipliers, default=0)
+    require(all(wd > last for wd in protocol.beyond), "beyond", list(protocol.beyond), f"multipliers above {last:g}")
     train, test = (
         images.to(protocol.device)
         for images in load_fashion_mnist(protocol.data_folder, protocol.train_size, protocol.test_size, protocol.pool)
@@ -127,12 +133,20 @@ def run_study(
         model.load_state_dict(
             create_model(protocol.model, train.shape[-1], seed, **protocol.model_options).state_dict()
         )
-        paths += [_run_one(Path(folder), i, seed, model, train, test, protocol, progress) for i in ids]
+        for i in ids:
+            path = result_path(folder, i, seed)
+            paths.append(_run_one(path, i, seed, model, train, test, protocol, progress))
+            if protocol.beyond and VARIANTS[i].config.normalized_decay:
+                path, wider = (
+                    result_path(folder, i, seed, beyond=True),
+                    replace(protocol, wd_multipliers=protocol.beyond),
+                )
+                _run_one(path, i, seed, model, train, test, wider, progress)
     return paths
 
 
 def _run_one(
-    folder: Path,
+    path: Path,
     variant_id: str,
     seed: int,
     model: torch.nn.Module,
@@ -142,7 +156,6 @@ def _run_one(
     progress: bool,
 ) -> Path:
     """Run one variant with one seed unless its file is there."""
-    path = result_path(folder, variant_id, seed)
     name = protocol.schedule or VARIANTS[variant_id].schedule
     arguments: dict[str, Any] = {
         "lr_multipliers": protocol.lr_multipliers,
@@ -186,18 +199,23 @@ def run_grid_key(variant_id: str, protocol: Protocol, arguments: dict[str, Any])
     return {"variant": variant_id} | {key: getattr(protocol, key) for key in chosen} | arguments | rates
 
 
-def load_results(folders: Iterable[str | Path]) -> list[OptimizerExperiment]:
-    """All results below some folders, in the order of variants and seeds; the same file name counts once.
+def load_results(folders: Iterable[str | Path], beyond: bool = False) -> list[OptimizerExperiment]:
+    """All grids below some folders, in the order of variants and seeds; the same file name counts once.
+
+    Args:
+        folders: Where to look.
+        beyond: Load what was trained beyond the grids instead; there may be none.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no grid.
     """
     folders = list(folders)
     found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(Path(folder).rglob("*_seed*.json")):
-            found.setdefault(path.name, path)
-    if not found:
+            if (path.parent.name == BEYOND) == beyond:
+                found.setdefault(path.name, path)
+    if not found and not beyond:
         raise FileNotFoundError(f"no results (*_seed*.json) below {', '.join(map(str, folders))}.")
     experiments = [OptimizerExperiment.load(path) for path in found.values()]
     order = list(VARIANTS)
@@ -214,10 +232,11 @@ def merge_results(folders: Iterable[str | Path], out: str | Path) -> list[Path]:
     Returns:
         The three files.
     """
-    experiments = load_results(folders)
+    folders = list(folders)
+    experiments, beyond = load_results(folders), load_results(folders, beyond=True)
     by_variant: dict[str, list[OptimizerExperiment]] = {}
     for experiment in experiments:
         by_variant.setdefault(experiment.optimizer_id, []).append(experiment)
     merged = [merge_seeds(group) for group in by_variant.values()]
     sheet = save_sheet(merged, Path(out) / "heatmaps.png")
-    return [sheet, *write_tables(by_variant, out)]
+    return [sheet, *write_tables(by_variant, out, beyond)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,43 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def summarize(experiments: Sequence[OptimizerExperiment]) -> dict[str, Any]:
-    """What one variant reached over its seeds (JSON types)."""
+def widened(experiment: OptimizerExperiment, beyond: Sequence[OptimizerExperiment]) -> OptimizerExperiment:
+    """A grid with the columns that were trained beyond it for the same variant, seed and setting, if any.
+
+    Raises:
+        ValueError: If the rows differ, or a column is in both.
+    """
+    seed = experiment.config["seed"]
+    fits = (e for e in beyond if (e.optimizer_id, e.config["seed"]) == (experiment.optimizer_id, seed))
+    more = next(fits, None)
+    if more is None:
+        return experiment
+    same = more.lr_multipliers == experiment.lr_multipliers and _setting(more) == _setting(experiment)
+    require(same, f"beyond of {more.optimizer_id}", more.lr_multipliers, "the rows and settings of the grid itself")
+    both = sorted(set(more.wd_multipliers) & set(experiment.wd_multipliers))
+    require(not both, "beyond", both, "weight decays that the grid does not have")
+    return replace(experiment, results=[*experiment.results, *more.results])
+
+
+def _setting(experiment: OptimizerExperiment) -> dict[str, Any]:
+    """What identifies a study but for its columns."""
+    return {k: v for k, v in experiment.config.get("study", {}).items() if k != "wd_multipliers"}
+
+
+def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[OptimizerExperiment] = ()) -> dict[str, Any]:
+    """What one variant reached over its seeds (JSON types).
+
+    Args:
+        experiments: The grids, one a seed.
+        beyond: More columns for the coupling numbers, of any variant and seed.
+    """
     merged = merge_seeds(experiments)
     data, lrs, wds = merged.get_heatmap_data()
     best = divmod(int(np.nanargmin(data)), data.shape[1]) if np.isfinite(data).any() else None
-    found = [coupling(e) for e in experiments] if wds[:1] == [0.0] else []
+    wide = [widened(e, beyond) for e in experiments]
+    found = [coupling(e) for e in wide] if wds[:1] == [0.0] else []
     mean, half_width = confidence_interval([c.slope for c in found if math.isfinite(c.slope)])
-    weak = [coupling(e, WEAK_RATIO).slope for e in experiments] if found else []
+    weak = [coupling(e, WEAK_RATIO).slope for e in wide] if found else []
     members = len(merged.results) * len(experiments)
     values = {
         "optimizer_id": merged.optimizer_id,
@@ -91,6 +121,7 @@ def summarize(experiments: Sequence[OptimizerExperiment]) -> dict[str, Any]:
         "coupling_by_seed": [c.slope for c in found],
         "coupling_standard_errors": [c.standard_error for c in found],
         "coupling_rows": [len(c.lr_multipliers) for c in found],
+        "coupling_wd_multipliers": wide[0].wd_multipliers,
         "weak_ratio": WEAK_RATIO,
         "weak_coupling_by_seed": weak,
         "seconds": sum(e.config["wall_seconds"] for e in experiments),
@@ -103,14 +134,19 @@ def summarize(experiments: Sequence[OptimizerExperiment]) -> dict[str, Any]:
     return {key: to_json_floats(value) for key, value in values.items()}
 
 
-def write_tables(by_variant: Mapping[str, Sequence[OptimizerExperiment]], out: str | Path) -> list[Path]:
+def write_tables(
+    by_variant: Mapping[str, Sequence[OptimizerExperiment]],
+    out: str | Path,
+    beyond: Sequence[OptimizerExperiment] = (),
+) -> list[Path]:
     """Write ``table.md`` and ``summary.json``.
 
     Args:
         by_variant: The seeds of each variant.
         out: Folder to write to.
+        beyond: What was trained beyond the grids, for the coupling numbers.
     """
-    rows = [summarize(group) for group in by_variant.values()]
+    rows = [summarize(group, beyond) for group in by_variant.values()]
     text = "\n".join(_markdown(rows)) + "\n"
     table = write_atomically(Path(out) / "table.md", lambda file: file.write(text.encode()))
     return [table, write_json(Path(out) / "summary.json", rows)]
@@ -141,7 +177,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
             _number(row["best_test_loss"], ".5f"),
             f"{_number(row['best_lr_multiplier'], 'g')}, {_number(row['best_wd_multiplier'], 'g')}",
             _coupling_cell(row),
-            ", ".join(map(str, row["coupling_rows"])),
+            _rows_cell(row),
             ", ".join(_number(value, "+.2f") for value in row["weak_coupling_by_seed"]),
             f"{row['diverged_cells']}/{row['cells']}",
             f"{row['seconds']:.0f}",
@@ -158,6 +194,12 @@ def _coupling_cell(row: dict[str, Any]) -> str:
     if row["coupling_half_width"] is None:
         return seeds
     return f"{row['coupling']:+.2f} ± {row['coupling_half_width']:.2f} ({seeds})"
+
+
+def _rows_cell(row: dict[str, Any]) -> str:
+    """Rows that reach the level, by seed, and up to which weight decay they were followed beyond the grid."""
+    rows, last = ", ".join(map(str, row["coupling_rows"])), row["coupling_wd_multipliers"][-1]
+    return rows if last == row["wd_multipliers"][-1] else f"{rows} (wd to {last:g}×)"
 
 
 def _number(value: float | None, form: str) -> str:

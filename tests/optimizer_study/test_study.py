@@ -152,6 +152,26 @@ def test_results_of_many_machines_merge_into_one_sheet(folder, tmp_path):
     assert [e.optimizer_id for e in load_results([one, two])] == ["A1", "A1", "D1", "D1"]
 
 
+def test_columns_beyond_the_grid_count_for_the_coupling_of_normalized_decay_alone(folder, tmp_path):
+    run_study(tmp_path, ["B3", "B7"], [1], small(folder), progress=False)
+    before = json.loads(merge_results([tmp_path], tmp_path)[2].read_text())
+    grids = [path.read_bytes() for path in sorted((tmp_path / "results").glob("*.json"))]
+    run_study(tmp_path, ["B3", "B7"], [1], small(folder, beyond=[64, 2**20]), progress=False)
+    assert [path.read_bytes() for path in sorted((tmp_path / "results").glob("*.json"))] == grids
+    assert [path.name for path in (tmp_path / "results" / "beyond").iterdir()] == ["B7_seed1.json"]
+    after = json.loads(merge_results([tmp_path], tmp_path)[2].read_text())
+    assert after[0] == before[0]
+    assert after[1]["coupling_wd_multipliers"] == [*before[1]["wd_multipliers"], 64, 2**20]
+    assert after[1]["coupling_rows"][0] > before[1]["coupling_rows"][0]
+    same = ("final_test_loss", "wd_multipliers", "best_test_loss")
+    assert [after[1][key] for key in same] == [before[1][key] for key in same]
+
+
+def test_columns_beyond_the_grid_must_lie_beyond_it(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"beyond=\[1\].*above"):
+        run_study(tmp_path, ["B7"], [1], small(folder, beyond=[1]), progress=False)
+
+
 def test_results_of_other_settings_are_not_overwritten(folder, tmp_path):
     run_study(tmp_path, ["B1"], [1], small(folder), progress=False)
     with pytest.raises(ValueError, match=r"out=.*other settings"):

@@ -1,0 +1,55 @@
+"""The optimizer of stacked MAGIA candidates, and its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .lbfgs import BatchedLBFGS
+
+__all__ = ["OptimizerOptions"]
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer of the candidates.
+
+    Attributes:
+        name: 'l-bfgs' or 'adam'.
+        step_size: L-BFGS's fixed step (1), or Adam's learning rate at the start (cosine decay over the run).
+        inner_iterations: optimizer iterations an outer step.
+        history_size: L-BFGS curvature pairs.
+        line_search: None or 'strong_wolfe' (L-BFGS).
+        label_scale: logits are label_scale times the variable that is optimised; above 1 lets labels move earlier.
+
+    Raises:
+        ValueError: for an unknown optimizer or line search, or a label_scale that is not positive.
+    """
+
+    name: str = "l-bfgs"
+    step_size: float = 1.0
+    inner_iterations: int = 20
+    history_size: int = 100
+    line_search: str | None = None
+    label_scale: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("l-bfgs", "adam"):
+            raise ValueError(f"optim.optimizer={self.name!r} is unknown; valid: l-bfgs, adam.")
+        if self.line_search not in (None, "strong_wolfe"):
+            raise ValueError(f"optim.line_search={self.line_search!r} is unknown; valid: empty, strong_wolfe.")
+        if not self.label_scale > 0:
+            raise ValueError(f"optim.label_scale={self.label_scale} is out of range; valid: above 0.")
+
+    def build(self, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+        """The optimizer over stacks (N, ...); both kinds keep the candidates apart."""
+        if self.name == "adam":  # elementwise, so that a stack is N independent runs
+            return torch.optim.Adam(parameters, lr=self.step_size)
+        return BatchedLBFGS(
+            parameters,
+            lr=self.step_size,
+            max_iter=self.inner_iterations,
+            history_size=self.history_size,
+            line_search_fn=self.line_search,
+        )

@@ -162,7 +162,10 @@ def _record(
     cfg: Any, evaluation: Evaluation, stats: dict, reconstruction: dict, seconds: float, device: torch.device
 ) -> dict[str, Any]:
     scores = reconstruction.get("candidate_scores")
-    kept = ("engine", "gradient_evaluations", "candidate_failures", "alignment_failures", "interrupted")
+    kept = (
+        *("engine", "calibration", "memory", "gradient_evaluations"),
+        *("candidate_failures", "alignment_failures", "interrupted"),
+    )
     return {
         **evaluation.as_dict(),
         "candidate_scores": None if scores is None else scores.tolist(),

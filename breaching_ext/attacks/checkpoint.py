@@ -16,7 +16,14 @@ from ..files import write_atomically
 
 log = logging.getLogger(__name__)
 
-_NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress")
+_NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress", "memory_budget")
+
+
+def saved_engine(path: str | Path | None) -> str | None:
+    """Return the engine of the run whose checkpoint lies there, or None where there is no checkpoint."""
+    if path is None or not Path(path).exists():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True).get("engine")
 
 
 class Checkpoint:
@@ -25,12 +32,13 @@ class Checkpoint:
     Args:
         path: the file.
         every: iterations between two checkpoints.
+        engine: the engine's name; a resumed run takes the same one.
         fingerprint: identifies config, shared gradients and engine (see :func:`fingerprint`); a checkpoint of
             another run is refused rather than continued.
     """
 
-    def __init__(self, path: str | Path, every: int, fingerprint: str) -> None:
-        self.path, self.every, self.fingerprint = Path(path), every, fingerprint
+    def __init__(self, path: str | Path, every: int, fingerprint: str, engine: str = "") -> None:
+        self.path, self.every, self.fingerprint, self.engine = Path(path), every, fingerprint, engine
 
     def load(self) -> dict[str, Any] | None:
         """Return the saved state, or None where there is no checkpoint.
@@ -55,7 +63,7 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state; a run that is killed meanwhile leaves the previous checkpoint whole."""
-        content = {"fingerprint": self.fingerprint, "state": state}
+        content = {"fingerprint": self.fingerprint, "engine": self.engine, "state": state}
         write_atomically(self.path, lambda target: torch.save(content, target))
 
     def remove(self) -> None:

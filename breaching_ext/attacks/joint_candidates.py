@@ -19,17 +19,17 @@ from breaching.attacks.optimization_based_attack import OptimizationBasedAttacke
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import SharedDataError
-from ..matching import build_engine
-from ..matching.build import EngineParts
+from ..matching.build import BuiltEngine, EngineParts, choose_engine
 from ..matching.engine import CandidateObjective, GradientRule
 from ..matching.lbfgs import BatchedLBFGS
+from ..matching.memory import parse_bytes
 from ..matching.randomness import CandidateStreams
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation
 from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_objective import match_only_trainable, pure_objective
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint, fingerprint, saved_engine
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 
@@ -155,18 +155,26 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
         starts = self._starts(target, streams, initial_data)
         if self.group is not None:
             self.group.prepare(starts[0])
-        parts = self._engine_parts(target, starts, streams)
-        engine = build_engine(self.cfg.restarts.get("candidate_batching", "auto"), parts)
+        parts = self._engine_parts(target, starts, streams, dryrun)
+        built = choose_engine(self._batching(), parts)
+        engine = built.engine
         checkpoint = self._checkpoint(target, starts, engine.name)
         result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint).run(dryrun)
         self._record(stats, result, engine.name, engine.gradient_evaluations)
+        _record_choice(stats, built)
         return result.best[0]
+
+    def _batching(self) -> str:
+        """Return `restarts.candidate_batching`; where `auto` goes on from a checkpoint, that run's engine."""
+        mode = self.cfg.restarts.get("candidate_batching", "auto")
+        saved = saved_engine(self.cfg.impl.get("checkpoint_path")) if mode == "auto" else None
+        return mode if saved is None else saved
 
     def _checkpoint(self, target: Target, starts: list[torch.Tensor], engine: str) -> Checkpoint | None:
         every, path = self.cfg.impl.get("checkpoint_every"), self.cfg.impl.get("checkpoint_path")
         if not every or not path:
             return None
-        return Checkpoint(path, every, fingerprint(self.cfg, target.shared_data, starts, engine))
+        return Checkpoint(path, every, fingerprint(self.cfg, target.shared_data, starts, engine), engine)
 
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
@@ -235,7 +243,9 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
         return [stack]
 
-    def _engine_parts(self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams) -> EngineParts:
+    def _engine_parts(
+        self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams, dryrun: bool = False
+    ) -> EngineParts:
         """Describe to the engine how one candidate is started, evaluated and stepped."""
         optim = self.cfg.optim
         signed = optim.signed if optim.signed in ("hard", "soft") else None
@@ -262,7 +272,21 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
             random_steps=rule.random or len(self.augmentations) > 0,
+            evaluations=1 if dryrun else self._evaluations(),
+            memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
+            identity=self._identity(target),
         )
+
+    def _evaluations(self) -> int:
+        """Return how often the run evaluates a candidate, about: L-BFGS asks up to 20 times an iteration."""
+        often = str(self.cfg.optim.optimizer).lower() == "l-bfgs"
+        return self.cfg.optim.max_iterations * (20 if often else 1)
+
+    def _identity(self, target: Target) -> str:
+        """Return text that says what is evaluated: the models' structure, the objective, the regularizers."""
+        sizes = [[tuple(p.shape) for p in model.parameters()] for model in target.models]
+        names = [repr(model) for model in target.models]
+        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams}"
 
     def _init_stack_optimizer(
         self, stacks: list[torch.Tensor]
@@ -312,6 +336,17 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             alignment_failures=group.alignment_failures if group else 0,
             alignments=group.alignments if group else 0,
         )
+
+
+def _record_choice(stats: dict, built: BuiltEngine) -> None:
+    """Record how the engine was chosen, and what the run takes of memory."""
+    stats["calibration"] = built.calibration.as_dict() if built.calibration else None
+    chunk = getattr(getattr(built.engine, "evaluation", None), "chunk", 1)  # the list engine goes one by one
+    stats["memory"] = {
+        "bytes_per_candidate": built.memory.per_candidate,
+        "budget": built.memory.budget,
+        "candidates_at_a_time": chunk,
+    }
 
 
 def _switched_on(cfg: Any) -> list[tuple[str, dict]]:

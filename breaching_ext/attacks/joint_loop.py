@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..matching.engine import CandidateEngine
+from ..matching.memory import is_out_of_memory
 from ..regularizers import GroupRegularization
 from .checkpoint import Checkpoint
 
@@ -27,7 +28,7 @@ class LoopResult:
         best_values: their objectives (N,).
         histories: objective values of each candidate, up to the iteration in which it failed, if it did.
         failures: candidate -> iteration in which its objective was not finite.
-        interrupted: whether Ctrl-C ended the loop.
+        interrupted: whether Ctrl-C, or a lack of memory, ended the loop.
     """
 
     best: list[torch.Tensor]
@@ -69,7 +70,7 @@ class JointLoop:
         self._values: list[torch.Tensor] = []
 
     def run(self, dryrun: bool = False) -> LoopResult:
-        """Run all iterations (one if `dryrun`); Ctrl-C ends the loop and keeps what there is."""
+        """Run all iterations (one if `dryrun`); Ctrl-C and a lack of memory end the loop and keep what there is."""
         start = self._resume()
         iterations = min(start + 1, self.optim.max_iterations) if dryrun else self.optim.max_iterations
         try:
@@ -84,6 +85,11 @@ class JointLoop:
                 self.checkpoint.remove()
         except KeyboardInterrupt:
             log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
+            self.result.interrupted = True
+        except Exception as error:  # one candidate at a time was still too much
+            if not is_out_of_memory(error) or not self._values:
+                raise
+            log.error("Out of memory in iteration %d: returning the best candidates so far.", len(self._values) + 1)
             self.result.interrupted = True
         self.result.histories = self._histories()
         return self.result

@@ -24,6 +24,8 @@ from ..matching.engine import CandidateObjective, GradientRule
 from ..matching.lbfgs import BatchedLBFGS
 from ..matching.memory import parse_bytes
 from ..matching.randomness import CandidateStreams
+from ..ranks import Ranks
+from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation
 from . import checks
@@ -83,6 +85,11 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
         super().__init__(model, loss_fn, without, setup)
         self.cfg = cfg_attack
         self.regularizers = [self._build_regularizer(key, value) for key, value in _switched_on(cfg_attack)]
+
+    @property
+    def shares_candidates(self) -> bool:
+        """Whether several processes can share a run (see `breaching_ext.ranks`)."""
+        return self.cfg.restarts.get("parallel_candidates", True)
 
     def _build_regularizer(self, key: str, options: Any) -> torch.nn.Module:
         kind = load(REGULARIZERS[key]) if key in REGULARIZERS else regularizer_lookup[key]
@@ -151,30 +158,43 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             regularizer.initialize(target.models, target.shared_data, target.labels)
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
         match_only_trainable(self.objective, target.models, self.loss_fn)
-        streams = self._streams()
+        ranks, trials = ranks_of_run(), self.cfg.restarts.num_trials
+        own = ranks.share(trials)
+        streams = self._streams(own)
+        if initial_data is not None:
+            initial_data = initial_data.expand(trials, *target.shape)[own.start : own.stop]
         starts = self._starts(target, streams, initial_data)
         if self.group is not None:
             self.group.prepare(starts[0])
+            self.group.ranks = ranks
         parts = self._engine_parts(target, starts, streams, dryrun)
-        built = choose_engine(self._batching(), parts)
+        built = self._choose_engine(parts, ranks)
         engine = built.engine
-        checkpoint = self._checkpoint(target, starts, engine.name)
-        result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint).run(dryrun)
-        self._record(stats, result, engine.name, engine.gradient_evaluations)
+        checkpoint = self._checkpoint(target, starts, engine.name, ranks)
+        result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint, ranks, own.start).run(dryrun)
+        result = result.of_all(ranks, trials)
+        self._record(stats, result, engine.name, ranks.number(engine.gradient_evaluations), ranks)
         _record_choice(stats, built)
         return result.best[0]
 
-    def _batching(self) -> str:
-        """Return `restarts.candidate_batching`; where `auto` goes on from a checkpoint, that run's engine."""
+    def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
+        """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
         mode = self.cfg.restarts.get("candidate_batching", "auto")
-        saved = saved_engine(self.cfg.impl.get("checkpoint_path")) if mode == "auto" else None
-        return mode if saved is None else saved
+        if mode == "auto" and ranks.first:
+            mode = saved_engine(self.cfg.impl.get("checkpoint_path")) or mode
+        built = choose_engine(mode, parts) if ranks.first else None
+        name = ranks.from_first(built.engine.name if built else None)
+        return built or choose_engine(name, parts)
 
-    def _checkpoint(self, target: Target, starts: list[torch.Tensor], engine: str) -> Checkpoint | None:
-        every, path = self.cfg.impl.get("checkpoint_every"), self.cfg.impl.get("checkpoint_path")
+    def _checkpoint(
+        self, target: Target, starts: list[torch.Tensor], engine: str, ranks: Ranks | None = None
+    ) -> Checkpoint | None:
+        ranks = ranks or Ranks()
+        every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
         if not every or not path:
             return None
-        return Checkpoint(path, every, fingerprint(self.cfg, target.shared_data, starts, engine), engine)
+        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}")
+        return Checkpoint(path, every, run, engine, ranks)
 
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
@@ -227,15 +247,17 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
         seed = self.cfg.restarts.get("seed")
         return (torch.initial_seed() if seed is None else int(seed)) % 2**63
 
-    def _streams(self) -> CandidateStreams:
-        return CandidateStreams(self._seed(), self.cfg.restarts.num_trials, torch.device(self.setup["device"]))
+    def _streams(self, own: range | None = None) -> CandidateStreams:
+        """Return the random streams of the candidates `own` (all by default); candidate i's depends on i alone."""
+        own = range(self.cfg.restarts.num_trials) if own is None else own
+        return CandidateStreams(self._seed() + own.start, len(own), torch.device(self.setup["device"]))
 
     def _starts(
         self, target: Target, streams: CandidateStreams, initial_data: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """Return start values, each (N, ...). Streams advance as in Breaching, which draws before it looks for data."""
         starts = []
-        for index in range(self.cfg.restarts.num_trials):
+        for index in range(len(streams.states)):
             with streams.use(index):
                 starts.append(self._initialize_data(target.shape).detach())
         stack = torch.stack(starts)  # (N, B, C, H, W)
@@ -323,18 +345,21 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
 
     # -- small things --------------------------------------------------------------------------------------------
 
-    def _record(self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int) -> None:
+    def _record(
+        self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int, ranks: Ranks | None = None
+    ) -> None:
         for index, values in enumerate(result.histories):
             stats[f"Trial_{index}_Val"] = values
-        group = self.group
+        group, ranks = self.group, ranks or Ranks()
         stats.update(
             engine=engine,
             seed=self._seed(),
             gradient_evaluations=gradient_evaluations,
             candidate_failures=result.failures,
             interrupted=result.interrupted,
-            alignment_failures=group.alignment_failures if group else 0,
-            alignments=group.alignments if group else 0,
+            alignment_failures=ranks.number(group.alignment_failures) if group else 0,
+            alignments=ranks.number(group.alignments) if group else 0,
+            processes=ranks.size,
         )
 
 

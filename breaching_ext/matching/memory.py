@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -97,18 +98,17 @@ class _LiveTensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.operations = 0
+        self.live = self.peak = 0
         self._known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
+        given = {id(storage) for storage in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        self.operations += 1
-        for tensor in tree_leaves(result):
-            if _has_storage(tensor) and id(tensor.untyped_storage()) not in before:
-                self._count(tensor.untyped_storage())
+        for storage in _storages(result):
+            if id(storage) not in given:
+                self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -124,8 +124,13 @@ class _LiveTensors(TorchDispatchMode):
         self.live -= size
 
 
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    found = []
+    for value in tree_leaves(values):
+        if isinstance(value, torch.Tensor):
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # wrappers and sparse tensors have none
+                found.append(value.untyped_storage())
+    return found
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from .errors import BreachingExtError
+from .errors import BreachingExtError, ConfigError
 from .files import write_json
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,25 @@ log = logging.getLogger(__name__)
 def _task(cfg: Any) -> float | None:
     """Run one job; returns its mean PSNR, which Hydra's sweepers can optimise."""
     _silence_upstream()  # here too: a launcher may run this in a process of its own
-    from .run import run
+    from .ranks import joined, started_by_torchrun
+    from .run import resolve_device, run
 
+    if not started_by_torchrun():
+        return _run_and_tell(cfg, run)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError(
+            "torchrun shares one run's candidates; a sweep runs through launchers (launch=joblib, slurm)."
+        )
+    with joined(resolve_device(cfg.device)) as ranks:
+        if ranks.first:
+            return _run_and_tell(cfg, run)
+        try:
+            return run(cfg).record["psnr"]
+        except BreachingExtError:  # the first process finds the same and says it
+            sys.exit(1)
+
+
+def _run_and_tell(cfg: Any, run: Any) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         result = run(cfg, folder)
@@ -59,6 +77,13 @@ _application = hydra.main(config_path="pkg://breaching.config", config_name="bre
 def main() -> None:
     """Entry point of the console command `breaching-ext` and of `python -m breaching_ext`."""
     _silence_upstream()
+    if int(os.environ.get("RANK", "0")) > 0:  # one of torchrun's: the first process writes all files
+        sys.argv += [
+            "hydra.run.dir=.",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+        ]
     _application()
 
 

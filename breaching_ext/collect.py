@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,14 +93,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the PSNR of every run and each group's mean with its 95 % interval."""
     found = groups(rows)
-    figure = Figure(figsize=(8, 1.2 + 0.5 * max(1, len(found))), layout="constrained")
+    names = [textwrap.fill(name, 60) for name in found]
+    lines = sum(max(2, 1 + name.count("\n")) for name in names)
+    figure = Figure(figsize=(9, 1.2 + 0.25 * max(2, lines)), layout="constrained")
     axis = figure.subplots()
     for position, members in enumerate(found.values()):
         values = [m["psnr"] for m in members]
         mean, half = mean_interval(values)
         axis.plot(values, [position] * len(values), "o", color="tab:blue", alpha=0.4)
         axis.errorbar(mean, position, xerr=half, fmt="s", color="black", capsize=3)
-    axis.set_yticks(range(len(found)), list(found), fontsize=7)
+    axis.set_yticks(range(len(found)), names, fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("PSNR [dB], mean with 95 % interval")
     write_atomically(path, lambda target: figure.savefig(target, dpi=150))

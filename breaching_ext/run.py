@@ -20,6 +20,8 @@ from .errors import ConfigError
 from .evaluation import Evaluation, assign, evaluate, to_images
 from .evaluation.figures import save_candidates, save_reconstruction
 from .files import write_atomically, write_json
+from .ranks import current as ranks_of_run
+from .ranks import local_device
 from .registration import register
 from .regularizers import registered_consensus
 
@@ -60,6 +62,10 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     _place_checkpoint(cfg, output_dir)
     user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
+    if ranks_of_run().size > 1 and not getattr(attacker, "shares_candidates", False):
+        raise ConfigError(
+            f"attack_type={cfg.attack.attack_type} runs in one process only; valid under torchrun: joint-candidates."
+        )
     shared_data, payloads, true_data = server.run_protocol(user)
     log.info(_what_is_attacked(cfg))
 
@@ -121,9 +127,9 @@ def resolve_device(name: str) -> torch.device:
         ConfigError: when the device does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        device = torch.device(name)
+        device = local_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
@@ -162,7 +168,10 @@ def _record(
     cfg: Any, evaluation: Evaluation, stats: dict, reconstruction: dict, seconds: float, device: torch.device
 ) -> dict[str, Any]:
     scores = reconstruction.get("candidate_scores")
-    kept = ("engine", "gradient_evaluations", "candidate_failures", "alignment_failures", "interrupted")
+    kept = (
+        *("engine", "processes", "calibration", "memory", "gradient_evaluations"),
+        *("candidate_failures", "alignment_failures", "interrupted"),
+    )
     return {
         **evaluation.as_dict(),
         "candidate_scores": None if scores is None else scores.tolist(),

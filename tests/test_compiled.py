@@ -26,7 +26,7 @@ def reconstruct(batching: str, *overrides: str, iterations: int = 8):
 def traced_only(monkeypatch):
     """Trace and differentiate as torch.compile does, but skip its code generator, which takes most of the time."""
     monkeypatch.setattr(
-        build, "CompiledEngine", lambda *args: compiled_engine.CompiledEngine(*args, backend="aot_eager")
+        build, "CompiledEngine", lambda **parts: compiled_engine.CompiledEngine(**parts, backend="aot_eager")
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
 
+from ..ranks import current as ranks_of_run
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from .candidate_objective import match_only_trainable
 
@@ -65,7 +66,9 @@ class CandidateChoice:
             centre = self._consensus(finite) if len(finite) else candidates[0]
             scores = (candidates - centre).pow(2).flatten(1).mean(dim=1)
         else:
-            scores = torch.stack([self._score_trial(c, target.labels, *target[:2]) for c in candidates])
+            ranks = ranks_of_run()
+            own = [self._score_trial(candidates[n], target.labels, *target[:2]) for n in ranks.share(len(candidates))]
+            scores = ranks.collect(torch.stack(own).detach(), len(candidates))
         return torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
 
     def _score_trial(

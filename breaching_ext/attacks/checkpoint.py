@@ -13,10 +13,18 @@ from omegaconf import OmegaConf
 
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress")
+_NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress", "memory_budget")
+
+
+def saved_engine(path: str | Path | None) -> str | None:
+    """Return the engine of the run whose checkpoint lies there, or None where there is no checkpoint."""
+    if path is None or not Path(path).exists():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True).get("engine")
 
 
 class Checkpoint:
@@ -25,19 +33,28 @@ class Checkpoint:
     Args:
         path: the file.
         every: iterations between two checkpoints.
+        engine: the engine's name; a resumed run takes the same one.
+        ranks: the processes of the run; the first one writes the states of all.
         fingerprint: identifies config, shared gradients and engine (see :func:`fingerprint`); a checkpoint of
             another run is refused rather than continued.
     """
 
-    def __init__(self, path: str | Path, every: int, fingerprint: str) -> None:
-        self.path, self.every, self.fingerprint = Path(path), every, fingerprint
+    def __init__(
+        self, path: str | Path, every: int, fingerprint: str, engine: str = "", ranks: Ranks | None = None
+    ) -> None:
+        self.path, self.every, self.fingerprint, self.engine = Path(path), every, fingerprint, engine
+        self.ranks = ranks or Ranks()
 
     def load(self) -> dict[str, Any] | None:
-        """Return the saved state, or None where there is no checkpoint.
+        """Return this process's saved state, or None where there is no checkpoint.
 
         Raises:
             ConfigError: when the file belongs to another run.
         """
+        states = self.ranks.from_first(self._states() if self.ranks.first else None)
+        return None if states is None else states[self.ranks.rank]
+
+    def _states(self) -> list[dict[str, Any]] | None:
         if not self.path.exists():
             return None
         content = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -46,8 +63,8 @@ class Checkpoint:
                 f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine; remove "
                 "it or choose another path."
             )
-        log.info("Resuming after iteration %d from %s.", content["state"]["iteration"], self.path)
-        return content["state"]
+        log.info("Resuming after iteration %d from %s.", content["states"][0]["iteration"], self.path)
+        return content["states"]
 
     def due(self, iteration: int) -> bool:
         """Whether to save after this 0-based iteration."""
@@ -55,12 +72,14 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state; a run that is killed meanwhile leaves the previous checkpoint whole."""
-        content = {"fingerprint": self.fingerprint, "state": state}
-        write_atomically(self.path, lambda target: torch.save(content, target))
+        content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": self.ranks.gather(state)}
+        if self.ranks.first:
+            write_atomically(self.path, lambda target: torch.save(content, target))
 
     def remove(self) -> None:
         """Forget the checkpoint of a run that is finished."""
-        self.path.unlink(missing_ok=True)
+        if self.ranks.first:
+            self.path.unlink(missing_ok=True)
 
 
 def fingerprint(cfg: Any, shared_data: Sequence[dict[str, Any]], starts: Sequence[torch.Tensor], engine: str) -> str:

@@ -12,6 +12,7 @@ from breaching.attacks.auxiliaries.regularizers import regularizer_lookup
 from ..errors import ConfigError, SharedDataError, unknown
 from ..matching import BATCHING_MODES
 from ..matching.client import matched_parameters
+from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
 
 OPTIMIZERS = ("adam", "adam-safe", "bert-adam", "momgd", "gd", "l-bfgs")
@@ -35,6 +36,7 @@ def check_config(cfg: Any) -> None:
     every = cfg.impl.get("checkpoint_every")
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
+    parse_bytes(cfg.impl.get("memory_budget"))
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
     _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)

@@ -19,17 +19,19 @@ from breaching.attacks.optimization_based_attack import OptimizationBasedAttacke
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import SharedDataError
-from ..matching import build_engine
-from ..matching.build import EngineParts
+from ..matching.build import BuiltEngine, EngineParts, choose_engine
 from ..matching.engine import CandidateObjective, GradientRule
 from ..matching.lbfgs import BatchedLBFGS
+from ..matching.memory import parse_bytes
 from ..matching.randomness import CandidateStreams
+from ..ranks import Ranks
+from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation
 from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_objective import match_only_trainable, pure_objective
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint, fingerprint, saved_engine
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 
@@ -83,6 +85,11 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
         super().__init__(model, loss_fn, without, setup)
         self.cfg = cfg_attack
         self.regularizers = [self._build_regularizer(key, value) for key, value in _switched_on(cfg_attack)]
+
+    @property
+    def shares_candidates(self) -> bool:
+        """Whether several processes can share a run (see `breaching_ext.ranks`)."""
+        return self.cfg.restarts.get("parallel_candidates", True)
 
     def _build_regularizer(self, key: str, options: Any) -> torch.nn.Module:
         kind = load(REGULARIZERS[key]) if key in REGULARIZERS else regularizer_lookup[key]
@@ -151,22 +158,43 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             regularizer.initialize(target.models, target.shared_data, target.labels)
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
         match_only_trainable(self.objective, target.models, self.loss_fn)
-        streams = self._streams()
+        ranks, trials = ranks_of_run(), self.cfg.restarts.num_trials
+        own = ranks.share(trials)
+        streams = self._streams(own)
+        if initial_data is not None:
+            initial_data = initial_data.expand(trials, *target.shape)[own.start : own.stop]
         starts = self._starts(target, streams, initial_data)
         if self.group is not None:
             self.group.prepare(starts[0])
-        parts = self._engine_parts(target, starts, streams)
-        engine = build_engine(self.cfg.restarts.get("candidate_batching", "auto"), parts)
-        checkpoint = self._checkpoint(target, starts, engine.name)
-        result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint).run(dryrun)
-        self._record(stats, result, engine.name, engine.gradient_evaluations)
+            self.group.ranks = ranks
+        parts = self._engine_parts(target, starts, streams, dryrun)
+        built = self._choose_engine(parts, ranks)
+        engine = built.engine
+        checkpoint = self._checkpoint(target, starts, engine.name, ranks)
+        result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint, ranks, own.start).run(dryrun)
+        result = result.of_all(ranks, trials)
+        self._record(stats, result, engine.name, ranks.number(engine.gradient_evaluations), ranks)
+        _record_choice(stats, built)
         return result.best[0]
 
-    def _checkpoint(self, target: Target, starts: list[torch.Tensor], engine: str) -> Checkpoint | None:
-        every, path = self.cfg.impl.get("checkpoint_every"), self.cfg.impl.get("checkpoint_path")
+    def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
+        """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
+        mode = self.cfg.restarts.get("candidate_batching", "auto")
+        if mode == "auto" and ranks.first:
+            mode = saved_engine(self.cfg.impl.get("checkpoint_path")) or mode
+        built = choose_engine(mode, parts) if ranks.first else None
+        name = ranks.from_first(built.engine.name if built else None)
+        return built or choose_engine(name, parts)
+
+    def _checkpoint(
+        self, target: Target, starts: list[torch.Tensor], engine: str, ranks: Ranks | None = None
+    ) -> Checkpoint | None:
+        ranks = ranks or Ranks()
+        every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
         if not every or not path:
             return None
-        return Checkpoint(path, every, fingerprint(self.cfg, target.shared_data, starts, engine))
+        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}")
+        return Checkpoint(path, every, run, engine, ranks)
 
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
@@ -219,15 +247,17 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
         seed = self.cfg.restarts.get("seed")
         return (torch.initial_seed() if seed is None else int(seed)) % 2**63
 
-    def _streams(self) -> CandidateStreams:
-        return CandidateStreams(self._seed(), self.cfg.restarts.num_trials, torch.device(self.setup["device"]))
+    def _streams(self, own: range | None = None) -> CandidateStreams:
+        """Return the random streams of the candidates `own` (all by default); candidate i's depends on i alone."""
+        own = range(self.cfg.restarts.num_trials) if own is None else own
+        return CandidateStreams(self._seed() + own.start, len(own), torch.device(self.setup["device"]))
 
     def _starts(
         self, target: Target, streams: CandidateStreams, initial_data: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """Return start values, each (N, ...). Streams advance as in Breaching, which draws before it looks for data."""
         starts = []
-        for index in range(self.cfg.restarts.num_trials):
+        for index in range(len(streams.states)):
             with streams.use(index):
                 starts.append(self._initialize_data(target.shape).detach())
         stack = torch.stack(starts)  # (N, B, C, H, W)
@@ -235,7 +265,9 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
         return [stack]
 
-    def _engine_parts(self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams) -> EngineParts:
+    def _engine_parts(
+        self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams, dryrun: bool = False
+    ) -> EngineParts:
         """Describe to the engine how one candidate is started, evaluated and stepped."""
         optim = self.cfg.optim
         signed = optim.signed if optim.signed in ("hard", "soft") else None
@@ -262,7 +294,21 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
             random_steps=rule.random or len(self.augmentations) > 0,
+            evaluations=1 if dryrun else self._evaluations(),
+            memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
+            identity=self._identity(target),
         )
+
+    def _evaluations(self) -> int:
+        """Return how often the run evaluates a candidate, about: L-BFGS asks up to 20 times an iteration."""
+        often = str(self.cfg.optim.optimizer).lower() == "l-bfgs"
+        return self.cfg.optim.max_iterations * (20 if often else 1)
+
+    def _identity(self, target: Target) -> str:
+        """Return text that says what is evaluated: the models' structure, the objective, the regularizers."""
+        sizes = [[tuple(p.shape) for p in model.parameters()] for model in target.models]
+        names = [repr(model) for model in target.models]
+        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams}"
 
     def _init_stack_optimizer(
         self, stacks: list[torch.Tensor]
@@ -299,19 +345,33 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
 
     # -- small things --------------------------------------------------------------------------------------------
 
-    def _record(self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int) -> None:
+    def _record(
+        self, stats: dict, result: LoopResult, engine: str, gradient_evaluations: int, ranks: Ranks | None = None
+    ) -> None:
         for index, values in enumerate(result.histories):
             stats[f"Trial_{index}_Val"] = values
-        group = self.group
+        group, ranks = self.group, ranks or Ranks()
         stats.update(
             engine=engine,
             seed=self._seed(),
             gradient_evaluations=gradient_evaluations,
             candidate_failures=result.failures,
             interrupted=result.interrupted,
-            alignment_failures=group.alignment_failures if group else 0,
-            alignments=group.alignments if group else 0,
+            alignment_failures=ranks.number(group.alignment_failures) if group else 0,
+            alignments=ranks.number(group.alignments) if group else 0,
+            processes=ranks.size,
         )
+
+
+def _record_choice(stats: dict, built: BuiltEngine) -> None:
+    """Record how the engine was chosen, and what the run takes of memory."""
+    stats["calibration"] = built.calibration.as_dict() if built.calibration else None
+    chunk = getattr(getattr(built.engine, "evaluation", None), "chunk", 1)  # the list engine goes one by one
+    stats["memory"] = {
+        "bytes_per_candidate": built.memory.per_candidate,
+        "budget": built.memory.budget,
+        "candidates_at_a_time": chunk,
+    }
 
 
 def _switched_on(cfg: Any) -> list[tuple[str, dict]]:

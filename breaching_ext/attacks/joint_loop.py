@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..matching.engine import CandidateEngine
+from ..matching.memory import is_out_of_memory
+from ..ranks import Ranks
 from ..regularizers import GroupRegularization
 from .checkpoint import Checkpoint
 
@@ -27,7 +29,7 @@ class LoopResult:
         best_values: their objectives (N,).
         histories: objective values of each candidate, up to the iteration in which it failed, if it did.
         failures: candidate -> iteration in which its objective was not finite.
-        interrupted: whether Ctrl-C ended the loop.
+        interrupted: whether Ctrl-C, or a lack of memory, ended the loop.
     """
 
     best: list[torch.Tensor]
@@ -35,6 +37,21 @@ class LoopResult:
     histories: list[list[float]] = field(default_factory=list)
     failures: dict[int, int] = field(default_factory=dict)
     interrupted: bool = False
+
+    def of_all(self, ranks: Ranks, count: int) -> LoopResult:
+        """Return the result of all `count` candidates from the shares of several processes."""
+        if ranks.size == 1:
+            return self
+        offset = ranks.share(count).start
+        own = (self.histories, {offset + n: step for n, step in self.failures.items()}, self.interrupted)
+        histories, failures, interrupted = zip(*ranks.gather(own), strict=True)
+        return LoopResult(
+            [ranks.collect(best, count) for best in self.best],
+            ranks.collect(self.best_values, count),
+            [history for part in histories for history in part],
+            {n: step for part in failures for n, step in part.items()},
+            any(interrupted),
+        )
 
 
 class JointLoop:
@@ -48,6 +65,8 @@ class JointLoop:
         box: least and largest valid image values, or None.
         group: the group term, if there is one; it gets the live candidates before every step.
         checkpoint: where to keep the state, or None.
+        ranks: the processes that share the candidates; this loop's are the block `offset`, ... of all.
+        offset: number of this loop's first candidate.
     """
 
     def __init__(
@@ -57,10 +76,13 @@ class JointLoop:
         box: tuple[torch.Tensor, torch.Tensor] | None = None,
         group: GroupRegularization | None = None,
         checkpoint: Checkpoint | None = None,
+        ranks: Ranks | None = None,
+        offset: int = 0,
     ) -> None:
         self.engine, self.optim, self.box, self.group = engine, cfg.optim, box, group
         self.checkpoint = checkpoint
-        self.progress = cfg.impl.get("progress", "auto")
+        self.ranks, self.offset = ranks or Ranks(), offset
+        self.progress = cfg.impl.get("progress", "auto") if self.ranks.first else False
         start = engine.parameters
         count, device = len(start[0]), start[0].device
         self.alive = torch.ones(count, dtype=torch.bool, device=device)
@@ -69,21 +91,28 @@ class JointLoop:
         self._values: list[torch.Tensor] = []
 
     def run(self, dryrun: bool = False) -> LoopResult:
-        """Run all iterations (one if `dryrun`); Ctrl-C ends the loop and keeps what there is."""
+        """Run all iterations (one if `dryrun`); Ctrl-C and a lack of memory end the loop and keep what there is."""
         start = self._resume()
         iterations = min(start + 1, self.optim.max_iterations) if dryrun else self.optim.max_iterations
         try:
-            with logging_redirect_tqdm(), self._bar(start, iterations) as bar:
+            with logging_redirect_tqdm(), self.ranks.interrupts_noted(), self._bar(start, iterations) as bar:
                 for iteration in bar:
                     going_on = self._iterate(iteration, bar)
                     if self.checkpoint is not None and self.checkpoint.due(iteration):
                         self.checkpoint.save(self._state(iteration + 1))
                     if not going_on:
                         break
+                    if self.ranks.size > 1 and self.ranks.number(self.ranks.interrupted):
+                        raise KeyboardInterrupt
             if self.checkpoint is not None:
                 self.checkpoint.remove()
         except KeyboardInterrupt:
             log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
+            self.result.interrupted = True
+        except Exception as error:  # one candidate at a time was still too much
+            if not is_out_of_memory(error) or not self._values or self.ranks.size > 1:
+                raise  # with several processes the others would wait for this one: the checkpoint remains
+            log.error("Out of memory in iteration %d: returning the best candidates so far.", len(self._values) + 1)
             self.result.interrupted = True
         self.result.histories = self._histories()
         return self.result
@@ -102,7 +131,7 @@ class JointLoop:
         failed = self.alive & ~values.isfinite()
         if bool(failed.any()):
             self._freeze(failed, iteration)
-        return bool(self.alive.any())
+        return self.ranks.number(int(self.alive.any())) > 0
 
     def _keep_best(self, values: torch.Tensor) -> None:
         """Keep candidates that improved. A step can leave a point that is not finite behind a finite value."""
@@ -120,7 +149,7 @@ class JointLoop:
             self.result.failures[index] = iteration
             log.warning(
                 "Candidate %d: objective not finite in iteration %d; frozen at its best, the others go on.",
-                index,
+                self.offset + index,
                 iteration + 1,
             )
 

@@ -67,6 +67,11 @@ class MagiaAttacker(JointCandidateAttacker):
                 "group_regularization (the image prior is configured under image_prior)."
             )
 
+    @property
+    def shares_candidates(self) -> bool:
+        """Every process would compute everything."""
+        return False
+
     def _build_regularizer(self, key: str, options: Any) -> torch.nn.Module:
         if key == "group_regularization":
             return GroupAnyOrder(self.setup, **options)

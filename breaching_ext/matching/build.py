@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .compiled_engine import CompilationError, CompiledEngine
+from . import calibration
+from .calibration import Calibration
+from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, CandidateObjective, ClosureFactory, GradientRule, OptimizerFactory
+from .evaluation import first_line
 from .list_engine import ListEngine
+from .memory import MemoryPlan, peak_memory, plan_memory
 from .randomness import CandidateStreams
+from .tracing import SpecialisationError, replayed
 from .vmap_engine import Augmentation, VmapEngine
 
 log = logging.getLogger(__name__)
@@ -38,6 +43,9 @@ class EngineParts:
         why_not: why there is no `objective` or no `make_stack_optimizer`.
         augmentation, differentiable: see `VmapEngine`.
         random_steps: whether a step draws random numbers.
+        evaluations: evaluations of a candidate that the run will make, about.
+        memory_budget: most bytes that the run may take; None: what the device has.
+        identity: what `auto` remembers its choice by, with shapes, device and versions; None: it does not.
     """
 
     starts: list[torch.Tensor]
@@ -53,27 +61,54 @@ class EngineParts:
     augmentation: Augmentation | None = None
     differentiable: bool = False
     random_steps: bool = False
+    evaluations: int = 1
+    memory_budget: int | None = None
+    identity: str | None = None
+
+
+@dataclass
+class BuiltEngine:
+    """An engine, and how it was chosen."""
+
+    engine: CandidateEngine
+    calibration: Calibration | None = None
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
 
 
 def build_engine(mode: str, parts: EngineParts) -> CandidateEngine:
-    """Return the engine for `restarts.candidate_batching`.
+    """Return the engine for `restarts.candidate_batching`; see :func:`choose_engine`."""
+    return choose_engine(mode, parts).engine
+
+
+def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
+    """Return the engine for `restarts.candidate_batching`, with what was measured on the way.
 
     Args:
-        mode: `list`, `vmap`, `compile`, or `auto`: vmap where it works and there is more than one candidate. The
-            choice does not depend on timing, so the same run always takes the same engine. What does not work falls
-            back, compile to vmap and vmap to list, and the log says why.
+        mode: `list`, `vmap`, `compile`, or `auto`: the fastest, by a calibration that counts compile time
+            (see `calibration`). What does not work falls back, compile to vmap and vmap to list, and the log says why.
         parts: what the attack supplies.
+
+    Raises:
+        ConfigError: when one candidate alone is above a budget that the config gives.
     """
-    if mode == "list" or (mode == "auto" and len(parts.starts[0]) == 1):
-        return _list_engine(parts)
-    reason = parts.why_not
+    if mode == "list" or (mode == "auto" and len(parts.starts[0]) == 1 and parts.evaluations < calibration.SHORT):
+        return BuiltEngine(_list_engine(parts))
+    reason, per_candidate = parts.why_not, 0
     if not reason:
-        reason = _check_objective(parts)
-    if not reason:
-        return _stacked_engine(mode, parts)
-    level = logging.INFO if mode == "auto" else logging.WARNING
-    log.log(level, "candidate_batching=%s: stepping the candidates one by one (list), because %s.", mode, reason)
-    return _list_engine(parts)
+        reason, per_candidate = _check_objective(parts)
+    if reason:
+        level = logging.INFO if mode == "auto" else logging.WARNING
+        log.log(level, "candidate_batching=%s: stepping the candidates one by one (list), because %s.", mode, reason)
+        return BuiltEngine(_list_engine(parts))
+    memory = plan_memory(parts.starts, per_candidate, parts.memory_budget)
+    if mode == "auto":
+        engine, calibrated = _fastest(parts, memory)
+        calibrated.log()
+        return BuiltEngine(engine, calibrated, memory)
+    return BuiltEngine(_stacked_engine(mode, parts, memory), None, memory)
+
+
+# -- the engines -----------------------------------------------------------------------------------------------------
 
 
 def _list_engine(parts: EngineParts) -> ListEngine:
@@ -81,45 +116,125 @@ def _list_engine(parts: EngineParts) -> ListEngine:
     return ListEngine(parts.starts, parts.make_closure, parts.make_optimizer, parts.task_loss, streams)
 
 
-def _stacked_engine(mode: str, parts: EngineParts) -> VmapEngine:
+def _vmap_engine(parts: EngineParts, memory: MemoryPlan) -> VmapEngine:
+    specialise = replayed if parts.evaluations >= calibration.SHORT else None
+    return VmapEngine(**_stacked_arguments(parts, memory), specialise=specialise)
+
+
+def _stacked_engine(mode: str, parts: EngineParts, memory: MemoryPlan) -> VmapEngine:
     if mode == "compile":
         try:
-            return CompiledEngine(*_stacked_arguments(parts))
-        except CompilationError as error:
+            return CompiledEngine(**_stacked_arguments(parts, memory))
+        except SpecialisationError as error:
             log.warning("candidate_batching=compile: taking vmap, because %s.", error)
     log.info("Candidates are batched with vmap.")
-    return VmapEngine(*_stacked_arguments(parts))
+    return _vmap_engine(parts, memory)
 
 
-def _stacked_arguments(parts: EngineParts) -> tuple[Any, ...]:
-    arguments = (parts.objective, parts.make_stack_optimizer, parts.rule, parts.streams)
-    return (parts.starts, *arguments, parts.augmentation, parts.differentiable)
+def _stacked_arguments(parts: EngineParts, memory: MemoryPlan) -> dict[str, Any]:
+    return {
+        "starts": parts.starts,
+        "objective": parts.objective,
+        "make_optimizer": parts.make_stack_optimizer,
+        "rule": parts.rule,
+        "streams": parts.streams,
+        "augmentation": parts.augmentation,
+        "differentiable": parts.differentiable,
+        "chunk": memory.chunk,
+    }
 
 
-def _check_objective(parts: EngineParts) -> str:
-    """Compare the pure objective with Breaching's on the first candidate; returns what speaks against it."""
+# -- auto ------------------------------------------------------------------------------------------------------------
+
+
+def _fastest(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
+    evaluations = parts.evaluations
+    if evaluations < calibration.SHORT:
+        return _vmap_engine(parts, memory), Calibration("vmap", "the run is too short to measure", evaluations)
+    path = calibration.choice_file(_identity(parts, memory)) if parts.identity is not None else None
+    known = calibration.remembered(path, BATCHING_MODES[1:]) if path is not None else None
+    if known is not None:
+        if known.engine == "list":
+            return _list_engine(parts), known
+        engine = _stacked_engine(known.engine, parts, memory)
+        known.engine = engine.name
+        return engine, known
+    found, calibrated = _measure(parts, memory)
+    if path is not None:
+        calibration.remember(path, calibrated)
+    return found, calibrated
+
+
+def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
+    """What a remembered choice holds for; the number of steps to do counts, because compiling takes a fixed time."""
+    shapes = [tuple(start.shape) for start in parts.starts]
+    start = parts.starts[0]
+    device = torch.cuda.get_device_name(start.device) if start.device.type == "cuda" else start.device
+    threads = torch.get_num_threads()
+    return [parts.identity, shapes, start.dtype, device, threads, parts.evaluations, memory.chunk, torch.__version__]
+
+
+def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
+    device, evaluations = parts.starts[0].device, parts.evaluations
+    engine = _vmap_engine(parts, memory)
+    stacks = [start.detach() for start in parts.starts]
+    times = {"list": _list_seconds(parts), "vmap": calibration.seconds(lambda: engine.evaluation(*stacks), device)}
+    best = min(times, key=lambda name: times[name])
+    expected = calibration.COMPILE_SECONDS_PER_OPERATION * engine.evaluation.operations
+    found = Calibration(best, "it is the fastest", evaluations, times, expected_compile_seconds=expected)
+    if not expected:
+        found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
+    elif not calibration.compiling_pays(times[best], evaluations, expected):
+        found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
+    else:
+        try:
+            compiled = CompiledEngine(**_stacked_arguments(parts, memory))
+        except SpecialisationError as error:
+            found.reason = f"{error}"
+        else:
+            found.compile_seconds = compiled.compile_seconds
+            times["compile"] = calibration.seconds(lambda: compiled.evaluation(*stacks), device)
+            if times["compile"] < times[best]:
+                found.engine = "compile"
+                return compiled, found
+    return (engine if best == "vmap" else _list_engine(parts)), found
+
+
+def _list_seconds(parts: EngineParts) -> float:
+    """Return the seconds that Breaching's closure takes for all candidates, one after another."""
+    leaves = [start[0].detach().clone().requires_grad_() for start in parts.starts]
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
+    closure = parts.make_closure(leaves, torch.optim.SGD(leaves, lr=0.0), 0)
+    return len(parts.starts[0]) * calibration.seconds(closure, leaves[0].device)
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_objective(parts: EngineParts) -> tuple[str, int]:
+    """Compare the pure objective with Breaching's on the first candidate.
+
+    Returns:
+        What speaks against it ("": nothing), and the bytes that its evaluation took.
+    """
     assert parts.objective is not None
     assert parts.make_stack_optimizer is not None
     probe = [start[:1] for start in parts.starts]
     try:
         plain = VmapEngine(probe, parts.objective, parts.make_stack_optimizer, parts.rule, parts.streams)
-        gradients, values, _ = plain.evaluate()
+        (gradients, values, _), memory = peak_memory(plain.evaluate, probe[0].device)
     except Exception as error:  # whatever a user's model or loss throws under torch.func: the list engine still works
-        return f"torch.func cannot transform this model or loss ({type(error).__name__}: {_first_line(error)})"
+        return f"torch.func cannot transform this model or loss ({type(error).__name__}: {first_line(error)})", 0
     value, reference = parts.reference([start[0] for start in parts.starts])
     difference = max(_relative(values, value), *(_relative(g, r) for g, r in zip(gradients, reference, strict=True)))
     tolerance = 1e-6 if probe[0].dtype == torch.float64 else 5e-3
     if difference > tolerance:  # false for NaN: a start at which nothing is finite says nothing about the engine
-        return f"the batched objective differs from Breaching's by {difference:.1e} (tolerance {tolerance:.0e})"
-    return ""
+        return f"the batched objective differs from Breaching's by {difference:.1e} (tolerance {tolerance:.0e})", 0
+    return "", memory
 
 
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     value, reference = value.detach().flatten(), reference.detach().flatten()
     scale = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)
     return ((value - reference).norm() / scale).item()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else "no message"

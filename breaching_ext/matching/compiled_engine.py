@@ -8,47 +8,71 @@ from typing import Any
 
 import torch
 
+from .evaluation import Evaluate, first_line
+from .tracing import TOLERANCE, SpecialisationError, largest_difference, record, replayed, without_autograd
 from .vmap_engine import VmapEngine
 
 log = logging.getLogger(__name__)
-
-#: What a compiled evaluation may differ from the eager one by, relative: fused kernels round in another order.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-
-class CompilationError(RuntimeError):
-    """The evaluation could not be compiled, or the compiled one gives other numbers."""
 
 
 class CompiledEngine(VmapEngine):
     """A `VmapEngine` whose objective and gradient are one compiled function.
 
-    Compiling takes tens of seconds, so this pays from about a thousand iterations on. The group term does not cause
-    a second compilation: its weight and its consensus are tensors that exist from the start.
+    What is compiled is the recorded graph (`tracing.record`): tracing torch.func's transforms again costs torch.compile
+    more time than recording them. The group term does not cause a second compilation: its weight and its consensus
+    are tensors that exist from the start.
 
-    Args: as `VmapEngine`, and `backend`, torch.compile's.
+    Args: as `VmapEngine` without `specialise`, by name, and `backend`, torch.compile's.
+
+    Attributes:
+        compile_seconds: what recording, compiling and checking took.
 
     Raises:
-        CompilationError: when torch cannot compile the evaluation, or the result differs from the eager one.
+        SpecialisationError: when torch cannot compile the evaluation, or the result differs from the eager one.
     """
 
     name = "compile"
 
-    def __init__(self, *args: Any, backend: str = "inductor", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        eager = self._evaluate
-        self._evaluate = torch.compile(eager, backend=backend, dynamic=False)
+    def __init__(self, *, backend: str = "inductor", **parts: Any) -> None:
+        super().__init__(**parts, specialise=self._compiled)
+        self._backend, self._running = backend, False
         start = time.perf_counter()
         log.info("Compiling the evaluation; this takes from ten seconds to a few minutes, once.")
-        stacks = [stack.detach() for stack in self._stacks]
+        self.evaluation(*(stack.detach() for stack in self._stacks))
+        self._running = True
+        self.compile_seconds = time.perf_counter() - start
+        log.info("Compiled in %.0f s.", self.compile_seconds)
+
+    def _compiled(self, evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
         try:
-            gradients, values, _ = self._evaluate(*stacks)
-        except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works
-            first = str(error).strip().splitlines() or ["no message"]
-            raise CompilationError(f"torch.compile failed ({type(error).__name__}: {first[0][:160]})") from error
-        expected, expected_values, _ = eager(*stacks)
-        pairs = [*zip(gradients, expected, strict=True), (values, expected_values)]
-        difference = max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
-        if difference > TOLERANCE.get(stacks[0].dtype, 1e-2):
-            raise CompilationError(f"the compiled evaluation differs from the eager one by {difference:.1e}")
-        log.info("Compiled in %.0f s.", time.perf_counter() - start)
+            return _compile(evaluate, stacks, self._backend)
+        except SpecialisationError as error:
+            if not self._running:
+                raise
+            log.warning("The smaller chunk is not compiled, because %s.", error)  # a run under way goes on
+            return replayed(evaluate, stacks)
+
+
+def _compile(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str) -> Evaluate:
+    cuda_graphs = stacks[0].device.type == "cuda" and backend == "inductor"
+    mode = "reduce-overhead" if cuda_graphs else None
+    graph = record(evaluate, stacks)
+    compiled = without_autograd(torch.compile(graph, backend=backend, dynamic=False, mode=mode))
+    try:
+        difference = largest_difference(compiled, evaluate, stacks)
+    except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works
+        raise SpecialisationError(f"torch.compile failed ({type(error).__name__}: {first_line(error)})") from error
+    if difference > TOLERANCE.get(stacks[0].dtype, 1e-2):
+        raise SpecialisationError(f"the compiled evaluation differs from the eager one by {difference:.1e}")
+    return _with_own_results(compiled) if cuda_graphs else compiled
+
+
+def _with_own_results(compiled: Evaluate) -> Evaluate:
+    """Copy the results out of a CUDA graph's memory, which its next replay overwrites."""
+
+    def run(*stacks: torch.Tensor) -> tuple:
+        torch.compiler.cudagraph_mark_step_begin()
+        gradients, values, task_losses = compiled(*stacks)
+        return [g.clone() for g in gradients], values.clone(), task_losses.clone()
+
+    return run

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch.func import grad_and_value, vmap
 
 from .engine import CandidateObjective, GradientRule, OptimizerFactory, StepResult
+from .evaluation import Specialise, StackedEvaluation
 from .randomness import CandidateStreams
 from .state import optimizer_state, restore_optimizer
 
@@ -30,6 +30,7 @@ class VmapEngine:
         augmentation: random change of one candidate's images (B, C, H, W) before they are evaluated, or None.
         differentiable: whether the gradient flows through the augmentation; if not, it changes the candidate itself,
             as in Breaching.
+        chunk, specialise: see `StackedEvaluation`.
     """
 
     name = "vmap"
@@ -43,12 +44,14 @@ class VmapEngine:
         streams: CandidateStreams,
         augmentation: Augmentation | None = None,
         differentiable: bool = False,
+        chunk: int | None = None,
+        specialise: Specialise | None = None,
     ) -> None:
         self._stacks = [start.detach().clone().requires_grad_() for start in starts]
         self._optimizer, self._scheduler = make_optimizer(self._stacks)
         self._rule, self._streams = rule, streams
         self._augmentation, self._differentiable = augmentation, differentiable
-        self._evaluate = _stacked(objective, len(starts))
+        self.evaluation = StackedEvaluation(objective, len(starts), chunk, specialise)
         self._task_losses = starts[0].new_zeros(len(starts[0]))
         self.gradient_evaluations = 0
 
@@ -61,10 +64,10 @@ class VmapEngine:
         """Return gradients (each (N, ...)), objectives (N,) and task losses (N,) at the current candidates."""
         images, *others = self._stacks
         if self._augmentation is None:
-            gradients, values, task_losses = self._evaluate(images.detach(), *(o.detach() for o in others))
+            gradients, values, task_losses = self.evaluation(images.detach(), *(o.detach() for o in others))
             return list(gradients), values, task_losses
         augmented = self._augmented(images)
-        gradients, values, task_losses = self._evaluate(augmented.detach(), *(o.detach() for o in others))
+        gradients, values, task_losses = self.evaluation(augmented.detach(), *(o.detach() for o in others))
         first, *rest = gradients
         if self._differentiable:
             (first,) = torch.autograd.grad(augmented, images, grad_outputs=first)
@@ -133,14 +136,3 @@ class VmapEngine:
         if not self._differentiable:
             images.data.copy_(stacked)
         return stacked
-
-
-def _stacked(objective: CandidateObjective, parameters: int) -> Callable[..., tuple]:
-    """Return stacks -> (gradients, values (N,), task losses (N,))."""
-    gradient = grad_and_value(objective, argnums=tuple(range(parameters)), has_aux=True)
-
-    def evaluate(*stacks: torch.Tensor) -> tuple:
-        gradients, (values, task_losses) = vmap(gradient, randomness="different")(*stacks)
-        return gradients, values, task_losses
-
-    return evaluate

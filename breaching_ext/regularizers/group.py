@@ -13,22 +13,31 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, unknown
+from ..ranks import Ranks
 from .aligners import ALIGNERS, align
 
 
-def registered_consensus(candidates: torch.Tensor, aligner: str = "none") -> tuple[torch.Tensor, int]:
+def registered_consensus(
+    candidates: torch.Tensor, aligner: str = "none", ranks: Ranks | None = None
+) -> tuple[torch.Tensor, int]:
     """Return the mean of candidates after aligning each image to the candidates' pixel mean.
 
     Args:
         candidates: (N, B, C, H, W).
         aligner: a key of :data:`~breaching_ext.regularizers.aligners.ALIGNERS`.
+        ranks: the processes over which the mean goes, each with candidates of its own; None: this one.
 
     Returns:
         The consensus (B, C, H, W), without gradient, and the number of images whose alignment failed and which
         entered the mean as they are.
     """
     candidates = candidates.detach()
-    mean = candidates.mean(dim=0)  # (B, C, H, W)
+    shared = ranks is not None and ranks.size > 1
+    everybody = ranks.number(len(candidates)) if ranks is not None and shared else len(candidates)
+    if ranks is not None and shared:
+        mean = ranks.total(candidates.sum(dim=0)) / everybody
+    else:
+        mean = candidates.mean(dim=0)  # (B, C, H, W)
     if aligner == "none":
         return mean, 0
     total, failures = torch.zeros_like(mean), 0
@@ -37,7 +46,7 @@ def registered_consensus(candidates: torch.Tensor, aligner: str = "none") -> tup
             aligned, found = align(image, mean[index], aligner)
             total[index] += aligned
             failures += not found
-    return total / len(candidates), failures
+    return (ranks.total(total) if ranks is not None else total) / everybody, failures
 
 
 class GroupRegularization(torch.nn.Module):
@@ -81,6 +90,7 @@ class GroupRegularization(torch.nn.Module):
                 raise ConfigError(f"regularization.group_regularization.{key}={value} is too small; valid: >= {least}.")
         self.setup = setup
         self.scale, self.warmup_iters, self.aligner, self.update_every = scale, warmup_iters, aligner, update_every
+        self.ranks = Ranks()
         self.initialize([])
 
     def initialize(self, models: Any, *args: Any, **kwargs: Any) -> None:
@@ -99,10 +109,11 @@ class GroupRegularization(torch.nn.Module):
         """Recompute the consensus if it is due.
 
         Args:
-            candidates: the live candidates (N, B, C, H, W); failed ones are left out by the caller.
+            candidates: the live candidates (N, B, C, H, W); failed ones are left out by the caller. With several
+                processes (`ranks`) each gives its own, and all of them call this together.
             iteration: 0-based outer iteration.
         """
-        if iteration < self.warmup_iters or len(candidates) == 0:
+        if iteration < self.warmup_iters or self.ranks.number(len(candidates)) == 0:
             return
         if self.consensus is None or self.consensus.shape != candidates.shape[1:]:
             self.prepare(candidates)
@@ -110,7 +121,7 @@ class GroupRegularization(torch.nn.Module):
         if due or not self.active:
             assert self.consensus is not None
             assert self._weight is not None
-            consensus, failures = registered_consensus(candidates, self.aligner)
+            consensus, failures = registered_consensus(candidates, self.aligner, self.ranks)
             self.consensus.copy_(consensus)
             self._weight.fill_(self.scale)
             self.active = True

@@ -1,0 +1,110 @@
+"""Which engine is fastest here: measured before the loop, compile time against the steps still to do.
+
+Timing is not reproducible, and engines agree to rounding only. So a run of fewer than `SHORT` evaluations does not
+measure and follows a fixed rule, and what a longer run decides is kept in the user's cache folder: the same command on
+the same machine takes the same engine again. `restarts.candidate_batching` fixes the engine everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_json
+
+log = logging.getLogger(__name__)
+
+#: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
+SHORT = 200
+#: What compiling takes from scratch, in seconds for an operation of the recorded graph (two cores; see docs/speed.md).
+COMPILE_SECONDS_PER_OPERATION = 0.09
+#: Share of the replay's time that compiling is expected to save, from the benchmark's models.
+EXPECTED_SAVING = 0.3
+
+
+@dataclass
+class Calibration:
+    """How the engine was chosen; becomes `stats["calibration"]` and a part of metrics.json.
+
+    Attributes:
+        engine: the engine taken.
+        reason: why, in words.
+        evaluations: evaluations of the whole stack that were still to do.
+        step_seconds: engine -> measured seconds for one evaluation of all candidates.
+        compile_seconds: measured, if the evaluation was compiled.
+        expected_compile_seconds: the estimate that the decision went by.
+    """
+
+    engine: str
+    reason: str
+    evaluations: int
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    compile_seconds: float | None = None
+    expected_compile_seconds: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for statistics and files."""
+        return asdict(self)
+
+    def log(self) -> None:
+        """Say the decision in one line."""
+        times = ", ".join(f"{name} {1000 * value:.3g} ms" for name, value in self.step_seconds.items())
+        detail = f" ({times} a step, {self.evaluations} to do)" if times else ""
+        log.info("candidate_batching=auto takes %s: %s%s.", self.engine, self.reason, detail)
+
+
+def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Return the median seconds of a call, after one to warm up; random numbers are given back."""
+    devices = [device] if device.type == "cuda" else []
+    times = []
+    with torch.random.fork_rng(devices=devices):
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def compiling_pays(step: float, evaluations: int, expected_compile: float) -> bool:
+    """Whether the time that compiling is expected to save is above what it is expected to take, both in seconds."""
+    return EXPECTED_SAVING * step * evaluations > expected_compile
+
+
+def choice_file(parts: Sequence[Any]) -> Path:
+    """Return where the choice for a problem (anything whose text identifies it) is kept."""
+    base = os.environ.get("BREACHING_EXT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+    return Path(base) / "breaching_ext" / "engines" / f"{digest}.json"
+
+
+def remembered(path: Path, valid: Sequence[str]) -> Calibration | None:
+    """Return an earlier choice, or None where there is none that can be read."""
+    try:
+        found = Calibration(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    if found.engine not in valid:
+        return None
+    found.reason = f"as an earlier run found ({path})"
+    return found
+
+
+def remember(path: Path, calibration: Calibration) -> None:
+    """Keep a choice for the next run; a cache that cannot be written costs only another calibration."""
+    try:
+        if not path.exists():
+            write_json(path, calibration.as_dict())
+    except OSError as error:
+        log.debug("The choice of the engine is not kept: %s", error)

@@ -1,0 +1,110 @@
+"""Objective and gradient of a stack of candidates, in chunks that fit into memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+
+import torch
+from torch.func import grad_and_value, vmap
+
+from .engine import CandidateObjective
+from .memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+#: stacks, each (n, ...) -> (gradients, each (n, ...); objectives (n,); task losses (n,))
+Evaluate = Callable[..., tuple]
+
+#: makes a faster form of an evaluation for stacks of one shape
+Specialise = Callable[[Evaluate, list[torch.Tensor]], Evaluate]
+
+
+class StackedEvaluation:
+    """Evaluates N candidates at once with torch.func, or in chunks of at most `chunk` of them.
+
+    Candidates do not depend on each other, so chunks give the same numbers up to rounding. Where memory runs out, the
+    chunk is halved and the evaluation repeated; nothing but that evaluation's time is lost.
+
+    Args:
+        objective: one candidate's parameters -> (objective, task loss); pure.
+        parameters: number of tensors that make up a candidate.
+        chunk: most candidates at a time; None: all.
+        specialise: makes a faster form for one size of chunk; called once a size.
+    """
+
+    def __init__(
+        self,
+        objective: CandidateObjective,
+        parameters: int,
+        chunk: int | None = None,
+        specialise: Specialise | None = None,
+    ) -> None:
+        gradient = grad_and_value(objective, argnums=tuple(range(parameters)), has_aux=True)
+
+        def plain(*stacks: torch.Tensor) -> tuple:
+            gradients, (values, task_losses) = vmap(gradient, randomness="different")(*stacks)
+            return gradients, values, task_losses
+
+        self.plain: Evaluate = plain
+        self.chunk = chunk
+        self._specialise = specialise
+        self._special: dict[int, Evaluate] = {}
+
+    @property
+    def operations(self) -> int:
+        """Operations of the recorded graph; 0 where there is none."""
+        return max((getattr(function, "operations", 0) for function in self._special.values()), default=0)
+
+    def __call__(self, *stacks: torch.Tensor) -> tuple:
+        """Return gradients (each (N, ...)), objectives (N,) and task losses (N,)."""
+        while True:
+            try:
+                return self._in_chunks(list(stacks))
+            except Exception as error:
+                if not is_out_of_memory(error) or self._size(len(stacks[0])) == 1:
+                    raise
+                reason = first_line(error)
+            self._halve(len(stacks[0]), stacks[0].device, reason)  # after the handler: its traceback keeps tensors
+
+    def _size(self, count: int) -> int:
+        """Candidates at a time: equal chunks, so that one specialised form serves all of them."""
+        chunks = -(-count // min(count, self.chunk or count))
+        return -(-count // chunks)
+
+    def _halve(self, count: int, device: torch.device, reason: str) -> None:
+        size = self._size(count)
+        self.chunk = size // 2
+        self._special.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("Out of memory with %d candidates at a time (%s); going on with %d.", size, reason, self.chunk)
+
+    def _in_chunks(self, stacks: list[torch.Tensor]) -> tuple:
+        count = len(stacks[0])
+        size = self._size(count)
+        if size == count:
+            return self._function(stacks)(*stacks)
+        parts = []
+        for start in range(0, count, size):
+            begin = min(start, count - size)  # the last window reaches back, and its first rows are thrown away
+            window = [stack[begin : begin + size] for stack in stacks]
+            gradients, values, task_losses = self._function(window)(*window)
+            fresh = start - begin
+            parts.append(([g[fresh:] for g in gradients], values[fresh:], task_losses[fresh:]))
+        columns, values, task_losses = zip(*parts, strict=True)
+        return [torch.cat(c) for c in zip(*columns, strict=True)], torch.cat(values), torch.cat(task_losses)
+
+    def _function(self, stacks: list[torch.Tensor]) -> Evaluate:
+        size = len(stacks[0])
+        if size not in self._special:
+            self._special[size] = self._specialise(self.plain, stacks) if self._specialise else self.plain
+        return self._special[size]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the start of an error's message, for a log line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else "no message"

@@ -1,0 +1,199 @@
+"""How much memory an evaluation takes, how much there is, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: Share of the free memory that a run takes by itself; the rest is for workspaces and for the neighbours.
+SHARE = 0.8
+#: What convolutions take as workspace and for reordered copies, relative to the tensors that can be counted.
+_WORKSPACE = 1.5
+#: Copies of a candidate that exist besides an evaluation: itself, best, gradient, moments, box, frozen.
+_COPIES = 8
+_UNITS = {"": 1, **{p + u: f**e for u, f in (("B", 1000), ("iB", 1024)) for e, p in enumerate("KMGT", 1)}, "B": 1}
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """Return bytes for `impl.memory_budget`: a number of bytes, or text such as "4GiB", "1.5 GB" or "500MiB".
+
+    Raises:
+        ConfigError: for anything else, or nothing above 0.
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", str(value).strip())
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if found is None or found[2].lower() not in units or float(found[1]) <= 0:
+        raise ConfigError(f"impl.memory_budget={value} is not possible; valid: empty, bytes, or as 500MB, 4GiB.")
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def show_bytes(value: float) -> str:
+    """Return bytes as text for a log line: 12.3 MiB."""
+    power = next((e for e in (3, 2, 1) if value >= 1024**e), 0)
+    shown = value / 1024**power
+    return f"{round(shown, 1 if shown < 100 else None):g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process may still take on a device; None where nobody knows.
+
+    Processes that torchrun started on this machine share its memory equally.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    ram = _free_ram()
+    return None if ram is None else ram // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_ram() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    for name in _CGROUP_LIMITS:  # a container's limit, where it has one
+        try:
+            free = min(free, int(Path(name).read_text(encoding="ascii")) - _resident())
+        except (OSError, ValueError):
+            continue
+    return max(free, 0)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the machine has no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if id(storage) not in given:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    found = []
+    for value in tree_leaves(values):
+        if isinstance(value, torch.Tensor):
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # wrappers and sparse tensors have none
+                found.append(value.untyped_storage())
+    return found
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """Run a function; returns its result and the most bytes that its tensors took at one time.
+
+    On CUDA the allocator says it; elsewhere tensors are counted as eager operations make and drop them. What a
+    library takes inside one operation (a convolution's workspace) is not seen there.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as counter:
+        result = function()
+    return result, counter.peak
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How many candidates are evaluated at a time, and why.
+
+    Attributes:
+        per_candidate: bytes that one candidate's evaluation takes, measured on the first one (0: not measured).
+        budget: bytes for the whole run; None where neither the config nor the device says.
+        chunk: candidates at a time; None: all.
+    """
+
+    per_candidate: int = 0
+    budget: int | None = None
+    chunk: int | None = None
+
+
+def plan_memory(starts: Sequence[torch.Tensor], per_candidate: int, given: int | None) -> MemoryPlan:
+    """Return how many candidates fit at a time into a given budget, or into what the device has.
+
+    Args:
+        starts: the candidates, each (N, ...).
+        per_candidate: bytes that one candidate's evaluation takes.
+        given: the config's budget in bytes; None: :data:`SHARE` of what is free.
+
+    Raises:
+        ConfigError: when one candidate alone is above the config's budget.
+    """
+    free = free_memory(starts[0].device)
+    budget = given if given is not None else (None if free is None else int(SHARE * free))
+    if budget is None:
+        return MemoryPlan(per_candidate)
+    states = _COPIES * sum(s.numel() * s.element_size() for s in starts)
+    fitting = int((budget - states) / max(1.0, _WORKSPACE * per_candidate))
+    if fitting < 1 and given is not None:
+        needed = int(states + _WORKSPACE * per_candidate) + 1
+        raise ConfigError(
+            f"impl.memory_budget={given} is below what one candidate at a time takes; valid: {needed} "
+            f"({show_bytes(needed)}) or more."
+        )
+    count = len(starts[0])
+    if fitting >= count:
+        return MemoryPlan(per_candidate, budget)
+    log.info(
+        "Memory: %s for a candidate, %s in all, so at most %d of %d candidates are evaluated at a time.",
+        *(show_bytes(per_candidate), show_bytes(budget), max(1, fitting), count),
+    )
+    return MemoryPlan(per_candidate, budget, max(1, fitting))

@@ -1,0 +1,94 @@
+"""Record an evaluation as a graph of tensor operations once, and replay that graph in every iteration.
+
+torch.func builds its nested transforms and an autograd graph anew at every call. For the small models of this field
+that bookkeeping takes longer than the arithmetic. The recorded graph has no transforms left in it, and operations
+whose results nobody uses are dropped. What remains are the same operations on the same numbers, so on a CPU the
+results are equal to the last bit; that is checked before a graph is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .evaluation import Evaluate, first_line
+
+log = logging.getLogger(__name__)
+
+#: What a specialised evaluation may differ from the plain one by where bits are not asked for, relative.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class SpecialisationError(RuntimeError):
+    """The evaluation could not be recorded or compiled, or the faster form gives other numbers."""
+
+
+def record(evaluate: Evaluate, stacks: list[torch.Tensor]) -> GraphModule:
+    """Return the graph of `evaluate` for stacks of these shapes.
+
+    Raises:
+        SpecialisationError: when the evaluation cannot be recorded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            graph = make_fx(evaluate)(*stacks)
+        except Exception as error:  # whatever a user's model does that a graph cannot hold
+            raise SpecialisationError(f"it cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def operations(graph: GraphModule) -> int:
+    """Return how many operations a graph has."""
+    return sum(node.op == "call_function" for node in graph.graph.nodes)
+
+
+def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
+    """Return the replay of `evaluate`'s graph, or `evaluate` itself where the replay's numbers are not the same."""
+    start = time.perf_counter()
+    try:
+        graph = record(evaluate, stacks)
+        replay = without_autograd(graph)
+        difference = largest_difference(replay, evaluate, stacks)
+        if difference > (0 if stacks[0].device.type == "cpu" else TOLERANCE.get(stacks[0].dtype, 1e-2)):
+            raise SpecialisationError(f"its replay differs by {difference:.1e}")
+    except SpecialisationError as error:
+        log.info("The evaluation is not replayed from a graph, because %s.", error)
+        return evaluate
+    replay.operations = operations(graph)  # type: ignore[attr-defined]
+    log.debug("Recorded the evaluation (%d operations) in %.1f s.", operations(graph), time.perf_counter() - start)
+    return replay
+
+
+def without_autograd(function: Callable[..., tuple]) -> Evaluate:
+    """Return the function run without autograd's bookkeeping; its derivatives are already part of it."""
+
+    def run(*stacks: torch.Tensor) -> tuple:
+        with torch.no_grad():
+            return function(*stacks)
+
+    return run
+
+
+def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> float:
+    """Return the largest relative difference of gradients and objectives, both with the same random numbers."""
+    results = []
+    for function in (evaluate, expected):
+        with torch.random.fork_rng(devices=[s.device for s in stacks[:1] if s.device.type == "cuda"]):
+            gradients, values, _ = function(*stacks)
+            results.append([*gradients, values])
+    return max(_relative(a.detach(), b.detach()) for a, b in zip(*results, strict=True))
+
+
+def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    if torch.equal(value.isfinite(), reference.isfinite()):  # a start at which nothing is finite says nothing
+        value, reference = value.nan_to_num(0.0, 0.0, 0.0), reference.nan_to_num(0.0, 0.0, 0.0)
+    scale = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)
+    difference = ((value - reference).norm() / scale).item()
+    return difference if difference == difference else float("inf")

@@ -1,0 +1,157 @@
+"""Several processes that share the candidates of one run, through torch.distributed.
+
+`torchrun --nproc_per_node=K -m breaching_ext ...` starts K processes with the same config. Candidate i is the same
+whichever process owns it, because its random numbers depend on i alone. Processes meet where candidates do: in the
+consensus, in the question whether anybody goes on, and in the choice at the end. Gloo connects CPUs, NCCL GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Ranks:
+    """The processes of one run; with `size` 1 every method is the plain thing.
+
+    Args:
+        rank, size: this process's number and how many there are.
+        device: where tensors must lie to be exchanged.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
+        self.interrupted = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Return the candidates, of `count`, that this process owns: a contiguous block, as equal as possible.
+
+        Raises:
+            ConfigError: when there are more processes than candidates.
+        """
+        if count < self.size:
+            raise ConfigError(
+                f"restarts.num_trials={count} is fewer than the {self.size} processes; valid: {self.size} or more."
+            )
+        starts = [-(-rank * count // self.size) for rank in (self.rank, self.rank + 1)]  # rounded up
+        return range(*starts)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes."""
+        if self.size == 1:
+            return value
+        summed = value.detach().to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(value.device)
+
+    def number(self, value: int) -> int:
+        """Return the sum of an integer over all processes."""
+        return int(self.total(torch.tensor(value))) if self.size > 1 else value
+
+    def collect(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """Return all `count` rows from each process's own: their sum over zeros, so not a bit changes."""
+        if self.size == 1:
+            return own
+        rows = own.new_zeros(count, *own.shape[1:])
+        block = self.share(count)
+        rows[block.start : block.stop] = own
+        return self.total(rows)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value (anything that can be pickled), in order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, value: Any) -> Any:
+        """Return the first process's value (anything that can be pickled)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextlib.contextmanager
+    def interrupts_noted(self) -> Iterator[None]:
+        """With several processes, Ctrl-C sets `interrupted` within the block, so that all of them stop together."""
+        if self.size == 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self.interrupted = True
+
+        before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+
+_joined: list[Ranks] = []
+
+
+def current() -> Ranks:
+    """Return the processes of this run: those within :func:`joined`, else this one alone.
+
+    A process group that a user has made for something else is left alone.
+    """
+    return _joined[-1] if _joined else Ranks()
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return this process's own GPU where a device is CUDA in general; other devices as they are."""
+    if device.type == "cuda" and device.index is None and started_by_torchrun():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return device
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Within the block the processes that torchrun started share their runs' candidates; alone, nothing happens.
+
+    Args:
+        device: this process's device; it decides between gloo and NCCL, unless torch.distributed is already in use.
+    """
+    own = started_by_torchrun() and not dist.is_initialized()
+    if own:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.is_available() and dist.is_initialized():
+        place = device if dist.get_backend() == "nccl" else torch.device("cpu")
+        _joined.append(Ranks(dist.get_rank(), dist.get_world_size(), place))
+        log.info("%d processes share the candidates (%s).", dist.get_world_size(), dist.get_backend())
+    else:
+        _joined.append(Ranks())
+    try:
+        yield _joined[-1]
+    finally:
+        _joined.pop()
+        if own:
+            dist.destroy_process_group()

@@ -1,0 +1,206 @@
+"""`auto` takes the fastest engine, counts compile time, and takes the same one again."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from cases import attack_config, build_model, loss, observed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks.joint_loop import JointLoop
+from breaching_ext.matching import build, calibration
+from breaching_ext.matching.compiled_engine import CompiledEngine
+from breaching_ext.matching.tracing import SpecialisationError, record, replayed
+
+SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("BREACHING_EXT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Skip torch.compile's code generator, which takes most of the time."""
+    monkeypatch.setattr(build, "CompiledEngine", partial(CompiledEngine, backend="aot_eager"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds a step as the test says, in the order in which they are measured: list, vmap, compile."""
+
+    def measured(**times: float):
+        answers = iter(times.values())
+        monkeypatch.setattr(calibration, "seconds", lambda function, device: (function(), next(answers))[1])
+        monkeypatch.setattr(calibration, "SHORT", 1)
+
+    return measured
+
+
+def reconstruct(*overrides: str, iterations: int = 3, candidates: int = 1, model: str = "own"):
+    module = build_model(model)
+    payload, shared, *_ = observed(module)
+    options = ["restarts.seed=2", f"restarts.num_trials={candidates}", "optim.signed=soft", *overrides]
+    cfg = attack_config("joint_candidates", options, iterations)
+    return JointCandidateAttacker(module, loss(), cfg, SETUP).reconstruct(payload, shared)
+
+
+@pytest.mark.parametrize(("candidates", "engine"), [(1, "list"), (2, "vmap")])
+def test_a_short_run_measures_nothing(monkeypatch, own_cache, candidates, engine):
+    monkeypatch.setattr(calibration, "seconds", lambda *args: pytest.fail("measured"))
+    _, stats = reconstruct(iterations=50, candidates=candidates)
+    assert stats["engine"] == engine
+    assert not own_cache.exists()
+
+
+def test_the_fastest_is_taken_logged_and_recorded(clock, caplog):
+    clock(list=1e-6, vmap=2e-6)
+    with caplog.at_level(logging.INFO):
+        result, stats = reconstruct(candidates=2)
+    assert stats["engine"] == stats["calibration"]["engine"] == "list"
+    assert stats["calibration"]["step_seconds"] == {"list": 2e-6, "vmap": 2e-6}  # of both candidates
+    assert "candidate_batching=auto takes list" in caplog.text
+    assert torch.equal(
+        result["candidates"], reconstruct("restarts.candidate_batching=list", candidates=2)[0]["candidates"]
+    )
+
+
+@pytest.mark.parametrize(("compiled", "engine"), [(50.0, "compile"), (500.0, "vmap")])
+def test_compiling_where_it_may_pay_and_keeping_it_where_it_is_faster(clock, traced_only, compiled, engine):
+    clock(list=1000.0, vmap=400.0, compile=compiled)
+    result, stats = reconstruct(candidates=2)
+    assert stats["engine"] == engine
+    assert stats["calibration"]["compile_seconds"] > 0
+    assert list(stats["calibration"]["step_seconds"]) == ["list", "vmap", "compile"]
+    pinned, _ = reconstruct(f"restarts.candidate_batching={engine}", candidates=2)
+    assert torch.allclose(result["candidates"], pinned["candidates"], rtol=0, atol=1e-9)
+
+
+def test_compiling_is_left_out_where_it_takes_longer_than_it_saves(clock, monkeypatch):
+    clock(list=0.02, vmap=0.01)
+    monkeypatch.setattr(build, "CompiledEngine", lambda **parts: pytest.fail("compiled"))
+    _, stats = reconstruct(iterations=50, candidates=2)
+    assert stats["engine"] == "vmap"
+    assert "more than it saves" in stats["calibration"]["reason"]
+    assert stats["calibration"]["expected_compile_seconds"] > 50 * 0.01
+
+
+def test_a_compiler_that_fails_is_said_and_costs_nothing_else(clock, monkeypatch):
+    def refuse(**parts):
+        raise SpecialisationError("no compiler here")
+
+    clock(list=1000.0, vmap=400.0)
+    monkeypatch.setattr(build, "CompiledEngine", refuse)
+    _, stats = reconstruct(candidates=2)
+    assert stats["engine"] == "vmap"
+    assert stats["calibration"]["reason"] == "no compiler here"
+
+
+def test_the_same_run_takes_the_same_engine_again(clock, caplog):
+    clock(list=1.0, vmap=2.0)
+    first, _ = reconstruct()
+    clock(list=2.0, vmap=1.0)  # another measurement would decide otherwise
+    with caplog.at_level(logging.INFO):
+        second, stats = reconstruct()
+    assert stats["engine"] == "list"
+    assert "as an earlier run found" in caplog.text
+    assert torch.equal(first["candidates"], second["candidates"])
+    _, stats = reconstruct(iterations=4)  # another problem: measured anew
+    assert stats["engine"] == "vmap"
+
+
+def test_a_damaged_memory_of_choices_is_measured_anew(clock, own_cache):
+    clock(list=1.0, vmap=2.0)
+    reconstruct()
+    (file,) = own_cache.rglob("*.json")
+    file.write_text("{half")
+    clock(list=2.0, vmap=1.0)
+    assert reconstruct()[1]["engine"] == "vmap"
+
+
+def test_measuring_disturbs_neither_candidates_nor_random_numbers(monkeypatch):
+    """Augmentation and noise draw random numbers; with and without measuring, the path is the same."""
+    random = ["optim.langevin_noise=0.1", "+augmentations.discrete_shift.lim=2"]
+    pinned, _ = reconstruct("restarts.candidate_batching=vmap", *random, candidates=2)
+    monkeypatch.setattr(calibration, "SHORT", 1)
+    monkeypatch.setattr(build, "_list_seconds", lambda parts: original(parts) * 1e6)
+    monkeypatch.setattr(calibration, "COMPILE_SECONDS_PER_OPERATION", 1e6)
+    before = torch.get_rng_state()
+    measured, stats = reconstruct(*random, candidates=2)
+    assert stats["engine"] == "vmap"
+    assert stats["calibration"]["step_seconds"]["list"] > 0
+    assert torch.equal(measured["candidates"], pinned["candidates"])
+    assert stats["gradient_evaluations"] == 2 * 3
+    assert torch.equal(before, torch.get_rng_state())
+
+
+original = build._list_seconds
+
+
+def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path):
+    file = [f"impl.checkpoint_path={tmp_path / 'checkpoint.pt'}", "impl.checkpoint_every=2"]
+    clock(list=1.0, vmap=2.0)
+    whole, _ = reconstruct(iterations=6)
+    iterate = JointLoop._iterate
+
+    def killed(self, iteration, bar):
+        if iteration == 5:
+            raise SystemExit
+        return iterate(self, iteration, bar)
+
+    monkeypatch.setattr(JointLoop, "_iterate", killed)
+    with pytest.raises(SystemExit):
+        reconstruct(*file, iterations=6)
+    monkeypatch.setattr(JointLoop, "_iterate", iterate)
+    monkeypatch.setattr(calibration, "seconds", lambda *args: pytest.fail("measured"))
+    monkeypatch.setenv("BREACHING_EXT_CACHE", str(tmp_path / "lost"))
+    resumed, stats = reconstruct(*file, iterations=6)
+    assert stats["engine"] == "list"
+    assert torch.equal(resumed["candidates"], whole["candidates"])
+
+
+@given(st.floats(1e-5, 10), st.integers(1, 10**6), st.floats(0.1, 1000))
+def test_compiling_never_takes_longer_than_the_run_it_is_for(step, evaluations, expected):
+    if calibration.compiling_pays(step, evaluations, expected):
+        assert expected < step * evaluations  # never longer than the run itself
+        assert calibration.compiling_pays(step, 2 * evaluations, expected)
+
+
+# -- the replay ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["lenet_zhu", "cnn6", "own"])
+def test_replay_is_the_same_to_the_last_bit_through_the_warm_up(monkeypatch, model):
+    group = ["regularization.group_regularization.scale=0.5", "regularization.group_regularization.warmup_iters=2"]
+    plain, _ = reconstruct("restarts.candidate_batching=vmap", *group, candidates=3, iterations=5, model=model)
+    monkeypatch.setattr(calibration, "SHORT", 1)
+    replay, _ = reconstruct("restarts.candidate_batching=vmap", *group, candidates=3, iterations=5, model=model)
+    assert torch.equal(plain["candidates"], replay["candidates"])
+
+
+def test_a_replay_that_would_differ_is_not_used(caplog):
+    """The number of the call enters the value: a graph would freeze it."""
+    calls = []
+
+    def drifting(stack):
+        calls.append(1)
+        return [stack * len(calls)], stack.flatten(1).sum(1), stack.flatten(1).sum(1)
+
+    with caplog.at_level(logging.INFO):
+        assert replayed(drifting, [torch.rand(2, 3)]) is drifting
+    assert "differs" in caplog.text
+
+
+def test_an_evaluation_that_looks_at_its_numbers_cannot_be_recorded():
+    def looking(stack):
+        return [stack if stack.sum() > 0 else -stack], stack.sum(1), stack.sum(1)
+
+    with pytest.raises(SpecialisationError, match="cannot be recorded"):
+        record(looking, [torch.rand(2, 3)])

@@ -212,8 +212,7 @@ class MagiaAttacker(JointCandidateAttacker):
             mean=self.dm.flatten() if normalised else None,
             std=self.ds.flatten() if normalised else None,
         )
-        batching = self.cfg.restarts.get("candidate_batching", "auto")
-        method = "vmap" if batching == "compile" else batching
+        method = self.cfg.restarts.get("candidate_batching", "auto")
         return SubsetMatching(what, self.options.term, self.options.prior, group, method)
 
     def _engine(self, matching: SubsetMatching, starts: list[torch.Tensor], seeds: list[int]) -> MagiaEngine:

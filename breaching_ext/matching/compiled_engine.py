@@ -45,7 +45,7 @@ class CompiledEngine(VmapEngine):
 
     def _compiled(self, evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
         try:
-            return _compile(evaluate, stacks, self._backend)
+            return compiled(evaluate, stacks, self._backend)
         except SpecialisationError as error:
             if not self._running:
                 raise
@@ -53,26 +53,31 @@ class CompiledEngine(VmapEngine):
             return replayed(evaluate, stacks)
 
 
-def _compile(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str) -> Evaluate:
+def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "inductor") -> Evaluate:
+    """Return the evaluation compiled for stacks of these shapes, checked against the eager one.
+
+    Raises:
+        SpecialisationError: when torch cannot compile it, or the result differs.
+    """
     cuda_graphs = stacks[0].device.type == "cuda" and backend == "inductor"
     mode = "reduce-overhead" if cuda_graphs else None
     graph = record(evaluate, stacks)
-    compiled = without_autograd(torch.compile(graph, backend=backend, dynamic=False, mode=mode))
+    function = without_autograd(torch.compile(graph, backend=backend, dynamic=False, mode=mode))
     try:
-        difference = largest_difference(compiled, evaluate, stacks)
+        difference = largest_difference(function, evaluate, stacks)
     except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works
         raise SpecialisationError(f"torch.compile failed ({type(error).__name__}: {first_line(error)})") from error
     if difference > TOLERANCE.get(stacks[0].dtype, 1e-2):
         raise SpecialisationError(f"the compiled evaluation differs from the eager one by {difference:.1e}")
-    return _with_own_results(compiled) if cuda_graphs else compiled
+    return _with_own_results(function) if cuda_graphs else function
 
 
-def _with_own_results(compiled: Evaluate) -> Evaluate:
+def _with_own_results(function: Evaluate) -> Evaluate:
     """Copy the results out of a CUDA graph's memory, which its next replay overwrites."""
 
     def run(*stacks: torch.Tensor) -> tuple:
         torch.compiler.cudagraph_mark_step_begin()
-        gradients, values, task_losses = compiled(*stacks)
+        gradients, values, task_losses = function(*stacks)
         return [g.clone() for g in gradients], values.clone(), task_losses.clone()
 
     return run

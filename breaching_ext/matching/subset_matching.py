@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.func import functional_call, grad, grad_and_value, vmap
 
+from .compiled_engine import compiled
+from .evaluation import Evaluate
 from .magia_objective import SUBSET_TERMS, data_term, rescaling
+from .tracing import SpecialisationError, replayed
+
+log = logging.getLogger(__name__)
 
 __all__ = ["SubsetMatching", "SubsetTerm", "Target"]
 
 ImagePrior = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+METHODS = ("auto", "list", "vmap", "compile")
 
 #: Largest batch for which 'auto' stacks candidates. On one CPU core (LeNet, 32×32, five candidates) stacking takes
 #: 0.7 of the loop's time at B = 8 and 1.6 of it at B = 64, where convolutions with a kernel a candidate dominate.
@@ -87,7 +95,8 @@ class SubsetMatching:
         term: the subset term.
         prior: image prior of one candidate's pixels (B, C, H, W), to be weighted by the call's `prior_weight`.
         extra: a further term of one candidate's pixels that need not be transformable (group consistency).
-        method: 'vmap' (all candidates at once), 'list' (one after another with plain autograd) or 'auto'.
+        method: 'vmap' (all candidates at once), 'compile' (the same, compiled; falls back to vmap with a warning),
+            'list' (one after another with plain autograd) or 'auto'.
     """
 
     def __init__(
@@ -98,9 +107,10 @@ class SubsetMatching:
         extra: ImagePrior | None = None,
         method: str = "auto",
     ) -> None:
-        if method not in ("auto", "vmap", "list"):
-            raise ValueError(f"method={method!r} is unknown; valid: auto, vmap, list.")
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
         self.target, self.term, self.prior, self.extra, self.method = target, term, prior, extra, method
+        self._evaluations: dict[tuple, Evaluate] = {}
 
     def __call__(
         self,
@@ -120,7 +130,7 @@ class SubsetMatching:
         Returns:
             Values (N,), gradients in the pixels (N, B, C, H, W) and in the logits (N, B, K).
         """
-        stacked = self.chosen_method(pixels) == "vmap"
+        stacked = self.chosen_method(pixels) != "list"
         evaluate = self._stacked if stacked else self._one_by_one
         values, in_pixels, in_logits = evaluate(pixels.detach(), logits.detach(), subsets, prior_weight)
         if self.extra is not None:
@@ -133,7 +143,7 @@ class SubsetMatching:
         return values, in_pixels, in_logits
 
     def chosen_method(self, pixels: torch.Tensor) -> str:
-        """'vmap' or 'list' for a stack of that shape; 'auto' goes by what is faster on a CPU."""
+        """'vmap', 'compile' or 'list' for a stack of that shape; 'auto' goes by what is faster on a CPU."""
         if self.method != "auto":
             return self.method
         small = pixels.shape[1] <= STACK_UP_TO or pixels.device.type != "cpu"
@@ -146,7 +156,7 @@ class SubsetMatching:
         gradients: Sequence[torch.Tensor],
         pixels: torch.Tensor,
         size: int,
-        prior_weight: float,
+        prior_weight: float | torch.Tensor,
     ) -> torch.Tensor:
         term, count = self.term, len(pixels)
         value = data_term(
@@ -167,30 +177,54 @@ class SubsetMatching:
     def _stacked(
         self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        use = self._uses_subset(subsets)
+        use = subsets is not None and self._uses_subset(subsets)
+        index = subsets if subsets is not None and use else pixels.new_zeros(len(pixels), 1, dtype=torch.long)
+        weight = pixels.new_tensor(prior_weight)  # a tensor, so that one graph serves the whole annealing
+        inputs = [pixels, logits, index, weight]
+        key = (use, pixels.dtype, *(stack.shape for stack in inputs))
+        if key not in self._evaluations:
+            self._evaluations[key] = self._specialised(self._evaluation(use), inputs)
+        (in_pixels, in_logits), values, _ = self._evaluations[key](*inputs)
+        return values, in_pixels, in_logits
+
+    def _specialised(self, evaluate: Evaluate, inputs: list[torch.Tensor]) -> Evaluate:
+        """The recorded form; for 'compile' the compiled one, of the first size of subset alone (each takes a while)."""
+        if self.method == "compile" and not self._evaluations:
+            try:
+                return compiled(evaluate, inputs)
+            except SpecialisationError as error:
+                log.warning("candidate_batching=compile: stepping by vmap instead, because %s.", error)
+        return replayed(evaluate, inputs)
+
+    def _evaluation(self, use: bool) -> Evaluate:
+        """A pure function of pixels, logits, subsets and prior weight, for all candidates at once."""
         model_gradient = grad(self.target.loss)
 
         def objective(
             pixels: torch.Tensor,
             logits: torch.Tensor,
             index: torch.Tensor,
+            weight: torch.Tensor,
             parameters: dict[str, torch.Tensor],
             gradients: list[torch.Tensor],
         ) -> torch.Tensor:
             probs = logits.softmax(dim=-1)
             batch = list(model_gradient(parameters, pixels, probs).values())
             if not use:
-                return self._objective(batch, None, gradients, pixels, len(pixels), prior_weight)
+                return self._objective(batch, None, gradients, pixels, len(pixels), weight)
             subset = list(model_gradient(parameters, pixels[index], probs[index]).values())
-            return self._objective(batch, subset, gradients, pixels, len(index), prior_weight)
+            return self._objective(batch, subset, gradients, pixels, len(index), weight)
 
         own = 0 if self.target.per_candidate else None
-        index = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device) if subsets is None else subsets
-        run = vmap(grad_and_value(objective, argnums=(0, 1)), in_dims=(0, 0, 0, own, own))
-        (in_pixels, in_logits), values = run(
-            pixels, logits, index, dict(self.target.parameters), list(self.target.gradients)
-        )
-        return values, in_pixels, in_logits
+        run = vmap(grad_and_value(objective, argnums=(0, 1)), in_dims=(0, 0, 0, None, own, own))
+
+        def evaluate(*inputs: torch.Tensor) -> tuple:
+            pixels, logits, index, weight = inputs
+            target = dict(self.target.parameters), list(self.target.gradients)
+            gradients, values = run(pixels, logits, index, weight, *target)
+            return gradients, values, values
+
+        return evaluate
 
     def _one_by_one(
         self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float

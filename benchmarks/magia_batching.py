@@ -36,16 +36,15 @@ def target(batch: int) -> tuple[Target, int]:
     return Target(model, loss_fn, {k: p.detach() for k, p in model.named_parameters()}, gradients), len(data.classes)
 
 
-def seconds(what: Target, starts: list[torch.Tensor], steps: int, search: str | None, stacked: bool) -> float:
-    """Time of `steps` outer steps of all candidates, made together or one after another."""
+def seconds(matching: SubsetMatching, starts: list[torch.Tensor], steps: int, search: str | None) -> float:
+    """Time of `steps` outer steps of all candidates: as one stack, or one after another where the method is 'list'."""
     count = len(starts[0])
-    blocks = [slice(None)] if stacked else [slice(n, n + 1) for n in range(count)]
-    method = "vmap" if stacked else "list"
+    blocks = [slice(n, n + 1) for n in range(count)] if matching.method == "list" else [slice(None)]
     clock = time.perf_counter()
     for block in blocks:
         part = [start[block] for start in starts]
         engine = MagiaEngine(
-            SubsetMatching(what, SubsetTerm(), color_total_variation, method=method),
+            matching,
             part,
             seeds=list(range(len(part[0]))),
             iterations=steps,
@@ -56,50 +55,63 @@ def seconds(what: Target, starts: list[torch.Tensor], steps: int, search: str | 
     return time.perf_counter() - clock
 
 
+def measure(batch: int, methods: list[str], args: argparse.Namespace) -> list[dict]:
+    """One row a line search; the methods take turns."""
+    what, classes = target(batch)
+    torch.manual_seed(1)
+    starts = [
+        0.4 + 0.2 * torch.rand(args.candidates, batch, 3, 32, 32),
+        torch.randn(args.candidates, batch, classes),
+    ]
+    made = {m: SubsetMatching(what, SubsetTerm(), color_total_variation, method=m) for m in ("list", *methods)}
+    set_up = {}
+    for method, matching in made.items():  # recording and compiling happen at the first call
+        clock = time.perf_counter()
+        matching(*starts, None, 0.1)
+        set_up[method] = time.perf_counter() - clock
+    rows = []
+    for search in (None, "strong_wolfe"):
+        times: dict[str, list[float]] = {method: [] for method in made}
+        for _ in range(args.rounds):
+            for method, matching in made.items():
+                times[method].append(seconds(matching, starts, args.steps, search))
+        medians = {method: statistics.median(values) for method, values in times.items()}
+        row = {"batch": batch, "line_search": search, "seconds": times, "set_up_seconds": set_up}
+        row["ratio"] = {method: medians["list"] / medians[method] for method in methods}
+        rows.append(row)
+        shown = ", ".join(f"{method} {medians[method]:.2f} s ({row['ratio'][method]:.2f}x)" for method in methods)
+        print(
+            f"B={batch:<3} {search or 'fixed step':13} one after another {medians['list']:6.2f} s, {shown}", flush=True
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", default="1,4,8", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--methods", default="vmap,compile", help="ways to stack (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=8, help="N (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="outer steps of 20 iterations (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for batch in (int(b) for b in args.batch.split(",")):
-        what, classes = target(batch)
-        torch.manual_seed(1)
-        starts = [
-            0.4 + 0.2 * torch.rand(args.candidates, batch, 3, 32, 32),
-            torch.randn(args.candidates, batch, classes),
-        ]
-        for search in (None, "strong_wolfe"):
-            times: dict[bool, list[float]] = {True: [], False: []}
-            seconds(what, starts, 1, search, True)  # warm-up
-            for _ in range(args.rounds):
-                for stacked in (True, False):
-                    times[stacked].append(seconds(what, starts, args.steps, search, stacked))
-            medians = {stacked: statistics.median(values) for stacked, values in times.items()}
-            row = {"batch": batch, "line_search": search, "stacked": times[True], "one_by_one": times[False]}
-            row["ratio"] = medians[False] / medians[True]
-            rows.append(row)
-            print(
-                f"B={batch:<3} {search or 'fixed step':13} stack {medians[True]:6.2f} s, one after another "
-                f"{medians[False]:6.2f} s: {row['ratio']:.2f}x",
-                flush=True,
-            )
+    methods = args.methods.split(",")
+    rows = [row for batch in args.batch.split(",") for row in measure(int(batch), methods, args)]
     record = {"candidates": args.candidates, "outer_steps": args.steps, "rows": rows}
     record |= {"device": describe_device(torch.device("cpu")), "versions": versions()}
     write_json(args.out / "magia_batching.json", record)
-    plot(args.out / "magia_batching.png", rows, args.candidates)
+    plot(args.out / "magia_batching.png", rows, methods, args.candidates)
 
 
-def plot(path: Path, rows: list[dict], candidates: int) -> None:
+def plot(path: Path, rows: list[dict], methods: list[str], candidates: int) -> None:
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
-    for search in (None, "strong_wolfe"):
-        mine = [row for row in rows if row["line_search"] == search]
-        axis.plot([str(r["batch"]) for r in mine], [r["ratio"] for r in mine], "o-", label=search or "fixed step")
+    for method in methods:
+        for search, style in ((None, "o-"), ("strong_wolfe", "s--")):
+            mine = [row for row in rows if row["line_search"] == search]
+            ratios = [row["ratio"][method] for row in mine]
+            axis.plot([str(r["batch"]) for r in mine], ratios, style, label=f"{method}, {search or 'fixed step'}")
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(xlabel="images in the batch", ylabel="times faster", title=f"{candidates} candidates stacked")
     axis.legend()

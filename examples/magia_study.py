@@ -1,6 +1,9 @@
 """What each ingredient of random-subset gradient matching buys, at equal numbers of gradient evaluations.
 
-LeNet of DLG (sigmoid, uniform ±0.5, untrained), 32×32 sample photos, labels unknown, plain averaged gradients. Every
+LeNet of DLG (sigmoid, uniform ±0.5, untrained), 32×32 sample photos, labels unknown, plain averaged gradients. The
+network has DLG's 100 outputs, and every image's label is drawn uniformly from them, as in CIFAR-100, where images of
+one batch seldom share a class. With --labels photo there are eight classes, the photos that crops come from: labels
+repeat from B = 9 on, and the last layer then tells fewer images apart, which makes large batches much harder. Every
 seed is another model, another client (another batch of photos) and another start; all methods get the same ones.
 The budget is counted in full-batch gradients: evaluating a subset of S images costs S/B on top.
 
@@ -48,6 +51,7 @@ log = logging.getLogger("magia_study")
 FULL = {4: 40, 8: 40, 16: 40, 32: 60, 64: 40}
 SHORT = {4: 20, 8: 20, 16: 20, 32: 10, 64: 8}
 INNER = 20
+RESULTS = Path("examples/results/magia")
 #: an image counts as recovered from this SSIM on
 RECOVERED = 0.6
 
@@ -164,8 +168,16 @@ def plan(classes: int) -> list[Run]:
 # ---------------------------------------------------------------------- one run
 
 
-def problem(batch: int, seeds: tuple[int, ...], classes: int) -> tuple[Target, torch.Tensor, torch.Tensor]:
+def problem(
+    batch: int, seeds: tuple[int, ...], classes: int, labels_of: str = "uniform"
+) -> tuple[Target, torch.Tensor, torch.Tensor]:
     """One model, one batch of photos and one shared gradient per seed, stacked.
+
+    Args:
+        batch: images in each batch.
+        seeds: one for each problem.
+        classes: outputs of the network.
+        labels_of: 'uniform' (see the head of this file) or 'photo' (the photo that a crop comes from).
 
     Returns:
         The target, the true images (N, B, 3, 32, 32) and labels (N, B).
@@ -178,6 +190,8 @@ def problem(batch: int, seeds: tuple[int, ...], classes: int) -> tuple[Target, t
         model = LeNetZhu(num_classes=classes)
         points = [photos[i % len(photos)] for i in range(seed * batch, (seed + 1) * batch)]
         x, y = torch.stack([p[0] for p in points]), torch.tensor([p[1] for p in points])
+        if labels_of == "uniform":
+            y = torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(seed))
         gradients.append(torch.autograd.grad(loss_fn(model(x), y), list(model.parameters())))
         parameters.append({name: p.detach() for name, p in model.named_parameters()})
         images.append(x)
@@ -269,10 +283,10 @@ def optimise(
     return pixels, logits, {**cost, "failed": (~alive).tolist(), "losses": [list(c) for c in zip(*losses, strict=True)]}
 
 
-def make(run: Run, seeds: tuple[int, ...], out: Path, classes: int) -> None:
+def make(run: Run, seeds: tuple[int, ...], out: Path, classes: int, labels_of: str) -> None:
     """Make the run for some seeds, and write one JSON file each (and the pictures of seed 0)."""
     arm, clock = ARMS[run.arm], time.perf_counter()
-    target, images, labels = problem(run.batch, seeds, classes)
+    target, images, labels = problem(run.batch, seeds, classes, labels_of)
     results = [
         optimise(arm, target, seeds, tuple(images.shape[1:]), classes, run.outer, candidate)
         for candidate in range(arm.candidates)
@@ -282,7 +296,7 @@ def make(run: Run, seeds: tuple[int, ...], out: Path, classes: int) -> None:
     for n, seed in enumerate(seeds):
         scores = evaluate(to_images(pixels[n]), to_images(images[n]), logits[n].argmax(dim=-1), labels[n])
         record = {
-            "arm": run.arm, "text": arm.text, "batch": run.batch, "seed": seed, "classes": classes,
+            "arm": run.arm, "text": arm.text, "batch": run.batch, "seed": seed, "classes": classes, "labels": labels_of,
             "outer": run.outer, "budget": run.outer * INNER,
             "full_gradients": sum(r[2]["full_gradients_per_seed"] for r in results),
             "outer_steps": sum(r[2]["outer_steps"] for r in results),
@@ -315,18 +329,21 @@ def combine(results: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("examples/results/magia"))
+    parser.add_argument(
+        "--out", type=Path, help="default: examples/results/magia, with --labels photo its photo_labels"
+    )
     parser.add_argument("--only", help="arms, separated by commas (default: all)")
     parser.add_argument("--batch", help="batch sizes, separated by commas (default: all)")
     parser.add_argument("--outer", type=int, help="only runs of that length; with --only and --batch: that length")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5, at B = 64 3)")
-    parser.add_argument(
-        "--classes", type=int, default=len(PHOTOS), help="outputs of the network (default: %(default)s)"
-    )
+    parser.add_argument("--labels", choices=("uniform", "photo"), default="uniform", help="default: %(default)s")
+    parser.add_argument("--classes", type=int, help="outputs of the network (default: 100; for --labels photo 8)")
     parser.add_argument("--list", action="store_true", help="print the runs and whether they are there")
     parser.add_argument("--minutes", type=float, help="begin no further run after that time (for sharing a machine)")
     parser.add_argument("--report", action="store_true", help="only write table and figures")
     args = parser.parse_args()
+    args.classes = args.classes or {"uniform": 100, "photo": len(PHOTOS)}[args.labels]
+    args.out = args.out or RESULTS / ("" if args.labels == "uniform" else "photo_labels")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     runs = list(dict.fromkeys(chosen(args)))
@@ -337,7 +354,7 @@ def main() -> None:
             if args.list:
                 print(f"{run.arm:24} B={run.batch:<3} {run.outer:4} outer  seeds {seeds}  {'' if missing else 'done'}")
             elif missing and not args.report:
-                make(run, missing, args.out, args.classes)
+                make(run, missing, args.out, args.classes, args.labels)
                 if args.minutes and time.perf_counter() - clock > 60 * args.minutes:
                     break
         else:

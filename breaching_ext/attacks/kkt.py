@@ -75,7 +75,7 @@ class KKTAttacker(OptimizationBasedAttacker):
             shared_data: `metadata` with the suspected number of images; `parameters` and `buffers`, where a user
                 trained the server's network, take the place of the server's.
             server_secrets: not used.
-            initial_data: start (k, C, H, W) for all restarts, or (R, k, C, H, W); None draws them, restart i from seed + i.
+            initial_data: start (k, C, H, W) for all restarts, or (R, k, C, H, W); None draws restart i from seed + i.
             dryrun: stop after one step.
 
         Returns:

@@ -1,4 +1,4 @@
-"""From the restarts of an extraction to images: starts, labels, the choice, and the contrast in which images are shown."""
+"""From the restarts of an extraction to images: starts, labels, the choice, and the contrast of what is shown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def correlations(left: Tensor, right: Tensor) -> Tensor:
     """Normalised cross-correlation of every pair of images, (p, q).
 
     Args:
-        left: images (p, ...), in practice with the mean image subtracted; it would correlate everything with everything.
+        left: images (p, ...), in practice without the mean image, which would correlate everything.
         right: images (q, ...).
     """
     a, b = (x.flatten(1).double() for x in (left, right))

@@ -6,8 +6,9 @@ What is minimised for each restart, over images x_i in the span of the first lay
 
 The first term is the KKT loss, the others are the paper's priors. Two things go beyond the paper. The images are
 searched in the span of the data where the first layer shows it (:mod:`~breaching_ext.kkt.span`). And the slope of
-a unit may differ from σ(s·z): gradient descent leaves a good part of the pre-activations *on* the kink of the ReLU, where
-the stationarity condition allows any slope in [0, 1] (Clarke), so each slope is σ(s·z + u) with its own |u| ≤ `slack`.
+a unit may differ from σ(s·z): gradient descent leaves a good part of the pre-activations *on* the kink of the ReLU,
+where the stationarity condition allows any slope in [0, 1] (Clarke), so each slope is σ(s·z + u) with its own
+|u| ≤ `slack`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ExtractionOptions:
 
     Args:
         steps: iterations of every restart.
-        lr, lr_lambda, lr_slack: step sizes of images (in coordinates), multipliers and slacks; all follow a half cosine.
+        lr, lr_lambda, lr_slack: step sizes of images (in coordinates), multipliers, slacks; all fall by a half cosine.
         lambda_min: multipliers below it are penalised, with weight `lambda_weight`.
         lambda_init: multipliers start uniformly in 0.5 to 1.5 times this.
         init_scale: standard deviation of the start of the images.
@@ -46,7 +47,7 @@ class ExtractionOptions:
         optimizer: 'adam', or 'sgd' with momentum 0.9, as in the paper.
     """
 
-    steps: int = 3000
+    steps: int = 2000
     lr: float = 0.03
     lr_lambda: float = 0.002
     lr_slack: float = 0.1
@@ -221,5 +222,5 @@ class Extraction:
             for mine, saved in zip((self.x, self.lam, *self.slack), state["tensors"], strict=True):
                 mine.copy_(saved)
         self._optimizer.load_state_dict(state["optimizer"])
-        moved = [t.to(self.x.device) for t in state["best"]]
-        self.best = Extracted(*moved, histories=state["histories"])
+        coordinates, multipliers, losses, objective = (t.to(self.x.device) for t in state["best"])
+        self.best = Extracted(coordinates, multipliers, losses, objective, state["histories"])

@@ -1,12 +1,13 @@
 """Homogeneous networks with one output: fully connected, and a small convolutional one.
 
-Their images are pixels in [0, 1]; the public mean image is subtracted by the network itself and travels with it as a
-buffer, so that a release of the weights says what was subtracted. Only the first layer has a bias: a network with biases
-in deeper layers is not homogeneous in its parameters, and the KKT conditions do not hold for it.
+Their images are pixels in [0, 1]; the public mean image is subtracted by the network itself and travels with it as
+a buffer, so that a release of the weights says what was subtracted. Only the first layer has a bias: a network with
+biases in deeper layers is not homogeneous in its parameters, and the KKT conditions do not hold for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -60,7 +61,7 @@ class MLP(HomogeneousNetwork):
     Args:
         shape: of an image, (C, H, W).
         widths: units of the hidden layers.
-        biases: 'first' (only the first layer has one), 'none', or 'all' (not homogeneous; for checkpoints that have them).
+        biases: 'first' (only the first layer has one), 'none', or 'all' (not homogeneous; for such checkpoints).
     """
 
     def __init__(
@@ -74,14 +75,14 @@ class MLP(HomogeneousNetwork):
         sizes = [int(torch.Size(self.shape).numel()), *widths, 1]
         self.layers = nn.ModuleList(
             nn.Linear(a, b, bias=biases == "all" or (biases == "first" and index == 0))
-            for index, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+            for index, (a, b) in enumerate(itertools.pairwise(sizes))
         )
         self.activation = SmoothBackwardReLU()
 
     @property
     def linears(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weights and biases, first layer first."""
-        return [(layer.weight, layer.bias) for layer in self.layers]  # type: ignore[misc, union-attr]
+        return [(layer.weight, layer.bias) for layer in self.layers]  # type: ignore[misc]
 
     def forward(self, inputs: Tensor, **_: object) -> Tensor:
         """Return outputs (B, 1) for images (B, C, H, W)."""

@@ -15,7 +15,7 @@ _STEPS = 400
 
 
 def kkt_residual(model: HomogeneousNetwork, images: Tensor, labels: Tensor, steepness: float = STEEPNESS) -> float:
-    """Return min over λ ≥ 0 and slopes of ‖θ − Σ λ_i y_i ∇Φ(x_i)‖² / ‖θ‖² for known images: the attack with x held fixed.
+    """Return min over λ and slopes of ‖θ − Σ λ_i y_i ∇Φ(x_i)‖² / ‖θ‖² for known images: the attack with x held fixed.
 
     Args:
         model: the network.

@@ -70,7 +70,7 @@ class GramResidual:
         Args:
             x: candidates (R, k, D), D the input size of the first layer.
             c: signed multipliers λ_i y_i, (R, k).
-            slack: an offset of every unit's pre-activation times steepness, one (R, k, units) a hidden layer; none is 0.
+            slack: added to steepness times pre-activation, one (R, k, units) a hidden layer; none is 0.
         """
         inputs, outputs, slopes = [x], [], []
         for index, (weight, bias) in enumerate(self.layers):

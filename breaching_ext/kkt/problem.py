@@ -57,7 +57,7 @@ def build_problem(
     Args:
         model: the network; it is not changed.
         steepness: of the slopes σ(steepness · z); infinity is the plain ReLU.
-        span: 'auto', 'full' or a number, see :func:`~breaching_ext.kkt.span.span_of`; only for fully connected networks.
+        span: 'auto', 'full' or a number (:func:`~breaching_ext.kkt.span.span_of`); for fully connected networks.
         candidates: number of candidates.
     """
     mean = model.mean.detach()
@@ -81,13 +81,16 @@ def build_problem(
 
 
 def _flattened(residual: GramResidual) -> Residual:
-    return lambda x, c, slack=(): residual(x.flatten(2), c, slack)
+    def of_images(x: Tensor, c: Tensor, slack: Sequence[Tensor] = ()) -> Tensor:
+        return residual(x.flatten(2), c, slack)
+
+    return of_images
 
 
 def smooth_function(
     model: HomogeneousNetwork, steepness: float
 ) -> tuple[Callable[[dict[str, Tensor], Tensor], Tensor], dict[str, Tensor]]:
-    """Return a copy of the network as (parameters, images (k, C, H, W)) -> (k,) with the given slopes, and its parameters."""
+    """Return the network with the given slopes as (parameters, images (k, C, H, W)) -> (k,), and its parameters."""
     smooth = copy.deepcopy(model)
     smooth.set_steepness(steepness)
     parameters = {name: p.detach() for name, p in smooth.named_parameters()}

@@ -1,4 +1,4 @@
-"""Who trains and releases a network: Breaching's user of the threat model "weights alone", and published checkpoints."""
+"""Who trains and releases a network: Breaching's user for the threat model "weights alone"; published checkpoints."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class TrainedModelUser(UserSingleStep):
         if cfg_user.num_data_points < 1:
             raise ConfigError(f"case.user.num_data_points={cfg_user.num_data_points} is not possible; valid: 1, 2, ...")
         if not isinstance(model, HomogeneousNetwork):
-            raise ConfigError(
-                "case.user=trained_model needs a network with one output; valid: case.model=kkt-mlp-300, ..."
-            )
+            raise ConfigError("case.user=trained_model needs case.model=kkt-mlp-300, kkt-conv, ... (one output).")
         super().__init__(model, loss, dataloader, setup, idx, cfg_user)
         self.training_options = cfg_training
         self.recipe = recipe_from(cfg_training)
@@ -93,9 +91,9 @@ class TrainedModelUser(UserSingleStep):
         return shared, {"data": images, "labels": labels, "buffers": None, "margins": margins.cpu()}
 
     def unseen(self) -> Tensor | None:
-        """Return as many images of the dataset's other split, the control of an evaluation; None where there is none."""
+        """Return as many images of the other split, the control of an evaluation; None where there are none."""
         dataset = getattr(self.dataloader.dataset, "dataset", None)
-        if not hasattr(dataset, "other_split"):
+        if dataset is None or not hasattr(dataset, "other_split"):
             return None
         other = dataset.other_split()
         start = int(self.user_idx or 0) * self.num_data_points % (len(other) - self.num_data_points)

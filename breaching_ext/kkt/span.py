@@ -1,10 +1,11 @@
 """Coordinates in the span of the data, which the first layer gives away, and what its singular values say.
 
 Gradient descent changes the first layer of a fully connected network only by multiples of the training inputs:
-W₁ = s·W₀ + Cᵀ X. With a small start W₀ the large singular values of W₁ belong to the span of the n training images and
-the others to the start, so that an attack needs to look for images in that span only, a few numbers an image instead
-of every pixel. The same singular values say what can be recovered at all: fewer than n of them above the noise
-mean that the data have collapsed to fewer directions than there are images, and no extraction can tell the images apart.
+W₁ = s·W₀ + Cᵀ X. With a small start W₀ the large singular values of W₁ belong to the span of the n training images
+and the others to the start, so that an attack needs to look for images in that span only, a few numbers an image
+instead of every pixel. The same singular values say what can be recovered at all: fewer than n of them above the
+noise mean that the data have collapsed to fewer directions than there are images, and no extraction can tell the
+images apart.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Train a homogeneous network by full-batch gradient descent until the KKT conditions nearly hold.
 
-The loss is the binary cross-entropy on labels ±1, L = mean_i log(1 + exp(−y_i Φ(x_i))). What is descended is log L, with
-the step lr / ‖∇ log L‖², which for L itself is lr / (L · ‖∇ log L‖²): every step lowers log L by about lr, so that the
-loss falls geometrically to any value the arithmetic can name, although its gradient vanishes. With weight decay
-the same step follows L + (decay / 2)‖θ‖², whose minimiser satisfies the KKT conditions at a finite loss.
+The loss is the binary cross-entropy on labels ±1, L = mean_i log(1 + exp(−y_i Φ(x_i))). What is descended is log L,
+with the step lr / ‖∇ log L‖², which for L itself is lr / (L · ‖∇ log L‖²): every step lowers log L by about lr, so
+that the loss falls geometrically to any value the arithmetic can name, although its gradient vanishes. With weight
+decay the same step follows L + (decay / 2)‖θ‖², whose minimiser satisfies the KKT conditions at a finite loss.
 
 A fully connected network is trained in the span of its data. The first layer is always W₁ = s·W₀ + Cᵀ X, so that
 steps are taken on C (n, m), with the metric of W₁, and pre-activations are s·Z₀ + X Xᵀ C: exact, and for n ≪ D much
@@ -73,7 +73,7 @@ class Recipe:
 
 @dataclass
 class TrainingReport:
-    """How the training ended: steps, loss, relative KKT residual of the training data, seconds, and whether it converged."""
+    """How a training ended: steps, loss, relative KKT residual of its data, seconds, whether it met both targets."""
 
     steps: int
     loss: float
@@ -171,7 +171,7 @@ class _Descent:
 
     def __init__(self, model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
         self.model, self.images, self.labels, self.recipe = model, images, labels, recipe
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
 
     def tensors(self) -> list[Tensor]:
         """What a step changes."""
@@ -207,7 +207,7 @@ class _SpanDescent(_Descent):
 
     def __init__(self, model: MLP, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
         super().__init__(model, images, labels, recipe)
-        first = model.layers[0]
+        first: Any = model.layers[0]
         self.x = (images - model.mean).flatten(1)  # (n, D)
         self.has_bias = first.bias is not None
         self.gram = self.x @ self.x.T + float(self.has_bias)
@@ -216,7 +216,7 @@ class _SpanDescent(_Descent):
             self.start_z = first(self.x)  # (n, m)
         self.c = torch.zeros_like(self.start_z)
         self.shrink = torch.ones((), dtype=self.x.dtype, device=self.x.device)
-        self.rest = [p for layer in list(model.layers)[1:] for p in layer.parameters()]
+        self.rest: list[Tensor] = [p for layer in list(model.layers)[1:] for p in layer.parameters()]
 
     def tensors(self) -> list[Tensor]:
         return [self.c, self.shrink, *self.rest]
@@ -232,7 +232,7 @@ class _SpanDescent(_Descent):
 
     def write_back(self) -> None:
         with torch.no_grad():
-            first = self.model.layers[0]
+            first: Any = self.model.layers[0]
             first.weight.copy_(self.shrink * self.start + self.c.T @ self.x)
             if first.bias is not None:
                 first.bias.copy_(self.c.sum(dim=0))
@@ -266,8 +266,7 @@ def _loop(descent: _Descent, recipe: Recipe, checkpoint: Path | None, progress: 
             if report.converged:
                 break
             if checkpoint is not None:
-                state = {"key": key, "step": step + 1, "tensors": [t.detach() for t in descent.tensors()]}
-                write_atomically(checkpoint, lambda target, content=state: torch.save(content, target))
+                _save(descent, checkpoint, key, step + 1)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return report
@@ -284,6 +283,11 @@ def _check(descent: _Descent, recipe: Recipe, report: TrainingReport, steps: int
         report.residual = kkt_residual(descent.model, descent.images, descent.labels)
     small_loss = log_value <= math.log(recipe.target_loss) or recipe.weight_decay > 0
     report.converged = small_loss and report.residual <= recipe.target_residual
+
+
+def _save(descent: _Descent, checkpoint: Path, key: str, steps: int) -> None:
+    state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
+    write_atomically(checkpoint, lambda target: torch.save(state, target))
 
 
 def _resume(descent: _Descent, checkpoint: Path | None, key: str) -> int:

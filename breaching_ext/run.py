@@ -196,7 +196,7 @@ def _attacks_own(attacker: Any, user: Any, reconstruction: dict, true_data: dict
         unseen = user.unseen() if hasattr(user, "unseen") else None
         added.update(attacker.report(reconstruction, true_data["data"], unseen))
     if getattr(user, "report", None) is not None:
-        added["training"] = user.report.as_dict()
+        added["training"] = user.report
     return added
 
 

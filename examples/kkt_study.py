@@ -37,7 +37,7 @@ from breaching_ext.data import BinaryFashionMNIST
 from breaching_ext.evaluation.figures import save_captioned
 from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically, write_json
-from breaching_ext.kkt import HomogeneousNetwork, Recipe, build_network, nearest, release, train
+from breaching_ext.kkt import HomogeneousNetwork, Recipe, build_network, nearest, release, train_or_load
 from breaching_ext.kkt.nearest import Nearest
 from breaching_ext.kkt.span import singular_values_in_span
 from breaching_ext.kkt.training import initialise
@@ -117,15 +117,7 @@ def victim(arm: Arm, seed: int, cache: Path) -> tuple[HomogeneousNetwork, dict[s
         initialise(model, replace(recipe, first_layer_std=0.05))  # of the size that training gives the layer
         return model, {}
     key = hashlib.sha256(repr((arm.n, arm.model, arm.labels, recipe)).encode()).hexdigest()[:16]
-    path = cache / f"{key}.pt"
-    if path.exists():
-        content = torch.load(path, weights_only=True)
-        model.load_state_dict(content["state_dict"])
-        return model, content["report"]
-    report = train(model, images, labels, recipe, path.with_suffix(".part.pt")).as_dict()
-    content = {"state_dict": model.state_dict(), "report": report}
-    write_atomically(path, lambda target: torch.save(content, target))
-    return model, report
+    return model, train_or_load(model, images, labels, recipe, cache / f"{key}.pt").as_dict()
 
 
 def attack_config(arm: Arm, seed: int) -> Any:
@@ -234,8 +226,8 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
             return plus_minus(values, digits) if values else "-"
 
         cells = [
-            f"{name}: {rows[0]['text']}", str(len(rows)), cell("kkt_loss", digits=4), cell("kkt_loss_absolute", digits=2),
-            cell("training", "residual", digits=4),
+            f"{name}: {rows[0]['text']}", str(len(rows)), cell("kkt_loss", digits=4),
+            cell("kkt_loss_absolute", digits=2), cell("training", "residual", digits=4),
             *(cell(pool, "ncc_share") for pool in ("training_images", "unseen_images", "singular_vectors")),
             *(cell(pool, "ssim_share") for pool in ("training_images", "unseen_images", "singular_vectors")),
             cell("training_images", "ncc_mean"), cell("attack_seconds", digits=0),
@@ -296,7 +288,7 @@ def main() -> None:
     """Make what is missing, then the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kkt")
-    parser.add_argument("--cache", type=Path, default=Path("outputs") / "kkt_study", help="trained weights")
+    parser.add_argument("--cache", type=Path, default=Path("outputs") / "kkt_networks", help="trained weights")
     parser.add_argument("--only", default="", help="comma-separated arms")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--list", action="store_true")

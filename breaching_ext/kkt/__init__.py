@@ -6,7 +6,7 @@ from .nearest import nearest
 from .problem import build_problem
 from .release import load_checkpoint, network_from_checkpoint, release
 from .span import singular_values_in_span
-from .training import Recipe, train
+from .training import Recipe, train, train_or_load
 
 __all__ = [
     "MLP",
@@ -23,4 +23,5 @@ __all__ = [
     "release",
     "singular_values_in_span",
     "train",
+    "train_or_load",
 ]

@@ -208,7 +208,7 @@ class Extraction:
         """Everything that the rest of the run depends on."""
         best = self.best
         return {
-            "step": self.step_count,
+            "iteration": self.step_count,
             "tensors": [t.detach() for t in (self.x, self.lam, *self.slack)],
             "optimizer": self._optimizer.state_dict(),
             "best": [best.coordinates, best.multipliers, best.losses, best.objective],
@@ -217,7 +217,7 @@ class Extraction:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of a run with the same arguments."""
-        self.step_count = state["step"]
+        self.step_count = state["iteration"]
         with torch.no_grad():
             for mine, saved in zip((self.x, self.lam, *self.slack), state["tensors"], strict=True):
                 mine.copy_(saved)

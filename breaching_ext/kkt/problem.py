@@ -50,14 +50,14 @@ class Problem:
 
 
 def build_problem(
-    model: HomogeneousNetwork, steepness: float, span: str | int = "auto", candidates: int | None = None
+    model: HomogeneousNetwork, steepness: float, span: str | int | Span = "auto", candidates: int | None = None
 ) -> Problem:
     """Build the problem with the cheapest exact residual for the network.
 
     Args:
         model: the network; it is not changed.
         steepness: of the slopes σ(steepness · z); infinity is the plain ReLU.
-        span: 'auto', 'full' or a number (:func:`~breaching_ext.kkt.span.span_of`); for fully connected networks.
+        span: 'auto', 'full', a number (:func:`~breaching_ext.kkt.span.span_of`) or a space; only for an MLP.
         candidates: number of candidates.
     """
     mean = model.mean.detach()
@@ -70,8 +70,8 @@ def build_problem(
 
         return Problem(of_pixels, norm, mean, tuple(model.shape))
     layers = [(w.detach(), None if b is None else b.detach()) for w, b in model.linears]
-    found = None if span == "full" else span_of(layers[0][0], span, candidates)
-    if found is None or found.full:
+    found = span if isinstance(span, Span) else span_of(layers[0][0], span, candidates)
+    if found.full:
         full = GramResidual(layers, steepness)
         flat = _flattened(full)
         return Problem(flat, full.norm, mean, tuple(model.shape), None, full.slack_widths)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .models import MLP, HomogeneousNetwork
-from .training import Recipe, TrainingReport, initialise, train
+from .span import singular_values_in_span
+from .training import Recipe, initialise, train, train_or_load
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class TrainedModelUser(UserSingleStep):
 
     * weights: path of a checkpoint to load instead of training;
     * untrained: release the start of the training (the control);
-    * checkpoint_path: where a training that was stopped goes on.
+    * checkpoint_path: where a training that was stopped goes on;
+    * cache_path: keep the trained weights there, or take them from there; for several attacks on one network.
     """
 
     def __init__(self, model: Any, loss: Any, dataloader: Any, setup: Any, idx: Any, cfg_user: Any, cfg_training: Any):
@@ -60,7 +62,7 @@ class TrainedModelUser(UserSingleStep):
         super().__init__(model, loss, dataloader, setup, idx, cfg_user)
         self.training_options = cfg_training
         self.recipe = recipe_from(cfg_training)
-        self.report: TrainingReport | None = None
+        self.report: dict[str, Any] | None = None
 
     def compute_local_updates(self, server_payload: dict, custom_data: dict | None = None) -> tuple[dict, dict]:
         """Train, and return the released weights as (shared_data, true_user_data)."""
@@ -106,11 +108,24 @@ class TrainedModelUser(UserSingleStep):
         elif options.get("untrained"):
             initialise(self.model, self.recipe)
         else:
-            self.report = train(self.model, images, labels, self.recipe, options.get("checkpoint_path"))
-            log.info(
-                "Trained for %d steps (%.1f s): loss %.1e, KKT residual of the training data %.4f.",
-                *(self.report.steps, self.report.seconds, self.report.loss, self.report.residual),
-            )
+            self._train_network(images, labels)
+
+    def _train_network(self, images: Tensor, labels: Tensor) -> None:
+        options = self.training_options
+        if options.get("cache_path"):
+            report = train_or_load(self.model, images, labels, self.recipe, options.cache_path)
+        else:
+            report = train(self.model, images, labels, self.recipe, options.get("checkpoint_path"))
+        log.info(
+            "Trained for %d steps (%.1f s): loss %.1e, KKT residual of the training data %.4f.",
+            *(report.steps, report.seconds, report.loss, report.residual),
+        )
+        self.report = report.as_dict()
+        first = next(self.model.parameters()).detach()
+        if first.ndim == 2:
+            values = singular_values_in_span(first, (images - self.model.mean).flatten(1)).tolist()
+            log.info("Singular values of the first layer in the span of the data: %s.", _joined(values))
+            self.report["singular_values_in_span"] = values
 
 
 def recipe_from(options: Mapping[str, Any]) -> Recipe:
@@ -120,7 +135,7 @@ def recipe_from(options: Mapping[str, Any]) -> Recipe:
         ConfigError: for a key that is neither of the recipe nor of the user.
     """
     names = {f.name for f in fields(Recipe)}
-    unknown = set(options) - names - {"weights", "untrained", "checkpoint_path"}
+    unknown = set(options) - names - {"weights", "untrained", "checkpoint_path", "cache_path"}
     if unknown:
         raise ConfigError(f"Unknown case.training keys {sorted(unknown)}; valid: {', '.join(sorted(names))}, weights.")
     return Recipe(**{name: options[name] for name in names if name in options})
@@ -191,6 +206,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} holds no state dict, nor a dict with one under {', '.join(_NESTS)}.")
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     return {k.removeprefix("module.").removeprefix("model."): v for k, v in tensors.items()}
+
+
+def _joined(values: list[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> str:

@@ -69,10 +69,10 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
     Raises:
         ConfigError: for any other `rank`.
     """
-    _, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    values, right = values.to(weight), right.to(weight)
     if rank == "full":
-        return Span(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), values)
+        return Span(torch.eye(weight.shape[1]).to(weight), torch.linalg.svdvals(weight.cpu()).to(weight))
+    _, values, right = torch.linalg.svd(weight.cpu().double(), full_matrices=False)  # not every device has it
+    values, right = values.to(weight), right.to(weight)
     if rank == "auto":
         chosen = signal_rank(values)
         if chosen == 0 or 2 * chosen > len(values):
@@ -81,6 +81,12 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= len(values):
         raise ConfigError(f"span={rank!r} is not possible; valid: auto, full, or 1 to {len(values)}.")
     return Span(right[:rank], values)
+
+
+def span_of_images(images: Tensor) -> Span:
+    """Return the space that known images (n, D) span; of the first layer it keeps all that depends on them."""
+    basis, _ = torch.linalg.qr(images.cpu().double().T)  # (D, n)
+    return Span(basis.T.to(images), images.new_zeros(0))
 
 
 def signal_rank(singular_values: Tensor) -> int:
@@ -95,5 +101,4 @@ def singular_values_in_span(weight: Tensor, images: Tensor) -> Tensor:
         weight: first layer (m, D).
         images: the training images as the layer sees them, (n, D).
     """
-    basis, _ = torch.linalg.qr(images.double().T)  # (D, n)
-    return torch.linalg.svdvals(weight.double() @ basis)
+    return torch.linalg.svdvals(span_of_images(images.cpu().double()).inside(weight.cpu().double()))

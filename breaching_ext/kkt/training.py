@@ -127,6 +127,28 @@ def train(
     return report
 
 
+def train_or_load(
+    model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe, path: str | Path
+) -> TrainingReport:
+    """Train as :func:`train` does and keep the result in a file, or take it from there: several attacks on one network.
+
+    Raises:
+        ConfigError: when the file holds a network of another recipe or other images.
+    """
+    path = Path(path)
+    key = repr((recipe, tuple(model.state_dict()), float(images.double().sum()), labels.tolist()))
+    if path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["key"] != key:
+            raise ConfigError(f"{path} holds a network of another recipe or other images; remove it or choose another.")
+        model.load_state_dict(content["state_dict"])
+        return TrainingReport(**content["report"])
+    report = train(model, images, labels, recipe, path.with_suffix(".part.pt"))
+    content = {"key": key, "state_dict": model.state_dict(), "report": report.as_dict()}
+    write_atomically(path, lambda target: torch.save(content, target))
+    return report
+
+
 def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor) -> None:
     """Check a training set.
 

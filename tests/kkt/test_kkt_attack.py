@@ -33,7 +33,8 @@ SMALL = ["optim.max_iterations=400", "restarts.num_trials=4", "restarts.seed=0",
 
 def config(*overrides: str):
     with contextlib.redirect_stdout(io.StringIO()):
-        return breaching.get_attack_config("kkt", overrides=[*SMALL, *overrides])
+        chosen = {key.split("=")[0]: key for key in [*SMALL, *overrides]}  # Hydra refuses a key that is given twice
+        return breaching.get_attack_config("kkt", overrides=list(chosen.values()))
 
 
 def squares() -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +99,7 @@ def test_a_start_can_be_given_and_the_span_can_be_switched_off(victim):
     """From the true images the loss is small at once; the plain start needs its steps."""
     images, labels = squares()
     ordered = images[labels.argsort(descending=True)]
-    overrides = ("extraction.multiple=1", "extraction.span=full", "optim.max_iterations=150")
+    overrides = ("extraction.multiple=1", "extraction.span=full", "optim.max_iterations=150", "extraction.lr=0.002")
     attacker = KKTAttacker(victim, None, config(*overrides))
     warm, warm_stats = attacker.reconstruct(*release(victim, 4), initial_data=ordered)
     assert warm_stats["engine"] == "kkt, all pixels"
@@ -281,7 +282,7 @@ def test_blocks_are_balanced(folder):
     assert permuted.targets == BinaryFashionMNIST(labels="permuted", folder=folder).targets
     assert len(data.other_split()) == 30
     assert data.mean_image().shape == (1, 28, 28)
-    with pytest.raises(ConfigError, match="case.data.labels"):
+    with pytest.raises(ConfigError, match=r"case\.data\.labels"):
         BinaryFashionMNIST(labels="magic", folder=folder)
     with pytest.raises(ConfigError, match="not found"):
         BinaryFashionMNIST(folder=folder / "nothing")
@@ -297,7 +298,7 @@ def test_the_command_trains_attacks_and_evaluates(root, tmp_path, folder):
     done = command(
         *(root, tmp_path, f"case.data.path={folder}", "case.data.default_clients=2", "case.model=kkt-mlp-40"),
         *("case.user.num_data_points=4", "case.training.target_loss=1e-4", "case.training.check_every=100"),
-        *("case.training.lr=0.05", "case.training.max_steps=400", "attack.optim.max_iterations=50"),
+        *("case.training.lr=0.05", "case.training.max_steps=300", "attack.optim.max_iterations=20"),
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr + done.stdout
@@ -305,7 +306,7 @@ def test_the_command_trains_attacks_and_evaluates(root, tmp_path, folder):
     record = json.loads((home / "metrics.json").read_text())
     assert set(record["kkt"]) == {"training", "unseen"}
     assert len(record["kkt"]["unseen"]["ncc"]) == 4
-    assert record["training"]["loss"] < 1e-2
+    assert record["training"]["loss"] < 1e-3
     assert record["kkt_loss"] > 0
     assert record["kkt_loss_absolute"] > record["kkt_loss"]
     tensors = torch.load(home / "candidates.pt")
@@ -314,6 +315,11 @@ def test_the_command_trains_attacks_and_evaluates(root, tmp_path, folder):
     for name in ("reconstruction.png", "candidates.png", "config.yaml"):
         assert (home / name).exists()
     assert not (home / "training.pt").exists()
+
+
+def release_of(cfg):
+    user, server, *_ = breaching.cases.construct_case(cfg.case, {"device": torch.device("cpu"), "dtype": torch.float})
+    return server.run_protocol(user)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +337,8 @@ def test_errors_are_one_line(folder, overrides, words):
     small = [f"case.data.path={folder}", "case.data.default_clients=2", "attack.optim.max_iterations=2"]
     with contextlib.redirect_stdout(io.StringIO()):
         cfg = breaching.get_config(overrides=["case=kkt_fashion_mnist", "attack=kkt", *small, *overrides])
-    setup = {"device": torch.device("cpu"), "dtype": torch.float}
     with pytest.raises(ConfigError, match=words):
-        user, server, *_ = breaching.cases.construct_case(cfg.case, setup)
-        server.run_protocol(user)
+        release_of(cfg)
 
 
 def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):

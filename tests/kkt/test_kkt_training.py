@@ -171,7 +171,7 @@ def test_bad_training_sets(images, labels, words):
 
 @pytest.mark.parametrize("values", [{"lr": 0.0}, {"weight_decay": -1.0}, {"dtype": "half"}, {"max_steps": 0}])
 def test_impossible_recipes(values):
-    with pytest.raises(ConfigError, match="training."):
+    with pytest.raises(ConfigError, match=r"training\."):
         Recipe(**values)
 
 

@@ -212,7 +212,8 @@ def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
 def _what_is_attacked(cfg: Any) -> str:
     points = cfg.case.user.num_data_points
     labels = "known" if cfg.case.user.provide_labels else "unknown"
+    seen = "the weights they trained" if cfg.case.user.user_type == "trained_model" else "their shared update"
     return (
         f"{cfg.case.name}: {points} image{'s' if points > 1 else ''} of client {cfg.case.user.get('user_idx')} from "
-        f"their shared update, model {cfg.case.model}, labels {labels}; attack {cfg.attack.type}."
+        f"{seen}, model {cfg.case.model}, labels {labels}; attack {cfg.attack.type}."
     )

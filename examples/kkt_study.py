@@ -92,6 +92,14 @@ ARMS: dict[str, Arm] = {
     ),
     "full-span": replace(DEFAULT, text="all pixels instead of the span", attack=("extraction.span=full",)),
     "deep": replace(DEFAULT, text="784-300-300-1", model="kkt-mlp-300-300", seeds=3),
+    "conv": replace(
+        DEFAULT,
+        text="small convolution",
+        model="kkt-conv-8-8",
+        recipe=replace(START, first_layer_std=0.01, lr=0.02, max_steps=3000),
+        attack=("optim.max_iterations=600",),
+        seeds=3,
+    ),
 }
 
 
@@ -173,8 +181,15 @@ def make(name: str, seed: int, out: Path, cache: Path) -> None:
 def picture(path: Path, images: torch.Tensor, scores: Nearest, margins: torch.Tensor, title: str) -> None:
     """Draw each training image above its nearest candidate, smallest margin first."""
     order = margins.argsort()
-    captions = [f"NCC {scores.ncc[i]:.2f}\nSSIM {scores.ssim[i]:.2f}" for i in order]
-    save_captioned(path, images[order], scores.images[order].float(), captions, f"{title}, by margin", "nearest")
+    captions = [f"{scores.ncc[i]:.2f} / {scores.ssim[i]:.2f}" for i in order]
+    save_captioned(
+        path,
+        images[order],
+        scores.images[order].float(),
+        captions,
+        f"{title}: images by margin, NCC / SSIM of the nearest candidate",
+        "nearest",
+    )
 
 
 def run_file(out: Path, name: str, seed: int) -> Path:

@@ -36,7 +36,7 @@ def correlations(left: Tensor, right: Tensor) -> Tensor:
         left: images (p, ...), in practice without the mean image, which would correlate everything.
         right: images (q, ...).
     """
-    a, b = (x.flatten(1).double() for x in (left, right))
+    a, b = (x.detach().cpu().flatten(1).double() for x in (left, right))  # not every device has double precision
     a, b = (x - x.mean(dim=1, keepdim=True) for x in (a, b))
     a, b = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (a, b))
     return a @ b.T

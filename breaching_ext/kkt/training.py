@@ -136,7 +136,7 @@ def train_or_load(
         ConfigError: when the file holds a network of another recipe or other images.
     """
     path = Path(path)
-    key = repr((recipe, tuple(model.state_dict()), float(images.double().sum()), labels.tolist()))
+    key = repr((recipe, tuple(model.state_dict()), float(images.cpu().double().sum()), labels.tolist()))
     if path.exists():
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["key"] != key:
@@ -271,7 +271,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _loop(descent: _Descent, recipe: Recipe, checkpoint: Path | None, progress: bool | None) -> TrainingReport:
-    key = repr((asdict(recipe), float(descent.images.double().sum()), descent.labels.tolist()))
+    key = repr((asdict(recipe), float(descent.images.cpu().double().sum()), descent.labels.tolist()))
     start = _resume(descent, checkpoint, key)
     report = TrainingReport(start, math.nan, math.nan, 0.0, False)
     bar = tqdm(

@@ -11,6 +11,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 
 import breaching
 import numpy as np
@@ -18,12 +19,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 import breaching_ext
 from breaching_ext.attacks import KKTAttacker
 from breaching_ext.data import BinaryFashionMNIST
 from breaching_ext.errors import ConfigError, SharedDataError
-from breaching_ext.kkt import MLP, Recipe, load_checkpoint, nearest, network_from_checkpoint, release, train
+from breaching_ext.kkt import (
+    MLP,
+    Recipe,
+    load_checkpoint,
+    nearest,
+    network_from_checkpoint,
+    release,
+    train,
+    train_or_load,
+)
 from breaching_ext.kkt.candidates import candidate_labels, correlations, stretch, strongest
 from breaching_ext.kkt.training import initialise
 
@@ -32,7 +43,8 @@ SMALL = ["optim.max_iterations=400", "restarts.num_trials=4", "restarts.seed=0",
 
 
 def config(*overrides: str):
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         chosen = {key.split("=")[0]: key for key in [*SMALL, *overrides]}  # Hydra refuses a key that is given twice
         return breaching.get_attack_config("kkt", overrides=list(chosen.values()))
 
@@ -335,10 +347,34 @@ def release_of(cfg):
 def test_errors_are_one_line(folder, overrides, words):
     breaching_ext.register()
     small = [f"case.data.path={folder}", "case.data.default_clients=2", "attack.optim.max_iterations=2"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         cfg = breaching.get_config(overrides=["case=kkt_fashion_mnist", "attack=kkt", *small, *overrides])
     with pytest.raises(ConfigError, match=words):
         release_of(cfg)
+
+
+def test_the_sweep_names_settings_that_exist(root):
+    """And trains one network for all its runs."""
+    sweep = OmegaConf.load(root / "config" / "sweep" / "kkt.yaml")
+    cfg = config()
+    for name, values in sweep.hydra.sweeper.params.items():
+        key = name.removeprefix("attack.")
+        assert OmegaConf.select(cfg, key) is not None
+        for value in str(values).split(","):
+            KKTAttacker(MLP(SHAPE, (3,)), None, config(f"{key}={value}"))
+    assert "cache_path" in OmegaConf.load(root / "config" / "case" / "kkt_fashion_mnist.yaml").training
+
+
+def test_one_network_for_several_attacks(tmp_path):
+    images, labels = squares()
+    recipe = Recipe(1e-3, lr=0.05, target_loss=1e-2, target_residual=1.0, check_every=50, seed=1)
+    first, second = MLP(SHAPE, (10,)), MLP(SHAPE, (10,))
+    report = train_or_load(first, images, labels, recipe, tmp_path / "network.pt")
+    assert train_or_load(second, images, labels, recipe, tmp_path / "network.pt") == report
+    assert torch.equal(first(images), second(images))
+    with pytest.raises(ConfigError, match="another recipe"):
+        train_or_load(second, images, -labels, recipe, tmp_path / "network.pt")
 
 
 def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):

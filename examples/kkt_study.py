@@ -78,10 +78,10 @@ ARMS: dict[str, Arm] = {
     "start-1e-4": replace(DEFAULT, text="first layer from 1e-4", recipe=replace(START, first_layer_std=1e-4)),
     "parity": replace(DEFAULT, text="true labels (even against odd classes)", labels="parity"),
     "n20": replace(DEFAULT, text="20 images", n=20),
-    "n20-wide": replace(DEFAULT, text="20 images, 784-1000-1", n=20, model="kkt-mlp-1000"),
-    "wide": replace(DEFAULT, text="784-1000-1", model="kkt-mlp-1000"),
     "lambda-slow": replace(DEFAULT, text="λ rate / 4", attack=("extraction.lr_lambda=0.0005",)),
     "lambda-fast": replace(DEFAULT, text="λ rate × 5", attack=("extraction.lr_lambda=0.01",)),
+    "n20-wide": replace(DEFAULT, text="20 images, 784-1000-1", n=20, model="kkt-mlp-1000"),
+    "wide": replace(DEFAULT, text="784-1000-1", model="kkt-mlp-1000"),
     "paper": replace(
         DEFAULT,
         text="as the paper: all pixels, no slacks, SGD",

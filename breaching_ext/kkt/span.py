@@ -6,6 +6,10 @@ and the others to the start, so that an attack needs to look for images in that 
 instead of every pixel. The same singular values say what can be recovered at all: fewer than n of them above the
 noise mean that the data have collapsed to fewer directions than there are images, and no extraction can tell the
 images apart.
+
+References:
+    Gavish and Donoho, "The optimal hard threshold for singular values is 4/√3", IEEE Trans. Information Theory 2014
+    (how far above the median a singular value must be).
 """
 
 from __future__ import annotations
@@ -16,9 +20,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-
-#: a singular value counts as signal above this many times the median one
-NOISE_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
 
     Args:
         weight: first layer (m, D).
-        rank: 'auto' takes the singular vectors whose value is above `NOISE_FACTOR` times the median one, provided that
+        rank: 'auto' takes the singular vectors whose value stands above the noise (:func:`signal_rank`), provided that
             they are fewer than half of all (else the median is no noise) and not more than `candidates`; 'full' takes
             all pixels; a number takes that many.
         candidates: number of candidates, an upper bound for the number of images.
@@ -74,7 +75,7 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
     _, values, right = torch.linalg.svd(weight.cpu().double(), full_matrices=False)  # not every device has it
     values, right = values.to(weight), right.to(weight)
     if rank == "auto":
-        chosen = signal_rank(values)
+        chosen = signal_rank(values, min(weight.shape) / max(weight.shape))
         if chosen == 0 or 2 * chosen > len(values):
             return span_of(weight, "full")
         return Span(right[: min(chosen, candidates or chosen)], values)
@@ -89,9 +90,15 @@ def span_of_images(images: Tensor) -> Span:
     return Span(basis.T.to(images), images.new_zeros(0))
 
 
-def signal_rank(singular_values: Tensor) -> int:
-    """Number of singular values above the noise of the start."""
-    return int((singular_values > NOISE_FACTOR * singular_values.median()).sum())
+def signal_rank(singular_values: Tensor, aspect: float) -> int:
+    """Number of singular values above the noise of the start, by the threshold of Gavish and Donoho.
+
+    Args:
+        singular_values: of a matrix whose entries carry independent noise of unknown size.
+        aspect: its shorter side over its longer one, β.
+    """
+    factor = 0.56 * aspect**3 - 0.95 * aspect**2 + 1.82 * aspect + 1.43  # their approximation of ω(β)
+    return int((singular_values > factor * singular_values.median()).sum())
 
 
 def singular_values_in_span(weight: Tensor, images: Tensor) -> Tensor:

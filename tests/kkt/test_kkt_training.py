@@ -90,9 +90,20 @@ def test_the_span_of_the_data_shows_in_the_first_layer():
     assert float(inside.norm() / centred.norm()) > 0.95  # any four directions: 0.33
     values = singular_values_in_span(weight, centred)
     torch.testing.assert_close(values[:2].float(), span.singular_values[:2], rtol=1e-3, atol=1e-3)
-    noise = torch.randn(300, 60, generator=torch.Generator().manual_seed(0))
-    assert signal_rank(torch.linalg.svdvals(noise)) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(60, 150), st.integers(60, 150), st.integers(1, 12), st.integers(0, 99))
+def test_noise_is_told_from_signal_for_any_aspect(rows, columns, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, columns, generator=generator)
+    aspect = min(rows, columns) / max(rows, columns)
+    assert signal_rank(torch.linalg.svdvals(noise), aspect) == 0
     assert span_of(noise, "auto").full
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in (rows, columns))
+    strong = noise + 5 * (rows**0.5 + columns**0.5) * left @ right.T
+    assert span_of(strong, "auto").rank == rank
+    assert span_of(strong, "auto", candidates=1).rank == 1
 
 
 @pytest.mark.parametrize("rank", ["some", 0, True, 99])

@@ -39,8 +39,8 @@ from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.kkt import HomogeneousNetwork, Recipe, build_network, nearest, release, train_or_load
 from breaching_ext.kkt.nearest import Nearest
+from breaching_ext.kkt.recipe import initialise
 from breaching_ext.kkt.span import singular_values_in_span
-from breaching_ext.kkt.training import initialise
 from breaching_ext.registration import register
 from breaching_ext.run import describe_device, versions
 

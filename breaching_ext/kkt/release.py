@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .models import MLP, HomogeneousNetwork
+from .recipe import Recipe, initialise
 from .span import singular_values_in_span
-from .training import Recipe, initialise, train, train_or_load
+from .training import train, train_or_load
 
 log = logging.getLogger(__name__)
 

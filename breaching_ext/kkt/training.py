@@ -4,10 +4,6 @@ The loss is the binary cross-entropy on labels ±1, L = mean_i log(1 + exp(−y_
 with the step lr / ‖∇ log L‖², which for L itself is lr / (L · ‖∇ log L‖²): every step lowers log L by about lr, so
 that the loss falls geometrically to any value the arithmetic can name, although its gradient vanishes. With weight
 decay the same step follows L + (decay / 2)‖θ‖², whose minimiser satisfies the KKT conditions at a finite loss.
-
-A fully connected network is trained in the span of its data. The first layer is always W₁ = s·W₀ + Cᵀ X, so that
-steps are taken on C (n, m), with the metric of W₁, and pre-activations are s·Z₀ + X Xᵀ C: exact, and for n ≪ D much
-cheaper than steps on W₁.
 """
 
 from __future__ import annotations
@@ -15,9 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,65 +20,12 @@ from tqdm.auto import tqdm
 
 from ..errors import ConfigError, SharedDataError
 from ..files import write_atomically
-from .models import MLP, HomogeneousNetwork
+from .descent import Descent, descent_of
+from .models import HomogeneousNetwork
 from .multipliers import kkt_residual
+from .recipe import Recipe, TrainingReport, initialise
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained.
-
-    Args:
-        first_layer_std: standard deviation of the first layer's start; its bias starts at 0.
-        head_scale: factor on the default start of the other layers. Small values bring the network nearer to a KKT
-            point, because gradient flow preserves the differences of the layers' squared norms.
-        lr: decrease of log L a step.
-        weight_decay: 0 is plain gradient descent.
-        target_loss: train at least to this loss.
-        target_residual: and until the KKT residual of the training data, relative to ‖θ‖², is below this.
-        max_steps: give up after so many steps, with a warning.
-        check_every: steps between two evaluations of the residual and two checkpoints.
-        dtype: 'auto' is float64 where the device has it, else float32.
-        seed: of the start; None takes torch's current state.
-    """
-
-    first_layer_std: float = 1e-4
-    head_scale: float = 1.0
-    lr: float = 0.01
-    weight_decay: float = 0.0
-    target_loss: float = 1e-12
-    target_residual: float = 0.01
-    max_steps: int = 50_000
-    check_every: int = 1000
-    dtype: str = "auto"
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("first_layer_std", "head_scale", "lr", "target_loss", "max_steps", "check_every"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: above 0.")
-        for name in ("weight_decay", "target_residual"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: 0 or more.")
-        if self.dtype not in ("auto", "float", "float32", "double", "float64"):
-            raise ConfigError(f"training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
-
-
-@dataclass
-class TrainingReport:
-    """How a training ended: steps, loss, relative KKT residual of its data, seconds, whether it met both targets."""
-
-    steps: int
-    loss: float
-    residual: float
-    seconds: float
-    converged: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields."""
-        return asdict(self)
 
 
 def train(
@@ -113,7 +55,7 @@ def train(
     model.to(_dtype(recipe.dtype, device))
     dtype = model.mean.dtype
     initialise(model, recipe)
-    descent = _descent(model, images.to(device, dtype), labels.to(device, dtype), recipe)
+    descent = descent_of(model, images.to(device, dtype), labels.to(device, dtype), recipe)
     start = time.perf_counter()
     report = _loop(descent, recipe, None if checkpoint is None else Path(checkpoint), progress)
     descent.write_back()
@@ -167,110 +109,13 @@ def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor
         raise SharedDataError(f"Labels {wrong} are not valid for the logistic loss; valid: -1 and +1.")
 
 
-def initialise(model: HomogeneousNetwork, recipe: Recipe) -> None:
-    """Draw the start: a small first layer without bias, the others from torch's default, scaled."""
-    generator = torch.Generator()
-    generator.manual_seed(torch.initial_seed() % 2**63 if recipe.seed is None else recipe.seed)
-    with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
-            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim == 1:
-                parameter.zero_()
-            elif index == 0:
-                parameter.copy_(recipe.first_layer_std * draw)
-            else:  # the variance of torch's default for linear layers, 1 / (3 fan-in), as a normal distribution
-                parameter.copy_(recipe.head_scale * draw / math.sqrt(3 * parameter[0].numel()))
-
-
-def log_loss(margins: Tensor) -> Tensor:
-    """Return log mean_i log(1 + exp(−q_i)) of margins q (n,), exact also where the loss itself underflows."""
-    small = torch.nn.functional.softplus(-margins.clamp_max(30)).log()
-    return torch.logsumexp(torch.where(margins > 30, -margins, small), dim=0) - math.log(len(margins))
-
-
-class _Descent:
-    """Steps on all parameters of any network; `_SpanDescent` takes them in the span of the data."""
-
-    def __init__(self, model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
-        self.model, self.images, self.labels, self.recipe = model, images, labels, recipe
-        self.parameters: list[Tensor] = list(model.parameters())
-
-    def tensors(self) -> list[Tensor]:
-        """What a step changes."""
-        return self.parameters
-
-    def step(self) -> Tensor:
-        """Take one step; returns log L before it."""
-        value = log_loss(self.labels * self.model(self.images)[:, 0])
-        gradients = torch.autograd.grad(value, self.parameters)
-        self._move(value.detach(), self.parameters, list(gradients), sum(g.square().sum() for g in gradients))
-        return value.detach()
-
-    def _move(self, value: Tensor, tensors: list[Tensor], gradients: list[Tensor], squared_norm: Any) -> Tensor:
-        rate = self.recipe.lr / squared_norm  # of log L, whose gradient is ∇L / L
-        decay = 1 - self.recipe.weight_decay * rate / value.exp() if self.recipe.weight_decay else None
-        if decay is not None:
-            decay = decay.clamp_min(0.5)  # far out, where L is tiny, the decay would outrun the step
-        with torch.no_grad():
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                if decay is not None:
-                    tensor.mul_(decay)
-                tensor.sub_(rate * gradient)
-        return torch.ones_like(value) if decay is None else decay
-
-    def write_back(self) -> None:
-        """Bring the network's parameters up to date."""
-
-
-class _SpanDescent(_Descent):
-    """Steps of a fully connected network with C in place of the first layer."""
-
-    model: MLP
-
-    def __init__(self, model: MLP, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
-        super().__init__(model, images, labels, recipe)
-        first: Any = model.layers[0]
-        self.x = (images - model.mean).flatten(1)  # (n, D)
-        self.has_bias = first.bias is not None
-        self.gram = self.x @ self.x.T + float(self.has_bias)
-        self.start = first.weight.detach().clone()
-        with torch.no_grad():
-            self.start_z = first(self.x)  # (n, m)
-        self.c = torch.zeros_like(self.start_z)
-        self.shrink = torch.ones((), dtype=self.x.dtype, device=self.x.device)
-        self.rest: list[Tensor] = [p for layer in list(model.layers)[1:] for p in layer.parameters()]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.c, self.shrink, *self.rest]
-
-    def step(self) -> Tensor:
-        z = (self.shrink * self.start_z + self.gram @ self.c).requires_grad_()
-        value = log_loss(self.labels * self.model.after_first(z)[:, 0])
-        of_z, *of_rest = torch.autograd.grad(value, [z, *self.rest])
-        # the gradient of W₁ is of_zᵀ X, hence of C it is of_z, with norm ⟨of_z of_zᵀ, X Xᵀ⟩
-        squared_norm = ((of_z @ of_z.T) * self.gram).sum() + sum(g.square().sum() for g in of_rest)
-        self.shrink.mul_(self._move(value.detach(), [self.c, *self.rest], [of_z, *of_rest], squared_norm))
-        return value.detach()
-
-    def write_back(self) -> None:
-        with torch.no_grad():
-            first: Any = self.model.layers[0]
-            first.weight.copy_(self.shrink * self.start + self.c.T @ self.x)
-            if first.bias is not None:
-                first.bias.copy_(self.c.sum(dim=0))
-
-
-def _descent(model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe) -> _Descent:
-    return (_SpanDescent if isinstance(model, MLP) else _Descent)(model, images, labels, recipe)  # type: ignore[arg-type]
-
-
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "mps" else torch.float64
     return torch.float64 if name in ("double", "float64") else torch.float32
 
 
-def _loop(descent: _Descent, recipe: Recipe, checkpoint: Path | None, progress: bool | None) -> TrainingReport:
+def _loop(descent: Descent, recipe: Recipe, checkpoint: Path | None, progress: bool | None) -> TrainingReport:
     key = repr((asdict(recipe), float(descent.images.cpu().double().sum()), descent.labels.tolist()))
     start = _resume(descent, checkpoint, key)
     report = TrainingReport(start, math.nan, math.nan, 0.0, False)
@@ -294,7 +139,7 @@ def _loop(descent: _Descent, recipe: Recipe, checkpoint: Path | None, progress: 
     return report
 
 
-def _check(descent: _Descent, recipe: Recipe, report: TrainingReport, steps: int, log_value: float) -> None:
+def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int, log_value: float) -> None:
     """Bring the report up to date; the residual costs more than a step, so it waits until the loss is there."""
     report.steps, report.loss = steps, math.exp(log_value) if log_value > -740 else 0.0
     last = steps >= recipe.max_steps
@@ -307,12 +152,12 @@ def _check(descent: _Descent, recipe: Recipe, report: TrainingReport, steps: int
     report.converged = small_loss and report.residual <= recipe.target_residual
 
 
-def _save(descent: _Descent, checkpoint: Path, key: str, steps: int) -> None:
+def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
     state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
     write_atomically(checkpoint, lambda target: torch.save(state, target))
 
 
-def _resume(descent: _Descent, checkpoint: Path | None, key: str) -> int:
+def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:
     if checkpoint is None or not checkpoint.exists():
         return 0
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)

@@ -36,7 +36,7 @@ from breaching_ext.kkt import (
     train_or_load,
 )
 from breaching_ext.kkt.candidates import candidate_labels, correlations, stretch, strongest
-from breaching_ext.kkt.training import initialise
+from breaching_ext.kkt.recipe import initialise
 
 SHAPE = (1, 6, 6)
 SMALL = ["optim.max_iterations=400", "restarts.num_trials=4", "restarts.seed=0", "extraction.lr=0.05"]

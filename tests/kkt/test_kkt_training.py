@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breaching_ext.errors import ConfigError, SharedDataError
-from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, singular_values_in_span, train, training
+from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train
 from breaching_ext.kkt.models import SmoothBackwardReLU
 from breaching_ext.kkt.multipliers import kkt_residual
+from breaching_ext.kkt.recipe import initialise
 from breaching_ext.kkt.span import signal_rank, span_of
 
 SHAPE = (1, 6, 6)
@@ -36,12 +37,12 @@ def network(widths=(60,)) -> MLP:
 def test_log_loss_is_the_log_of_the_loss(margins):
     q = torch.tensor(margins, dtype=torch.double)
     direct = torch.nn.functional.softplus(-q).mean().log()
-    torch.testing.assert_close(training.log_loss(q), direct, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(descent.log_loss(q), direct, rtol=1e-9, atol=1e-9)
 
 
 def test_log_loss_goes_on_where_the_loss_underflows():
     q = torch.tensor([2000.0, 3000.0], requires_grad=True)
-    value = training.log_loss(q)
+    value = descent.log_loss(q)
     assert float(value.detach()) == pytest.approx(-2000 - math.log(2))
     value.backward()
     torch.testing.assert_close(q.grad, torch.tensor([-1.0, 0.0]))
@@ -52,12 +53,12 @@ def test_steps_in_the_span_are_steps_on_all_weights(decay):
     images, labels = data()
     recipe = replace(RECIPE, weight_decay=decay, first_layer_std=0.05)
     results = []
-    for kind in (training._Descent, training._SpanDescent):
+    for kind in (descent.Descent, descent.SpanDescent):
         model = network((20, 10)).double()
-        training.initialise(model, recipe)
-        descent = kind(model, images.double(), labels.double(), recipe)
-        losses = [float(descent.step()) for _ in range(60)]
-        descent.write_back()
+        initialise(model, recipe)
+        steps = kind(model, images.double(), labels.double(), recipe)
+        losses = [float(steps.step()) for _ in range(60)]
+        steps.write_back()
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-8)
     assert results[0][0][-1] < results[0][0][0] - 0.5
@@ -73,7 +74,7 @@ def test_training_meets_both_targets_and_the_residual_is_that_of_the_data():
     assert report.loss <= RECIPE.target_loss
     assert report.residual <= RECIPE.target_residual
     margins = labels * model(images)[:, 0]
-    assert float(training.log_loss(margins.double()).detach().exp()) == pytest.approx(report.loss, rel=0.05)
+    assert float(descent.log_loss(margins.double()).detach().exp()) == pytest.approx(report.loss, rel=0.05)
     others, _ = data(seed=9)
     assert kkt_residual(model, others, labels) > 20 * kkt_residual(model, images, labels)
     assert kkt_residual(network(), images, labels) > 0.5  # an untrained network satisfies nothing
@@ -117,7 +118,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     recipe, file = replace(RECIPE, max_steps=800, target_loss=1e-30), tmp_path / "training.pt"
     whole = network()
     first = train(whole, images, labels, recipe, progress=False)
-    step, count = training._SpanDescent.step, []
+    step, count = descent.SpanDescent.step, []
 
     def interrupted(self):
         count.append(1)
@@ -125,11 +126,11 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(training._SpanDescent, "step", interrupted)
+    monkeypatch.setattr(descent.SpanDescent, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(network(), images, labels, recipe, file, progress=False)
     assert file.exists()
-    monkeypatch.setattr(training._SpanDescent, "step", step)
+    monkeypatch.setattr(descent.SpanDescent, "step", step)
     resumed = network()
     second = train(resumed, images, labels, recipe, file, progress=False)
     assert (second.steps, second.loss, second.residual) == (first.steps, first.loss, first.residual)

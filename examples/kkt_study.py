@@ -264,7 +264,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.errorbar(mean, position + shift, xerr=half, fmt="s", color=color, capsize=3, markersize=4, label=label)
     axis.set_yticks(range(len(runs)), [f"{name}: {rows[0]['text']}"[:48] for name, rows in runs.items()], fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel("share of images with NCC > 0.8, mean over seeds with 95 % interval")
+    axis.set_xlabel("share of images with NCC > 0.8, mean and 95 % interval")
     axis.legend(fontsize=7, loc="lower right")
     write_atomically(path, lambda target: figure.savefig(target, dpi=130))
 

@@ -29,7 +29,8 @@ class SmoothBackwardReLU(nn.Module):
         relu = torch.relu(z)
         if self.steepness == float("inf"):
             return relu
-        smooth = nn.functional.softplus(z, beta=self.steepness)  # its derivative is the wanted one
+        # its derivative is the wanted one; torch's threshold of 20 would cut the slope off at 1 - 2e-9
+        smooth = nn.functional.softplus(z, beta=self.steepness, threshold=40)
         return relu.detach() + smooth - smooth.detach()
 
     def extra_repr(self) -> str:

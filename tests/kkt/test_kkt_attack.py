@@ -310,7 +310,7 @@ def test_the_command_trains_attacks_and_evaluates(root, tmp_path, folder):
     done = command(
         *(root, tmp_path, f"case.data.path={folder}", "case.data.default_clients=2", "case.model=kkt-mlp-40"),
         *("case.user.num_data_points=4", "case.training.target_loss=1e-4", "case.training.check_every=100"),
-        *("case.training.lr=0.05", "case.training.max_steps=300", "attack.optim.max_iterations=20"),
+        *("case.training.lr=0.05", "case.training.max_steps=200", "attack.optim.max_iterations=10"),
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr + done.stdout

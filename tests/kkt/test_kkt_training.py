@@ -159,7 +159,14 @@ def test_weight_decay_ends_at_a_finite_loss_near_a_kkt_point():
 def test_a_small_convolution_trains_in_float32():
     images, labels = data()
     recipe = replace(
-        RECIPE, first_layer_std=0.05, lr=0.05, target_loss=1e-2, max_steps=400, target_residual=1.0, dtype="float32"
+        RECIPE,
+        first_layer_std=0.05,
+        lr=0.05,
+        target_loss=1e-2,
+        max_steps=200,
+        check_every=100,
+        target_residual=1.0,
+        dtype="float32",
     )
     report = train(SmallConv(SHAPE, (4, 6)), images, labels, recipe, progress=False)
     assert report.loss < 1e-2

@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "JointCandidateAttacker": "attacks",
+    "KKTAttacker": "attacks",
     "MagiaAttacker": "attacks",
     "GroupRegularization": "regularizers",
     "subset_size": "selection",
@@ -28,6 +29,7 @@ _LAZY = {
 __all__ = [
     "GroupRegularization",
     "JointCandidateAttacker",
+    "KKTAttacker",
     "MagiaAttacker",
     "__version__",
     "register",

@@ -67,8 +67,20 @@ def summary(record: dict[str, Any]) -> str:
     lines.append("mean " + "".join(f"{digits.get(c, '{:.3f}').format(record[c]):>11}" for c in columns))
     if record.get("lpips") is None:
         lines.append(record.get("lpips_reason", ""))
+    lines += _shares(record["kkt"], record["kkt_loss"]) if "kkt" in record else []
     lines.append(f"{record['seconds']:.1f} s on {record['device']}, engine {record.get('engine', 'Breaching')}")
     return "\n".join(lines)
+
+
+def _shares(shares: dict[str, Any], loss: float) -> list[str]:
+    """Return what a reconstruction from weights recovered, the paper's way: each image with its nearest candidate."""
+    lines = [f"KKT loss {loss:.4f} of the squared norm of the weights"]
+    for name, found in shares.items():
+        lines.append(
+            f"{name} images with NCC > 0.8 to their nearest candidate: {found['ncc_share']:.0%}; with SSIM > 0.4: "
+            f"{found['ssim_share']:.0%}"
+        )
+    return lines
 
 
 _application = hydra.main(config_path="pkg://breaching.config", config_name="breaching_ext", version_base="1.3")(_task)

@@ -27,7 +27,8 @@ from .files import write_atomically
 
 COLUMNS = (
     "folder", "attack", "case", "model", "num_data_points", "labels_known", "seed", "user_idx", "psnr", "worst_psnr",
-    "ssim", "lpips", "mse", "label_acc", "seconds", "gradient_evaluations", "engine", "device", "overrides", "error",
+    "ssim", "lpips", "mse", "label_acc", "opt_value", "seconds", "gradient_evaluations", "engine", "device",
+    "overrides", "error",
 )  # fmt: skip
 _REPEATS = ("seed", "case.user.user_idx", "attack.restarts.seed")
 

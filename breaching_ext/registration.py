@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 #: attack type (the key `attack_type` of an attack config) -> "module:class"
 ATTACK_TYPES: dict[str, str] = {
     "joint-candidates": "breaching_ext.attacks.joint_candidates:JointCandidateAttacker",
+    "kkt": "breaching_ext.attacks.kkt:KKTAttacker",
     "magia": "breaching_ext.attacks.magia:MagiaAttacker",
 }
 
@@ -43,12 +44,15 @@ def register() -> None:
     """Make Breaching's own entry points know the attacks, regularizers and datasets of this package.
 
     Afterwards `breaching.attacks.prepare_attack` accepts our attack types, `regularization.group_regularization`
-    is a known regularizer, and `case.data.name=sample_photos` with `partition=interleaved` is a known dataset.
+    is a known regularizer, `case.data.name=sample_photos` and `fashion_mnist_binary` with `partition=interleaved` are
+    known datasets, `case.model=kkt-mlp-300` and its like known models, and `case.user=trained_model` a known user.
     Safe to call any number of times. A name that a later Breaching has moved is skipped with one warning.
     """
     if _undo:
         return
     _wrap("breaching.attacks", "prepare_attack", _with_our_attacks)
+    _wrap("breaching.cases", "construct_user", _with_our_users)
+    _wrap("breaching.cases.models.model_preparation", "_construct_vision_model", _with_our_models)
     _wrap("breaching.cases.data.datasets_vision", "_build_dataset_vision", _with_our_datasets)
     _wrap("breaching.cases.data.datasets_vision", "_split_dataset_vision", _with_our_partitions)
     for key, target in REGULARIZERS.items():
@@ -125,6 +129,32 @@ def _with_our_attacks(original: Callable) -> Callable:
         return load(target)(model, loss, cfg_attack, *args, **kwargs)
 
     return prepare_attack
+
+
+def _with_our_users(original: Callable) -> Callable:
+    def construct_user(model: Any, loss_fn: Any, cfg_case: Any, setup: Any) -> Any:
+        if cfg_case.user.user_type != "trained_model":
+            return original(model, loss_fn, cfg_case, setup)
+        from breaching.cases.data import construct_dataloader
+
+        from .kkt.release import TrainedModelUser
+
+        index = cfg_case.user.user_idx
+        dataloader = construct_dataloader(cfg_case.data, cfg_case.impl, user_idx=index)
+        return TrainedModelUser(model, loss_fn, dataloader, setup, index, cfg_case.user, cfg_case.training)
+
+    return construct_user
+
+
+def _with_our_models(original: Callable) -> Callable:
+    def construct_vision_model(cfg_model: Any, cfg_data: Any, *args: Any, **kwargs: Any) -> Any:
+        if not str(cfg_model).startswith("kkt-"):
+            return original(cfg_model, cfg_data, *args, **kwargs)
+        from .kkt.models import build_network
+
+        return build_network(str(cfg_model), cfg_data.shape)
+
+    return construct_vision_model
 
 
 def _with_our_datasets(original: Callable) -> Callable:

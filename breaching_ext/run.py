@@ -81,6 +81,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
         true_data["labels"],
     )
     record = _record(cfg, evaluation, stats, reconstruction, seconds, setup["device"])
+    record.update(_attacks_own(attacker, user, reconstruction, true_data))
     result = RunResult(reconstruction, true_data, evaluation, dict(stats), record)
     if output_dir is not None:
         save(result, cfg, output_dir, mean, std)
@@ -171,6 +172,7 @@ def _record(
     kept = (
         *("engine", "processes", "calibration", "memory", "gradient_evaluations"),
         *("candidate_failures", "alignment_failures", "interrupted"),
+        *("kkt_loss", "kkt_loss_absolute", "rank", "singular_values"),
     )
     return {
         **evaluation.as_dict(),
@@ -194,9 +196,22 @@ def _record(
     }
 
 
+def _attacks_own(attacker: Any, user: Any, reconstruction: dict, true_data: dict) -> dict[str, Any]:
+    """Return what an attack and a user of this package add to metrics.json."""
+    added: dict[str, Any] = {}
+    if hasattr(attacker, "report"):
+        unseen = user.unseen() if hasattr(user, "unseen") else None
+        added.update(attacker.report(reconstruction, true_data["data"], unseen))
+    if getattr(user, "report", None) is not None:
+        added["training"] = user.report
+    return added
+
+
 def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
     """Keep checkpoints in the run's folder, unless the config says where; Breaching's attacks have none."""
-    impl = cfg.attack.impl
+    impl, training = cfg.attack.impl, cfg.case.get("training")
+    if output_dir is not None and training is not None and not training.get("checkpoint_path"):
+        training.checkpoint_path = str(Path(output_dir) / "training.pt")
     if output_dir is not None and impl.get("checkpoint_every") and not impl.get("checkpoint_path"):
         impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
 
@@ -204,7 +219,8 @@ def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
 def _what_is_attacked(cfg: Any) -> str:
     points = cfg.case.user.num_data_points
     labels = "known" if cfg.case.user.provide_labels else "unknown"
+    seen = "the weights they trained" if cfg.case.user.user_type == "trained_model" else "their shared update"
     return (
         f"{cfg.case.name}: {points} image{'s' if points > 1 else ''} of client {cfg.case.user.get('user_idx')} from "
-        f"their shared update, model {cfg.case.model}, labels {labels}; attack {cfg.attack.type}."
+        f"{seen}, model {cfg.case.model}, labels {labels}; attack {cfg.attack.type}."
     )

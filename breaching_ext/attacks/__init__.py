@@ -9,11 +9,12 @@ from .observation import observe
 
 if TYPE_CHECKING:
     from .joint_candidates import JointCandidateAttacker
+    from .kkt import KKTAttacker
     from .magia import MagiaAttacker
 
-_HOME = {"JointCandidateAttacker": "joint_candidates", "MagiaAttacker": "magia"}
+_HOME = {"JointCandidateAttacker": "joint_candidates", "KKTAttacker": "kkt", "MagiaAttacker": "magia"}
 
-__all__ = ["JointCandidateAttacker", "MagiaAttacker", "observe"]
+__all__ = ["JointCandidateAttacker", "KKTAttacker", "MagiaAttacker", "observe"]
 
 
 def __getattr__(name: str) -> Any:

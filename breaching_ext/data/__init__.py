@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import BreachingExtError, ConfigError, DatasetUnavailableError, unknown
+from .fashion_mnist import BinaryFashionMNIST
 from .sample_photos import PHOTOS, SamplePhotos, interleaved_indices
 
 __all__ = [
     "PHOTOS",
+    "BinaryFashionMNIST",
     "SamplePhotos",
     "build_registered_dataset",
     "interleaved_partition",
@@ -19,15 +21,17 @@ __all__ = [
 
 def is_registered_dataset(name: str) -> bool:
     """Return whether `case.data.name` is a dataset of this package."""
-    return name == "sample_photos"
+    return name in ("sample_photos", "fashion_mnist_binary")
 
 
 def build_registered_dataset(cfg_data: Any, split: str) -> tuple[Any, Any]:
-    """Build the sample photos as Breaching's `_build_dataset_vision` would: (dataset, collate function)."""
+    """Build one of our datasets as Breaching's `_build_dataset_vision` would: (dataset, collate function)."""
     from breaching.cases.data import datasets_vision as upstream
 
     if "train" not in split and "val" not in split:
         raise unknown("case.data.examples_from_split", split, ["training", "validation"])
+    if cfg_data.name == "fashion_mnist_binary":
+        return _build_fashion_mnist(cfg_data, "train" in split), upstream._torchvision_collate
     channels, height, width = cfg_data.shape
     if channels != 3 or height != width:
         raise ConfigError(
@@ -44,6 +48,15 @@ def build_registered_dataset(cfg_data: Any, split: str) -> tuple[Any, Any]:
     if cfg_data.size < len(dataset):
         dataset = upstream.Subset(dataset, range(cfg_data.size))
     return dataset, upstream._torchvision_collate
+
+
+def _build_fashion_mnist(cfg_data: Any, training: bool) -> BinaryFashionMNIST:
+    if list(cfg_data.shape) != [1, 28, 28] or cfg_data.normalize:
+        raise ConfigError(
+            f"case.data.shape={list(cfg_data.shape)} with normalize={cfg_data.normalize} does not fit "
+            "fashion_mnist_binary; valid: [1, 28, 28] and False (the network subtracts the mean image)."
+        )
+    return BinaryFashionMNIST(training, cfg_data.get("labels", "permuted"), cfg_data.path)
 
 
 def interleaved_partition(dataset: Any, clients: int, user_idx: int | None) -> Any:

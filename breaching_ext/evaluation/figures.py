@@ -27,16 +27,28 @@ def save_reconstruction(
         psnrs: (B,) dB.
         title: one line above the picture.
     """
+    return save_captioned(path, true, matched, [f"{value:.1f} dB" for value in psnrs], title)
+
+
+def save_captioned(
+    path: str | Path,
+    true: torch.Tensor,
+    matched: torch.Tensor,
+    captions: Sequence[str],
+    title: str = "",
+    row_name: str = "reconstructed",
+) -> Path:
+    """Draw true images above other images, each with its caption; arguments as :func:`save_reconstruction`."""
     columns = min(len(true), _MOST_COLUMNS)
     blocks = math.ceil(len(true) / columns)
     figure, axes = _grid(2 * blocks, columns, title)
     for index in range(len(true)):
         row, column = 2 * (index // columns), index % columns
         _show(axes[row][column], true[index])
-        _show(axes[row + 1][column], matched[index], f"{psnrs[index]:.1f} dB", below=True)
+        _show(axes[row + 1][column], matched[index], captions[index], below=True)
         if column == 0:
             _row_name(axes[row][column], "true")
-            _row_name(axes[row + 1][column], "reconstructed")
+            _row_name(axes[row + 1][column], row_name)
     return _save(figure, path)
 
 

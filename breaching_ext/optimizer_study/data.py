@@ -17,7 +17,8 @@ from .config import require
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
-_IMAGES_MAGIC = 0x803
+_LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
+_MAGIC = 0x800  # of idx files of bytes; the number of dimensions is added
 
 
 def load_fashion_mnist(
@@ -44,12 +45,25 @@ def load_fashion_mnist(
         ValueError: If a size or ``pool`` is not valid.
     """
     require(pool >= 1 and 28 % pool == 0, "pool", pool, "a divisor of 28")
+    root = _root(folder, download)
+    splits = (("train", "train_size", train_size), ("test", "test_size", test_size))
+    train, test = (_prepare(_read_bytes(root, _FILES[split], 3), key, size, pool) for split, key, size in splits)
+    return train, test
+
+
+def load_fashion_mnist_labels(folder: str | Path | None = None, download: bool = True) -> tuple[Tensor, Tensor]:
+    """The classes 0 to 9 of the training and test images, (n,) int64; arguments as :func:`load_fashion_mnist`."""
+    root = _root(folder, download)
+    train, test = (_read_bytes(root, _LABELS[split], 1).long() for split in ("train", "test"))
+    return train, test
+
+
+def _root(folder: str | Path | None, download: bool) -> Path:
+    """The folder with the idx files; downloads them where that is allowed."""
     root = _find(folder) or (_download() if download and folder is None else None)
     if root is None:
         raise FileNotFoundError(_advice(folder))
-    splits = (("train", "train_size", train_size), ("test", "test_size", test_size))
-    train, test = (_prepare(_read_images(root, split), key, size, pool) for split, key, size in splits)
-    return train, test
+    return root
 
 
 def images_of(data: Dataset | Tensor) -> Tensor:
@@ -71,14 +85,14 @@ def _find(folder: str | Path | None) -> Path | None:
     given = [] if folder is None else [Path(folder)]
     roots = given or [DEBIAN_FOLDER, _cache_root()]
     for root in (place for base in roots for place in (base, base / "FashionMNIST" / "raw")):
-        if all(_file(root, split) for split in _FILES):
+        if all(_file(root, name) for name in _FILES.values()):
             return root
     return None
 
 
-def _file(root: Path, split: str) -> Path | None:
-    """The images of a split, gzipped or plain."""
-    names = (root / f"{_FILES[split]}.gz", root / _FILES[split])
+def _file(root: Path, name: str) -> Path | None:
+    """An idx file, gzipped or plain."""
+    names = (root / f"{name}.gz", root / name)
     return next((path for path in names if path.is_file()), None)
 
 
@@ -108,14 +122,15 @@ def _advice(folder: str | Path | None) -> str:
     )
 
 
-def _read_images(root: Path, split: str) -> Tensor:
-    """Read an idx file of images as (n, 28, 28) bytes."""
-    path = _file(root, split)
-    assert path is not None  # _find has looked
+def _read_bytes(root: Path, name: str, dimensions: int) -> Tensor:
+    """Read an idx file of bytes with so many dimensions, for example images as (n, 28, 28)."""
+    path = _file(root, name)
+    if path is None:
+        raise FileNotFoundError(f"{root} has no {name}, plain or gzipped.")
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    magic, count, height, width = struct.unpack(">4I", raw[:16])
-    require(magic == _IMAGES_MAGIC, "data.folder", str(path), "a folder with idx files of images")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width).copy())
+    magic, *shape = struct.unpack(f">{dimensions + 1}I", raw[: 4 * (dimensions + 1)])
+    require(magic == _MAGIC + dimensions, "data.folder", str(path), "a folder with Fashion-MNIST's idx files")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 * (dimensions + 1)).reshape(shape).copy())
 
 
 def _prepare(images: Tensor, key: str, size: int | None, pool: int) -> Tensor:

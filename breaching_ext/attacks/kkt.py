@@ -1,0 +1,263 @@
+"""Training images from the weights of a trained network alone, through the KKT conditions of the max-margin problem.
+
+References:
+    Haim, Vardi, Yehudai, Shamir and Irani, "Reconstructing training data from trained neural networks", NeurIPS 2022.
+    Lyu and Li, "Gradient descent maximizes the margin of homogeneous neural networks", ICLR 2020.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
+from torch import Tensor
+
+from ..errors import ConfigError, SharedDataError
+from ..kkt.candidates import candidate_labels, draw_starts, stretch, strongest
+from ..kkt.extraction import Extracted, Extraction, ExtractionOptions
+from ..kkt.models import HomogeneousNetwork
+from ..kkt.nearest import nearest
+from ..kkt.problem import Problem, build_problem
+from .checkpoint import Checkpoint, fingerprint
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
+
+
+class KKTAttacker(OptimizationBasedAttacker):
+    """Search images and multipliers that satisfy the stationarity conditions of a trained network.
+
+    Args:
+        model: a :class:`~breaching_ext.kkt.models.HomogeneousNetwork`.
+        loss_fn: not used; the conditions are those of the logistic loss on labels ±1.
+        cfg_attack: an attack config, for example `breaching.get_attack_config("kkt")`.
+        setup: dict(dtype=..., device=...) as Breaching's.
+
+    Raises:
+        ConfigError: for a network with more than one output, or a config value that cannot work.
+    """
+
+    cfg: Any
+
+    def __init__(
+        self, model: torch.nn.Module, loss_fn: Any, cfg_attack: Any, setup: dict[str, Any] = _DEFAULT_SETUP
+    ) -> None:
+        if not isinstance(model, HomogeneousNetwork):
+            raise ConfigError(
+                f"attack_type=kkt needs a homogeneous network with one output, got {type(model).__name__}; valid: "
+                "case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a breaching_ext.kkt.HomogeneousNetwork."
+            )
+        super().__init__(model, loss_fn, cfg_attack, setup)
+        self.options = _options(cfg_attack)
+        restarts = cfg_attack.restarts.num_trials
+        if not isinstance(restarts, int) or restarts < 1:
+            raise ConfigError(f"restarts.num_trials={restarts} is not possible; valid: 1, 2, 3, ...")
+
+    def reconstruct(
+        self,
+        server_payload: Sequence[dict] | dict,
+        shared_data: Sequence[dict] | dict,
+        server_secrets: dict | None = None,
+        initial_data: Tensor | None = None,
+        dryrun: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Reconstruct images from weights (see :func:`breaching_ext.kkt.release`).
+
+        Args:
+            server_payload: `parameters`, `buffers` and `metadata` of the network.
+            shared_data: `metadata` with the suspected number of images; `parameters` and `buffers`, where a user
+                trained the server's network, take the place of the server's.
+            server_secrets: not used.
+            initial_data: start (k, C, H, W) for all restarts, or (R, k, C, H, W); None draws restart i from seed + i.
+            dryrun: stop after one step.
+
+        Returns:
+            A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (R, B, C, H, W), `candidate_scores` (R,): the
+            relative KKT loss, which alone chooses; and of the chosen restart all k candidates, not stretched, as
+            `pool` (k, C, H, W), with `multipliers` (k,) and `pool_labels` (k,); and statistics.
+
+        Raises:
+            SharedDataError: for weights that do not fit the network, or no number of images.
+        """
+        payload, shared = _first(server_payload), _first(shared_data)
+        model = self._released(payload, shared)
+        number = shared["metadata"]["num_data_points"]
+        if not isinstance(number, int) or number < 1:
+            raise SharedDataError(
+                f"metadata['num_data_points']={number}: how many images are suspected? Valid: 1, 2, ..."
+            )
+        count = self._count(number)
+        problem = build_problem(model, self._steepness(), self.cfg.extraction.span, count)
+        _report_span(problem, number)
+        labels = candidate_labels(count).to(**self.setup)
+        seed = self.cfg.restarts.get("seed")
+        seed = torch.initial_seed() % 2**63 if seed is None else int(seed)
+        seeds = [seed + index for index in range(self.cfg.restarts.num_trials)]
+        starts, generators = draw_starts(problem, count, seeds, self.options.init_scale)
+        if initial_data is not None:
+            starts = problem.coordinates_of(_checked_start(initial_data, problem, starts)).clone()
+        search = Extraction(problem, labels, starts, self.options, generators)
+        found = self._search(search, model, dryrun)
+        return self._conclude(found, problem, labels, number), self._statistics(found, search, problem, seed)
+
+    def report(self, reconstruction: dict[str, Tensor], true: Tensor, unseen: Tensor | None) -> dict[str, Any]:
+        """Return the paper's metrics for metrics.json: nearest candidates of training and of unseen images.
+
+        Args:
+            reconstruction: what `reconstruct` returned.
+            true: the training images (n, C, H, W).
+            unseen: as many images that the network never saw, or None.
+        """
+        pool, mean = reconstruction["pool"], reconstruction["mean_image"]
+        metrics = {"training": nearest(pool, true, mean).as_dict()}
+        if unseen is not None:
+            metrics["unseen"] = nearest(pool, unseen, mean).as_dict()
+        return {"kkt": metrics}
+
+    def __repr__(self) -> str:
+        return (
+            f"Attacker (of type {self.__class__.__name__}) with settings:\n    {self.cfg.type}: "
+            f"{self.cfg.restarts.num_trials} restarts, steepness {self.cfg.extraction.steepness}, "
+            f"span {self.cfg.extraction.span}\n    {self.options}"
+        )
+
+    def _released(self, payload: dict, shared: dict) -> HomogeneousNetwork:
+        """Return the network with the released weights."""
+        model = copy.deepcopy(self.model_template).to(**self.setup)
+        parameters = shared.get("parameters") or payload["parameters"]
+        buffers = shared.get("buffers") or payload.get("buffers") or []
+        own = list(model.parameters())
+        if [tuple(p.shape) for p in own] != [tuple(p.shape) for p in parameters]:
+            raise SharedDataError(
+                f"The released weights have shapes {[tuple(p.shape) for p in parameters]}, the network needs "
+                f"{[tuple(p.shape) for p in own]}."
+            )
+        with torch.no_grad():
+            for mine, released in zip([*own, *model.buffers()], [*parameters, *buffers], strict=False):
+                mine.copy_(released)
+        if not all(bool(p.isfinite().all()) for p in own):
+            raise SharedDataError("The released weights are not finite; nothing can be reconstructed from them.")
+        return model.requires_grad_(False)
+
+    def _count(self, number: int) -> int:
+        count = self.cfg.extraction.candidates
+        count = round(number * self.cfg.extraction.multiple) if count is None else count
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"attack.extraction.candidates={count} is not possible; valid: empty, or 1, 2, ...")
+        return count
+
+    def _steepness(self) -> float:
+        steepness = self.cfg.extraction.steepness
+        if steepness is None:
+            return float("inf")
+        if not steepness > 0:
+            raise ConfigError(f"attack.extraction.steepness={steepness} is not possible; valid: empty, or above 0.")
+        return float(steepness)
+
+    def _search(self, search: Extraction, model: HomogeneousNetwork, dryrun: bool) -> Extracted:
+        impl = self.cfg.impl
+        progress = None if impl.get("progress", "auto") == "auto" else bool(impl.progress)
+        checkpoint = None
+        if impl.get("checkpoint_every") and impl.get("checkpoint_path"):
+            released = [{"gradients": list(model.parameters())}]
+            key = fingerprint(self.cfg, released, [search.x, search.lam], "kkt")
+            checkpoint = Checkpoint(impl.checkpoint_path, impl.checkpoint_every, key)
+            state = checkpoint.load()
+            if state is not None:
+                search.load_state_dict(state)
+
+        def save(done: int) -> None:
+            if checkpoint is not None and checkpoint.due(done - 1):
+                checkpoint.save(search.state_dict())
+
+        found = search.run(progress, search.step_count + 1 if dryrun else None, save)
+        if checkpoint is not None and not found.interrupted:
+            checkpoint.remove()
+        return found
+
+    def _conclude(self, found: Extracted, problem: Problem, labels: Tensor, number: int) -> dict[str, Tensor]:
+        if not bool(found.losses.isfinite().any()):
+            raise SharedDataError(f"No restart stayed finite; lower attack.extraction.lr={self.options.lr}.")
+        images = problem.pixels(found.coordinates)  # (R, k, C, H, W)
+        best = int(found.losses.argmin())
+        chosen = [
+            strongest(x - problem.mean, lam, number) for x, lam in zip(images, found.multipliers, strict=True)
+        ]  # R times (B,)
+        candidates = torch.stack([stretch(x)[order] for x, order in zip(images, chosen, strict=True)])
+        return {
+            "data": candidates[best],
+            "labels": (labels[chosen[best]] > 0).long(),
+            "candidates": candidates,
+            "candidate_scores": found.losses,
+            "pool": images[best],
+            "pool_labels": labels.long(),
+            "multipliers": found.multipliers[best],
+            "mean_image": problem.mean,
+        }
+
+    def _statistics(self, found: Extracted, search: Extraction, problem: Problem, seed: int) -> dict[str, Any]:
+        stats: dict[str, Any] = defaultdict(list)
+        for index, history in enumerate(found.histories):
+            stats[f"Trial_{index}_Val"] = history
+        best = float(found.losses.min())
+        stats.update(
+            opt_value=best,
+            kkt_loss=best,
+            kkt_loss_absolute=best * problem.norm,
+            engine="kkt, span of the data" if problem.span is not None else "kkt, all pixels",
+            rank=None if problem.span is None else problem.span.rank,
+            gradient_evaluations=search.step_count * len(found.losses),
+            interrupted=found.interrupted,
+            seed=seed,
+        )
+        if problem.span is not None:
+            values = problem.span.singular_values
+            stats["singular_values"] = values[: problem.span.rank + 3].tolist()
+        return stats
+
+
+def _options(cfg: Any) -> ExtractionOptions:
+    """Read the options of the search; `optim.max_iterations` and `optim.optimizer` keep Breaching's names."""
+    names = {f.name for f in fields(ExtractionOptions)} - {"steps", "optimizer"}
+    known = names | {"candidates", "multiple", "steepness", "span"}
+    unknown = set(cfg.extraction) - known
+    if unknown:
+        raise ConfigError(f"Unknown attack.extraction keys {sorted(unknown)}; valid: {', '.join(sorted(known))}.")
+    chosen = {name: cfg.extraction[name] for name in names if name in cfg.extraction}
+    return ExtractionOptions(steps=cfg.optim.max_iterations, optimizer=str(cfg.optim.optimizer).lower(), **chosen)
+
+
+def _first(data: Sequence[dict] | dict) -> dict:
+    return data if isinstance(data, dict) else data[0]
+
+
+def _checked_start(initial: Tensor, problem: Problem, starts: Tensor) -> Tensor:
+    wanted = (*starts.shape[:2], *problem.mean.shape)
+    if tuple(initial.shape) not in (wanted, wanted[1:]):
+        raise SharedDataError(f"initial_data has shape {tuple(initial.shape)}; valid: {wanted[1:]} or {wanted}.")
+    if not bool(torch.isfinite(initial).all()):
+        raise SharedDataError("initial_data is not finite.")
+    return initial.to(problem.mean).expand(wanted)
+
+
+def _report_span(problem: Problem, number: int) -> None:
+    """Say what the first layer's singular values allow."""
+    if problem.span is None:
+        log.info("The first layer shows no span of the data; all pixels are searched.")
+        return
+    values = problem.span.singular_values
+    shown = ", ".join(f"{v:.3g}" for v in values[: problem.span.rank + 1].tolist())
+    log.info("Singular values of the first layer: %s (the last is noise).", shown)
+    if problem.span.rank < number:
+        log.warning(
+            "The data span only %d directions of the first layer for %d suspected images: at best some of them, or "
+            "blends, can come back.",
+            *(problem.span.rank, number),
+        )

@@ -1,0 +1,217 @@
+"""Who trains and releases a network: Breaching's user for the threat model "weights alone"; published checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from breaching.cases.users import UserSingleStep
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ..errors import ConfigError
+from .models import MLP, HomogeneousNetwork
+from .recipe import Recipe, initialise
+from .span import singular_values_in_span
+from .training import train, train_or_load
+
+log = logging.getLogger(__name__)
+
+_NESTS = ("state_dict", "model_state_dict", "model", "net")
+
+
+def release(model: HomogeneousNetwork, num_data_points: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Wrap a trained network for `attacker.reconstruct`: what the attacker of this threat model sees.
+
+    Args:
+        model: the network.
+        num_data_points: the suspected number of training images.
+
+    Returns:
+        (server_payload, shared_data), each a list with one entry; there are no gradients in it.
+    """
+    metadata = {"name": "released", "modality": "vision", "task": "classification", "shape": list(model.shape)}
+    payload = {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "buffers": [b.detach().clone() for b in model.buffers()],
+        "metadata": OmegaConf.create({**metadata, "classes": 2}),
+    }
+    known = {"num_data_points": num_data_points, "labels": None, "local_hyperparams": None}
+    return [payload], [{"gradients": None, "buffers": None, "metadata": known}]
+
+
+class TrainedModelUser(UserSingleStep):
+    """A user who trains the server's network on its images to near-stationarity and releases the weights, nothing else.
+
+    `cfg_training` holds the fields of :class:`~breaching_ext.kkt.training.Recipe` and
+
+    * weights: path of a checkpoint to load instead of training;
+    * untrained: release the start of the training (the control);
+    * checkpoint_path: where a training that was stopped goes on;
+    * cache_path: keep the trained weights there, or take them from there; for several attacks on one network.
+    """
+
+    def __init__(self, model: Any, loss: Any, dataloader: Any, setup: Any, idx: Any, cfg_user: Any, cfg_training: Any):
+        if cfg_user.num_data_points < 1:
+            raise ConfigError(f"case.user.num_data_points={cfg_user.num_data_points} is not possible; valid: 1, 2, ...")
+        if not isinstance(model, HomogeneousNetwork):
+            raise ConfigError("case.user=trained_model needs case.model=kkt-mlp-300, kkt-conv, ... (one output).")
+        super().__init__(model, loss, dataloader, setup, idx, cfg_user)
+        self.training_options = cfg_training
+        self.recipe = recipe_from(cfg_training)
+        self.report: dict[str, Any] | None = None
+
+    def compute_local_updates(self, server_payload: dict, custom_data: dict | None = None) -> tuple[dict, dict]:
+        """Train, and return the released weights as (shared_data, true_user_data)."""
+        self.counted_queries += 1
+        data = self._load_data() if custom_data is None else custom_data
+        self.data_key = "inputs"
+        images, labels = data["inputs"].to(**self.setup), data["labels"]
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), server_payload["parameters"], strict=True):
+                mine.copy_(theirs)
+        mean_image = getattr(getattr(self.dataloader.dataset, "dataset", None), "mean_image", None)
+        if mean_image is not None:
+            self.model.mean.copy_(mean_image())
+        self._train(images, 2.0 * labels - 1)
+        with torch.no_grad():
+            margins = (2.0 * labels - 1) * self.model(images)[:, 0]
+        metadata = {
+            "num_data_points": self.num_data_points if self.provide_num_data_points else None,
+            "labels": labels.sort()[0] if self.provide_labels else None,
+            "local_hyperparams": None,
+        }
+        shared = {
+            "parameters": [p.detach().clone() for p in self.model.parameters()],
+            "buffers": [b.detach().clone() for b in self.model.buffers()],
+            "gradients": None,
+            "metadata": metadata,
+        }
+        return shared, {"data": images, "labels": labels, "buffers": None, "margins": margins.cpu()}
+
+    def unseen(self) -> Tensor | None:
+        """Return as many images of the other split, the control of an evaluation; None where there are none."""
+        dataset = getattr(self.dataloader.dataset, "dataset", None)
+        if dataset is None or not hasattr(dataset, "other_split"):
+            return None
+        other = dataset.other_split()
+        start = int(self.user_idx or 0) * self.num_data_points % (len(other) - self.num_data_points)
+        return torch.stack([other[start + i][0] for i in range(self.num_data_points)]).to(**self.setup)
+
+    def _train(self, images: Tensor, labels: Tensor) -> None:
+        options = self.training_options
+        if options.get("weights"):
+            load_checkpoint(self.model, options.weights)
+        elif options.get("untrained"):
+            initialise(self.model, self.recipe)
+        else:
+            self._train_network(images, labels)
+
+    def _train_network(self, images: Tensor, labels: Tensor) -> None:
+        options = self.training_options
+        if options.get("cache_path"):
+            report = train_or_load(self.model, images, labels, self.recipe, options.cache_path)
+        else:
+            report = train(self.model, images, labels, self.recipe, options.get("checkpoint_path"))
+        log.info(
+            "Trained for %d steps (%.1f s): loss %.1e, KKT residual of the training data %.4f.",
+            *(report.steps, report.seconds, report.loss, report.residual),
+        )
+        self.report = report.as_dict()
+        first = next(self.model.parameters()).detach()
+        if first.ndim == 2:
+            values = singular_values_in_span(first, (images - self.model.mean).flatten(1)).tolist()
+            log.info("Singular values of the first layer in the span of the data: %s.", _joined(values))
+            self.report["singular_values_in_span"] = values
+
+
+def recipe_from(options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe among the options of `case.training`.
+
+    Raises:
+        ConfigError: for a key that is neither of the recipe nor of the user.
+    """
+    names = {f.name for f in fields(Recipe)}
+    unknown = set(options) - names - {"weights", "untrained", "checkpoint_path", "cache_path"}
+    if unknown:
+        raise ConfigError(f"Unknown case.training keys {sorted(unknown)}; valid: {', '.join(sorted(names))}, weights.")
+    return Recipe(**{name: options[name] for name in names if name in options})
+
+
+def load_checkpoint(model: HomogeneousNetwork, path: str | Path) -> None:
+    """Load a released state dict into a network, for example one of the paper's D-1000-1000-1 checkpoints.
+
+    Args:
+        model: the network; it is changed in place.
+        path: a file written with torch.save: a state dict, or a dict with one under 'state_dict' or 'model'.
+
+    Raises:
+        ConfigError: when there is no such file, no state dict in it, or its shapes do not fit the network.
+    """
+    state = read_state_dict(path)
+    own = {name: p for name, p in model.state_dict().items() if name != "mean"}
+    found = {name: tensor for name, tensor in state.items() if name in own or name.startswith(("layers.", "features."))}
+    if {k: tuple(v.shape) for k, v in found.items()} != {k: tuple(v.shape) for k, v in own.items()}:
+        raise ConfigError(f"{path} holds {_shapes(found or state)}; the network needs {_shapes(own)}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+        if "mean" in state:
+            model.mean.copy_(state["mean"].reshape(model.shape))
+
+
+def network_from_checkpoint(path: str | Path, shape: tuple[int, ...]) -> MLP:
+    """Build the fully connected network that a checkpoint with keys `layers.N.weight` belongs to, and load it.
+
+    Args:
+        path: see :func:`load_checkpoint`.
+        shape: of an image, (C, H, W).
+
+    Raises:
+        ConfigError: when the file does not describe a network for such images.
+    """
+    state = read_state_dict(path)
+    weights = [state[f"layers.{i}.weight"] for i in range(len(state)) if f"layers.{i}.weight" in state]
+    biases = [name for name in state if name.startswith("layers.") and name.endswith(".bias")]
+    if not weights or any(w.ndim != 2 for w in weights):
+        raise ConfigError(f"{path} holds {_shapes(state)}; expected layers.0.weight, layers.1.weight, ... (out, in).")
+    kind = "none" if not biases else "first" if biases == ["layers.0.bias"] else "all"
+    if kind == "all":
+        log.warning(
+            "%s has biases beyond the first layer: the network is not homogeneous, KKT holds but roughly.", path
+        )
+    model = MLP(shape, [len(w) for w in weights[:-1]], kind)
+    load_checkpoint(model, path)
+    return model
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Return the state dict in a file, without a prefix `module.` or `model.`.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"case.training.weights={path} does not exist.")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
+        nested = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
+        if not nested:
+            break
+        content = nested[0]
+    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise ConfigError(f"{path} holds no state dict, nor a dict with one under {', '.join(_NESTS)}.")
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    return {k.removeprefix("module.").removeprefix("model."): v for k, v in tensors.items()}
+
+
+def _joined(values: list[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()) or "nothing"

@@ -1,0 +1,170 @@
+"""Train a homogeneous network by full-batch gradient descent until the KKT conditions nearly hold.
+
+The loss is the binary cross-entropy on labels ±1, L = mean_i log(1 + exp(−y_i Φ(x_i))). What is descended is log L,
+with the step lr / ‖∇ log L‖², which for L itself is lr / (L · ‖∇ log L‖²): every step lowers log L by about lr, so
+that the loss falls geometrically to any value the arithmetic can name, although its gradient vanishes. With weight
+decay the same step follows L + (decay / 2)‖θ‖², whose minimiser satisfies the KKT conditions at a finite loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import ConfigError, SharedDataError
+from ..files import write_atomically
+from .descent import Descent, descent_of
+from .models import HomogeneousNetwork
+from .multipliers import kkt_residual
+from .recipe import Recipe, TrainingReport, initialise
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    model: HomogeneousNetwork,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    checkpoint: str | Path | None = None,
+    progress: bool | None = None,
+) -> TrainingReport:
+    """Initialise a network and train it in place.
+
+    Args:
+        model: the network; its device is used.
+        images: (n, C, H, W) in [0, 1].
+        labels: ±1, (n,).
+        recipe: see :class:`Recipe`.
+        checkpoint: a file from which a stopped run goes on, bit for bit; it is removed at the end.
+        progress: show a bar; None shows it in a terminal.
+
+    Raises:
+        SharedDataError: for labels other than ±1, no images, or images that do not fit the network.
+    """
+    check_training_set(model, images, labels)
+    device = model.mean.device
+    final = next(model.parameters()).dtype
+    model.to(_dtype(recipe.dtype, device))
+    dtype = model.mean.dtype
+    initialise(model, recipe)
+    descent = descent_of(model, images.to(device, dtype), labels.to(device, dtype), recipe)
+    start = time.perf_counter()
+    report = _loop(descent, recipe, None if checkpoint is None else Path(checkpoint), progress)
+    descent.write_back()
+    model.to(final)
+    report.seconds = time.perf_counter() - start
+    if not report.converged:
+        log.warning(
+            "Training stopped after %d steps at loss %.1e and KKT residual %.4f (targets %.1e and %.4f).",
+            *(report.steps, report.loss, report.residual, recipe.target_loss, recipe.target_residual),
+        )
+    return report
+
+
+def train_or_load(
+    model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe, path: str | Path
+) -> TrainingReport:
+    """Train as :func:`train` does and keep the result in a file, or take it from there: several attacks on one network.
+
+    Raises:
+        ConfigError: when the file holds a network of another recipe or other images.
+    """
+    path = Path(path)
+    key = repr((recipe, tuple(model.state_dict()), float(images.cpu().double().sum()), labels.tolist()))
+    if path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["key"] != key:
+            raise ConfigError(f"{path} holds a network of another recipe or other images; remove it or choose another.")
+        model.load_state_dict(content["state_dict"])
+        return TrainingReport(**content["report"])
+    report = train(model, images, labels, recipe, path.with_suffix(".part.pt"))
+    content = {"key": key, "state_dict": model.state_dict(), "report": report.as_dict()}
+    write_atomically(path, lambda target: torch.save(content, target))
+    return report
+
+
+def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor) -> None:
+    """Check a training set.
+
+    Raises:
+        SharedDataError: naming what does not fit.
+    """
+    if len(images) == 0:
+        raise SharedDataError("n=0 images: there is nothing to train on; valid: 1 or more.")
+    if tuple(images.shape[1:]) != model.shape or len(labels) != len(images):
+        raise SharedDataError(
+            f"Images {tuple(images.shape)} with labels {tuple(labels.shape)} do not fit the network; valid: "
+            f"(n, {', '.join(map(str, model.shape))}) and (n,)."
+        )
+    wrong = sorted(set(labels.tolist()) - {-1, 1})
+    if wrong:
+        raise SharedDataError(f"Labels {wrong} are not valid for the logistic loss; valid: -1 and +1.")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if name in ("double", "float64") else torch.float32
+
+
+def _loop(descent: Descent, recipe: Recipe, checkpoint: Path | None, progress: bool | None) -> TrainingReport:
+    key = repr((asdict(recipe), float(descent.images.cpu().double().sum()), descent.labels.tolist()))
+    start = _resume(descent, checkpoint, key)
+    report = TrainingReport(start, math.nan, math.nan, 0.0, False)
+    bar = tqdm(
+        total=recipe.max_steps, initial=start, desc="training", disable=None if progress is None else not progress
+    )
+    with bar:
+        for step in range(start, recipe.max_steps):
+            value = descent.step()
+            if (step + 1) % recipe.check_every and step + 1 < recipe.max_steps:
+                continue
+            bar.update(step + 1 - bar.n)
+            _check(descent, recipe, report, step + 1, float(value))
+            bar.set_postfix(loss=f"{report.loss:.1e}", kkt=f"{report.residual:.4f}")
+            if report.converged:
+                break
+            if checkpoint is not None:
+                _save(descent, checkpoint, key, step + 1)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return report
+
+
+def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int, log_value: float) -> None:
+    """Bring the report up to date; the residual costs more than a step, so it waits until the loss is there."""
+    report.steps, report.loss = steps, math.exp(log_value) if log_value > -740 else 0.0
+    last = steps >= recipe.max_steps
+    if not math.isfinite(log_value):
+        raise ConfigError(f"Training diverged after {steps} steps (loss {log_value}); lower training.lr={recipe.lr}.")
+    if log_value <= math.log(recipe.target_loss) or recipe.weight_decay or last:
+        descent.write_back()
+        report.residual = kkt_residual(descent.model, descent.images, descent.labels)
+    small_loss = log_value <= math.log(recipe.target_loss) or recipe.weight_decay > 0
+    report.converged = small_loss and report.residual <= recipe.target_residual
+
+
+def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
+    state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
+    write_atomically(checkpoint, lambda target: torch.save(state, target))
+
+
+def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:
+    if checkpoint is None or not checkpoint.exists():
+        return 0
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if content["key"] != key:
+        raise ConfigError(f"The checkpoint {checkpoint} belongs to another training run; remove it.")
+    with torch.no_grad():
+        for mine, saved in zip(descent.tensors(), content["tensors"], strict=True):
+            mine.copy_(saved)
+    log.info("Training goes on after step %d from %s.", content["step"], checkpoint)
+    return int(content["step"])

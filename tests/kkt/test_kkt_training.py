@@ -1,0 +1,229 @@
+"""Training to near-stationarity: the loss, the two forms of a step, stopping, resuming, bad input."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from breaching_ext.errors import ConfigError, SharedDataError
+from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train
+from breaching_ext.kkt.models import SmoothBackwardReLU
+from breaching_ext.kkt.multipliers import kkt_residual
+from breaching_ext.kkt.recipe import initialise
+from breaching_ext.kkt.span import signal_rank, span_of
+
+SHAPE = (1, 6, 6)
+RECIPE = Recipe(first_layer_std=1e-3, lr=0.02, target_loss=1e-8, check_every=200, max_steps=4000, seed=0)
+
+
+def data(n=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, *SHAPE, generator=generator), torch.tensor([1.0, -1.0] * n)[:n]
+
+
+def network(widths=(60,)) -> MLP:
+    model = MLP(SHAPE, widths)
+    model.mean.fill_(0.5)
+    return model
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-50, 25), min_size=1, max_size=6))
+def test_log_loss_is_the_log_of_the_loss(margins):
+    q = torch.tensor(margins, dtype=torch.double)
+    direct = torch.nn.functional.softplus(-q).mean().log()
+    torch.testing.assert_close(descent.log_loss(q), direct, rtol=1e-9, atol=1e-9)
+
+
+def test_log_loss_goes_on_where_the_loss_underflows():
+    q = torch.tensor([2000.0, 3000.0], requires_grad=True)
+    value = descent.log_loss(q)
+    assert float(value.detach()) == pytest.approx(-2000 - math.log(2))
+    value.backward()
+    torch.testing.assert_close(q.grad, torch.tensor([-1.0, 0.0]))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_steps_in_the_span_are_steps_on_all_weights(decay):
+    images, labels = data()
+    recipe = replace(RECIPE, weight_decay=decay, first_layer_std=0.05)
+    results = []
+    for kind in (descent.Descent, descent.SpanDescent):
+        model = network((20, 10)).double()
+        initialise(model, recipe)
+        steps = kind(model, images.double(), labels.double(), recipe)
+        losses = [float(steps.step()) for _ in range(60)]
+        steps.write_back()
+        results.append((losses, [p.detach().clone() for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-8)
+    assert results[0][0][-1] < results[0][0][0] - 0.5
+    for plain, span in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(plain, span, rtol=1e-7, atol=1e-9)
+
+
+def test_training_meets_both_targets_and_the_residual_is_that_of_the_data():
+    images, labels = data()
+    model = network()
+    report = train(model, images, labels, RECIPE, progress=False)
+    assert report.converged
+    assert report.loss <= RECIPE.target_loss
+    assert report.residual <= RECIPE.target_residual
+    margins = labels * model(images)[:, 0]
+    assert float(descent.log_loss(margins.double()).detach().exp()) == pytest.approx(report.loss, rel=0.05)
+    others, _ = data(seed=9)
+    assert kkt_residual(model, others, labels) > 20 * kkt_residual(model, images, labels)
+    assert kkt_residual(network(), images, labels) > 0.5  # an untrained network satisfies nothing
+
+
+def test_the_span_of_the_data_shows_in_the_first_layer():
+    images, labels = data()
+    model = network()
+    train(model, images, labels, RECIPE, progress=False)
+    weight, centred = model.layers[0].weight.detach(), (images - 0.5).flatten(1)
+    span = span_of(weight, "auto", 8)
+    assert span.rank <= 4
+    inside = span_of(weight, 4).inside(centred)
+    assert float(inside.norm() / centred.norm()) > 0.95  # any four directions: 0.33
+    values = singular_values_in_span(weight, centred)
+    torch.testing.assert_close(values[:2].float(), span.singular_values[:2], rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(60, 150), st.integers(60, 150), st.integers(1, 12), st.integers(0, 99))
+def test_noise_is_told_from_signal_for_any_aspect(rows, columns, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, columns, generator=generator)
+    aspect = min(rows, columns) / max(rows, columns)
+    assert signal_rank(torch.linalg.svdvals(noise), aspect) == 0
+    assert span_of(noise, "auto").full
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in (rows, columns))
+    strong = noise + 5 * (rows**0.5 + columns**0.5) * left @ right.T
+    assert span_of(strong, "auto").rank == rank
+    assert span_of(strong, "auto", candidates=1).rank == 1
+
+
+@pytest.mark.parametrize("rank", ["some", 0, True, 99])
+def test_impossible_span(rank):
+    with pytest.raises(ConfigError, match="span="):
+        span_of(torch.randn(5, 4), rank)
+
+
+def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    images, labels = data()
+    recipe, file = replace(RECIPE, max_steps=800, target_loss=1e-30), tmp_path / "training.pt"
+    whole = network()
+    first = train(whole, images, labels, recipe, progress=False)
+    step, count = descent.SpanDescent.step, []
+
+    def interrupted(self):
+        count.append(1)
+        if len(count) > 500:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(descent.SpanDescent, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), images, labels, recipe, file, progress=False)
+    assert file.exists()
+    monkeypatch.setattr(descent.SpanDescent, "step", step)
+    resumed = network()
+    second = train(resumed, images, labels, recipe, file, progress=False)
+    assert (second.steps, second.loss, second.residual) == (first.steps, first.loss, first.residual)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not file.exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    images, labels = data()
+    file = tmp_path / "training.pt"
+    torch.save({"key": "other", "step": 1, "tensors": []}, file)
+    with pytest.raises(ConfigError, match="another training run"):
+        train(network(), images, labels, RECIPE, file, progress=False)
+
+
+def test_weight_decay_ends_at_a_finite_loss_near_a_kkt_point():
+    images, labels = data()
+    recipe = replace(RECIPE, weight_decay=0.03, max_steps=1500, check_every=1500, target_residual=0.0)
+    report = train(network(), images, labels, recipe, progress=False)
+    assert 1e-4 < report.loss < 0.3
+    assert report.residual < 0.1
+    assert not report.converged
+
+
+def test_a_small_convolution_trains_in_float32():
+    images, labels = data()
+    recipe = replace(
+        RECIPE,
+        first_layer_std=0.05,
+        lr=0.05,
+        target_loss=1e-2,
+        max_steps=200,
+        check_every=100,
+        target_residual=1.0,
+        dtype="float32",
+    )
+    report = train(SmallConv(SHAPE, (4, 6)), images, labels, recipe, progress=False)
+    assert report.loss < 1e-2
+    assert 0 < report.residual < 1
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (torch.rand(2, *SHAPE), torch.tensor([0.0, 1.0]), r"Labels \[0.0\].*-1 and \+1"),
+        (torch.rand(0, *SHAPE), torch.zeros(0), "n=0"),
+        (torch.rand(2, 3, 6, 6), torch.tensor([1.0, -1.0]), "do not fit"),
+        (torch.rand(3, *SHAPE), torch.tensor([1.0, -1.0]), "do not fit"),
+    ],
+    ids=["labels", "empty", "shape", "count"],
+)
+def test_bad_training_sets(images, labels, words):
+    with pytest.raises(SharedDataError, match=words):
+        train(network(), images, labels, RECIPE, progress=False)
+
+
+@pytest.mark.parametrize("values", [{"lr": 0.0}, {"weight_decay": -1.0}, {"dtype": "half"}, {"max_steps": 0}])
+def test_impossible_recipes(values):
+    with pytest.raises(ConfigError, match=r"training\."):
+        Recipe(**values)
+
+
+def test_networks_by_name():
+    assert [tuple(w.shape) for w, _ in build_network("kkt-mlp-5-4", SHAPE).linears] == [(5, 36), (4, 5), (1, 4)]
+    assert isinstance(build_network("kkt-conv", (3, 8, 8)), SmallConv)
+    assert build_network("kkt-conv-2-3", (3, 7, 9))(torch.rand(2, 3, 7, 9)).shape == (2, 1)
+    for name in ("kkt-resnet", "kkt-mlp-", "kkt-conv-3", "kkt-mlp-0"):
+        with pytest.raises(ConfigError):
+            build_network(name, SHAPE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(-3, 3), st.floats(0.5, 50))
+def test_modified_relu(z, steepness):
+    """Forward it is the ReLU; first and second derivative are those of the softplus."""
+    x = torch.tensor(z, dtype=torch.double, requires_grad=True)
+    value = SmoothBackwardReLU(steepness)(x)
+    assert float(value.detach()) == pytest.approx(max(z, 0.0), abs=1e-12)
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    sigma = torch.sigmoid(steepness * x.detach())
+    torch.testing.assert_close(slope.detach(), sigma, rtol=1e-6, atol=1e-8)
+    (curvature,) = torch.autograd.grad(slope, x)
+    torch.testing.assert_close(curvature, steepness * sigma * (1 - sigma), rtol=1e-6, atol=1e-6)
+
+
+def test_homogeneity():
+    """Twice the parameters of an L-layer network without deeper biases give 2^L times the output."""
+    model = network((5, 4))
+    with torch.no_grad():
+        model.layers[0].bias.normal_()
+        images, _ = data()
+        before = model(images)
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        torch.testing.assert_close(model(images), 8 * before)

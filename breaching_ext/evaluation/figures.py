@@ -84,7 +84,9 @@ def save_sheet(
         _row_name(axes[row][0], name)
         for column, image in enumerate(images):
             if image is not None:
-                _show(axes[row][column], image, columns[column] if row == 0 else "")
+                _show(axes[row][column], image)
+    for axis, text in zip(axes[0], columns, strict=True):
+        axis.set_title(text, fontsize=8)
     return _save(figure, path)
 
 

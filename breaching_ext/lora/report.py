@@ -27,6 +27,7 @@ _NAMES = {
     (3, "match"): "3: K steps, match",
     (3, "decode"): "3: K steps, decode",
 }
+_COLOURS = {key: f"C{number}" for number, key in enumerate(_NAMES)}
 _STARTS = {"zero": "B = 0", "random": "B ≠ 0"}
 
 
@@ -53,15 +54,17 @@ def write_report(
 def table(rows: Sequence[Row], ceiling: float) -> str:
     """Return a markdown table: a row for each phase, method, start and rank, means over seeds with 95 % intervals.
 
-    Columns of cosines to the true full gradient, after each stage: `seen` is what the factors show of it (the LoRA
-    approximation), `decoded` the estimate that was inverted, `inverted` the gradient at the reconstruction.
+    Cosines after each stage: `seen`, what one step's factors show of the full gradient (the LoRA approximation);
+    `decoded`, the estimate that was inverted; `inverted`, the gradient at the reconstruction, each to the true full
+    gradient. `matched` is the reconstruction's update to the one the attack was given: near 1, the attack has done its
+    part, and what is missing was lost before it.
     """
     base = {row["seed"]: row["psnr"] for row in rows if row["phase"] == 0}
     lines = [
         *_headline(rows, base, ceiling),
         "| phase | start | rank | seeds | PSNR [dB] | against Phase 0 [dB] | SSIM "
-        "| cos seen | cos decoded | cos inverted |",
-        "|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| cos seen | cos decoded | cos matched | cos inverted |",
+        "|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (phase, method, start, rank), group in _groups(rows).items():
         paired = [row["psnr"] - base[row["seed"]] for row in group if row["seed"] in base]
@@ -75,6 +78,7 @@ def table(rows: Sequence[Row], ceiling: float) -> str:
             _mean(group, "ssim", 3),
             _mean(group, "cosine_seen", 4),
             _mean(group, "cosine_decoded", 4),
+            _mean(group, "cosine_matched", 4),
             _mean(group, "cosine_full", 4),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -101,7 +105,10 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
 
 
 def pictures(rows: Sequence[Row], images: Mapping[str, torch.Tensor], path: Path) -> Path:
-    """Draw the first image's reconstruction for every phase and method (rows) and rank (columns)."""
+    """Draw the first image's reconstruction for every phase and method (rows) and rank (columns).
+
+    Phase 0 has no rank; its one image stands in the first column.
+    """
     ranks = list(dict.fromkeys(row["rank"] for row in sorted(rows, key=_by_rank) if row["phase"] > 0))
     sheet: list[tuple[str, list[torch.Tensor | None]]] = []
     for phase, method, start in dict.fromkeys(key[:3] for key in _groups(rows)):
@@ -110,11 +117,7 @@ def pictures(rows: Sequence[Row], images: Mapping[str, torch.Tensor], path: Path
         row = [None if image is None else image[0].double() / 255 for image in found]
         text = _NAMES[phase, method].replace(": ", ":\n") + (f"\n{_STARTS[start]}" if phase else "")
         sheet.append((text, row))
-    columns = [f"rank {rank}" for rank in ranks]
-    if not sheet[0][0].startswith("0"):
-        return save_sheet(path, sheet, columns, rows[0]["model"])
-    head = [sheet[0][1][0], *[None] * (len(ranks) - 1)]  # Phase 0 has no rank
-    return save_sheet(path, [*sheet[1:], (sheet[0][0], head)], columns, str(rows[0]["model"]))
+    return save_sheet(path, sheet, [f"rank {rank}" for rank in ranks], str(rows[0]["model"]))
 
 
 def _draw_quality(axis: Axes, rows: Sequence[Row], ceiling: Sequence[float], ranks: list[str]) -> None:
@@ -123,19 +126,25 @@ def _draw_quality(axis: Axes, rows: Sequence[Row], ceiling: Sequence[float], ran
         axis.axhspan(mean - half, mean + half, color="gray", alpha=0.2)
         axis.axhline(mean, color="gray", label=_NAMES[0, "full"])
     for (phase, method), group in _by(rows, "phase", "method").items():
-        _draw_line(axis, group, "psnr", ranks, _NAMES[phase, method], "--" if phase == 3 else "-")
+        _draw_line(axis, group, "psnr", ranks, _NAMES[phase, method], _COLOURS[phase, method])
 
 
 def _draw_cosines(axis: Axes, rows: Sequence[Row], ranks: list[str]) -> None:
-    _draw_line(axis, rows, "cosine_seen", ranks, "seen in one step (LoRA approximation)", ":")
+    _draw_line(axis, rows, "cosine_seen", ranks, "seen in one step (LoRA approximation)", "black", ":")
     for (phase, method), group in _by(rows, "phase", "method").items():
         if any("cosine_decoded" in row for row in group):
-            _draw_line(axis, group, "cosine_decoded", ranks, f"decoded, {_NAMES[phase, method]}", "-")
+            _draw_line(
+                axis, group, "cosine_decoded", ranks, f"decoded, {_NAMES[phase, method]}", _COLOURS[phase, method]
+            )
         else:
-            _draw_line(axis, group, "cosine_full", ranks, f"inverted, {_NAMES[phase, method]}", "--")
+            _draw_line(
+                axis, group, "cosine_full", ranks, f"inverted, {_NAMES[phase, method]}", _COLOURS[phase, method], "--"
+            )
 
 
-def _draw_line(axis: Axes, rows: Sequence[Row], key: str, ranks: list[str], label: str, style: str) -> None:
+def _draw_line(
+    axis: Axes, rows: Sequence[Row], key: str, ranks: list[str], label: str, colour: str, style: str = "-"
+) -> None:
     points = []
     for position, rank in enumerate(ranks):
         values = [row[key] for row in rows if str(row["rank"]) == rank and row.get(key) is not None]
@@ -143,7 +152,9 @@ def _draw_line(axis: Axes, rows: Sequence[Row], key: str, ranks: list[str], labe
             points.append((position, *mean_interval(values)))
     if points:
         x, mean, half = zip(*points, strict=True)
-        axis.errorbar(x, mean, yerr=half, linestyle=style, marker="o", markersize=3, capsize=2, label=label)
+        axis.errorbar(
+            x, mean, yerr=half, color=colour, linestyle=style, marker="o", markersize=3, capsize=2, label=label
+        )
         axis.set_xticks(range(len(ranks)), ranks)
 
 

@@ -184,7 +184,7 @@ def test_bad_input_is_one_line(override, words):
 
 def test_the_table_pairs_seeds_and_says_when_the_ceiling_fails():
     def row(phase, method, rank, start, seed, psnr):
-        cosines = {"cosine_seen": 0.5, "cosine_full": 0.9}
+        cosines = {"cosine_seen": 0.5, "cosine_matched": 1.0, "cosine_full": 0.9}
         return {
             "model": "conv", "phase": phase, "method": method, "rank": rank, "start": start, "seed": seed,
             "psnr": psnr, "ssim": 0.5, **cosines,

@@ -61,6 +61,9 @@ def invert(
         cfg_attack: an attack config of type joint-candidates; its seed is set from the case's.
         local: Breaching's `local_hyperparams` when the target is the change over several steps.
         device: where to run; None is the CPU.
+
+    Raises:
+        KeyboardInterrupt: when the attack was interrupted.
     """
     setup = {"dtype": getattr(torch, cfg_attack.impl.dtype), "device": device or torch.device("cpu")}
     labels = case.client.labels
@@ -83,6 +86,8 @@ def invert(
     attacker = JointCandidateAttacker(own, torch.nn.CrossEntropyLoss(), cfg, setup)
     reconstruction, stats = attacker.reconstruct(payload, shared)
     seconds = time.perf_counter() - clock
+    if stats.get("interrupted"):  # the attack hands back its best so far; as a finished cell it would be a wrong number
+        raise KeyboardInterrupt
 
     found = reconstruction["data"].detach().cpu().double()
     images, true = to_images(found, MEAN, STD), to_images(case.client.images, MEAN, STD)

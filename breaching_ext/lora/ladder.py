@@ -101,6 +101,9 @@ def run_ladder(settings: Settings, folder: str | Path, device: torch.device | No
         folder: where rows.json is or will be.
         device: where the attacks run; None is the CPU. Observations and decoding are small and in double precision on
             the CPU.
+
+    Returns:
+        The ladder; after Ctrl-C with the cells that were finished.
     """
     where = device or torch.device("cpu")
     ladder = Ladder.open(folder, settings)
@@ -108,11 +111,14 @@ def run_ladder(settings: Settings, folder: str | Path, device: torch.device | No
         lambda seed: Case(settings.model, settings.layers, seed, settings.batch, settings.public)
     )
     said = False
-    for cell in tqdm(ladder.missing(), desc=f"LoRA ladder, {settings.model}", unit="cell", disable=None):
-        if cell.phase > 0 and not said:
-            _say_ceiling(ladder)
-            said = True
-        ladder.add(*run_cell(cell, cases(cell.seed), settings, where), where)
+    try:
+        for cell in tqdm(ladder.missing(), desc=f"LoRA ladder, {settings.model}", unit="cell", disable=None):
+            if cell.phase > 0 and not said:
+                _say_ceiling(ladder)
+                said = True
+            ladder.add(*run_cell(cell, cases(cell.seed), settings, where), where)
+    except KeyboardInterrupt:
+        log.warning("Interrupted: %d cells are missing; the same command goes on with them.", len(ladder.missing()))
     return ladder
 
 
@@ -157,7 +163,9 @@ def decode(case: Case, observed: FactorUpdate, learned: bool = False) -> tuple[M
     factors, sent = observed.factors(case.adapted_layers), observed.matrices(case.adapted_layers)
     closed = {name: completed(*sent[name], factors[name], case.rows[name]) for name in sent}
     determined = {name: is_determined(factors[name], case.rows[name]) for name in sent}
-    about: dict[str, Any] = {"determined": sorted(name for name, yes in determined.items() if yes)}
+    about: dict[str, Any] = {}
+    if observed.local is None:  # the condition is one step's
+        about["determined"] = sorted(name for name, yes in determined.items() if yes)
     if not learned or all(determined.values()):
         return closed, about
     gradients, held_out = case.public_gradients

@@ -74,8 +74,7 @@ def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
         return real(cell, *args)
 
     monkeypatch.setattr(ladder_module, "run_cell", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_ladder(chosen, tmp_path)
+    assert len(run_ladder(chosen, tmp_path).missing()) == len(plan(chosen)) - 3
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
     monkeypatch.setattr(ladder_module, "run_cell", lambda cell, *args: (ran.append(cell), real(cell, *args))[1])
     done = run_ladder(chosen, tmp_path)
@@ -93,6 +92,19 @@ def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
     text = files[0].read_text()
     assert "Phase 0 fails" in text, "two iterations cannot hold the ceiling"
     assert text.count("\n| ") == 1 + len(content["rows"])  # one seed: a line a cell, and the head
+
+
+def test_an_interrupted_attack_is_not_a_finished_cell(tmp_path, monkeypatch):
+    """The attack returns its best so far on Ctrl-C; the ladder must run that cell again."""
+    real = JointCandidateAttacker.reconstruct
+
+    def interrupted(self, *args, **kwargs):
+        reconstruction, stats = real(self, *args, **kwargs)
+        return reconstruction, {**stats, "interrupted": True}
+
+    monkeypatch.setattr(JointCandidateAttacker, "reconstruct", interrupted)
+    chosen = settings("phases=[0]")
+    assert run_ladder(chosen, tmp_path).missing() == plan(chosen)
 
 
 @needs_peft

@@ -27,12 +27,12 @@ from .decode import Factors, completed, cosine, is_determined, minimum_norm, uns
 from .inversion import Inversion, invert
 from .learned import RidgeDecoder
 from .observation import FactorUpdate, factor_update, local_steps
-from .settings import Cell, Settings, plan
+from .settings import RANKLESS, Cell, Settings, plan
 from .whitening import whitened
 
 log = logging.getLogger(__name__)
 
-__all__ = ["IMAGES", "Ladder", "decode", "label", "run_cell", "run_ladder"]
+__all__ = ["IMAGES", "Ladder", "decode", "label", "mean_public_gradient", "run_cell", "run_ladder"]
 
 #: file of the pictures beside rows.json
 IMAGES = "images.pt"
@@ -129,10 +129,12 @@ def run_cell(cell: Cell, case: Case, settings: Settings, device: torch.device) -
         Its row (the cell, the quality, and the gradient cosine after each stage), and the images (B, C, H, W).
     """
     attack = settings.attack
-    if cell.phase == 0:
+    if (cell.phase, cell.method) in RANKLESS:
         model = only_weights_of(case.model, case.adapted_layers)
-        found = invert(case, model, _as_weights(model, case.gradient), attack, device=device)
-        return _row(cell, found, {"seen": 1.0}), found.images
+        given = case.gradient if cell.phase == 0 else mean_public_gradient(case)
+        found = invert(case, model, _as_weights(model, given), attack, device=device)
+        known = {"seen": 1.0} if cell.phase == 0 else {"seen": 0.0, "decoded": _cosine(given, case.gradient)}
+        return _row(cell, found, known), found.images
     factors = case.factors(cell.rank, cell.start, settings.scale)
     seen = {name: gradient - unseen(gradient, factors[name]) for name, gradient in case.gradient.items()}
     cosines: dict[str, Any] = {"seen": _cosine(seen, case.gradient)}
@@ -178,6 +180,13 @@ def decode(case: Case, observed: FactorUpdate, learned: bool = False) -> tuple[M
         "public_cosine_closed": decoder.closed_form_cosine,
     }
     return {name: closed[name] if determined[name] else predicted[name] for name in sent}, about
+
+
+def mean_public_gradient(case: Case) -> Matrices:
+    """Return the mean of the public gradients, each of unit norm: the estimate of a server that saw no update."""
+    gradients, _ = case.public_gradients
+    norms = torch.stack([stack.square().sum(dim=(1, 2)) for stack in gradients.values()]).sum(dim=0).sqrt()  # (n,)
+    return {name: (stack / norms[:, None, None]).mean(dim=0) for name, stack in gradients.items()}
 
 
 def _whitened_update(case: Case, observed: FactorUpdate) -> FactorUpdate:

@@ -22,6 +22,7 @@ _NAMES = {
     (0, "full"): "0: full gradient",
     (1, "match"): "1: match (∂A, ∂B)",
     (1, "whiten"): "1: match, whitened",
+    (2, "public"): "2: control, mean public gradient",
     (2, "closed"): "2: decode, closed form",
     (2, "learned"): "2: decode, learned",
     (3, "match"): "3: K steps, match",
@@ -93,7 +94,7 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
     for column, start in enumerate(starts):
         mine = [row for row in rows if row["start"] == start]
         ranks = list(dict.fromkeys(str(row["rank"]) for row in sorted(mine, key=_by_rank)))
-        _draw_quality(axes[0][column], mine, [row["psnr"] for row in rows if row["phase"] == 0], ranks)
+        _draw_quality(axes[0][column], mine, [row for row in rows if row["rank"] == "-"], ranks)
         _draw_cosines(axes[1][column], mine, ranks)
         axes[0][column].set_title(f"{rows[0]['model']}, {_STARTS[start]}")
     axes[0][0].set_ylabel("PSNR [dB], mean and 95 % interval")
@@ -107,24 +108,24 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
 def pictures(rows: Sequence[Row], images: Mapping[str, torch.Tensor], path: Path) -> Path:
     """Draw the first image's reconstruction for every phase and method (rows) and rank (columns).
 
-    Phase 0 has no rank; its one image stands in the first column.
+    Where there is no rank, the one image stands in the first column.
     """
-    ranks = list(dict.fromkeys(row["rank"] for row in sorted(rows, key=_by_rank) if row["phase"] > 0))
+    ranks = list(dict.fromkeys(row["rank"] for row in sorted(rows, key=_by_rank) if row["rank"] != "-"))
     sheet: list[tuple[str, list[torch.Tensor | None]]] = []
     for phase, method, start in dict.fromkeys(key[:3] for key in _groups(rows)):
-        names = ["-"] if phase == 0 else ranks
+        names = ["-"] if start == "-" else ranks
         found = [images.get(f"{phase} {method} {start} {rank}") for rank in names]
         row = [None if image is None else image[0].double() / 255 for image in found]
-        text = _NAMES[phase, method].replace(": ", ":\n") + (f"\n{_STARTS[start]}" if phase else "")
+        text = _NAMES[phase, method].replace(": ", ":\n") + (f"\n{_STARTS[start]}" if start in _STARTS else "")
         sheet.append((text, row))
     return save_sheet(path, sheet, [f"rank {rank}" for rank in ranks], str(rows[0]["model"]))
 
 
-def _draw_quality(axis: Axes, rows: Sequence[Row], ceiling: Sequence[float], ranks: list[str]) -> None:
-    if ceiling:
-        mean, half = mean_interval(ceiling)
+def _draw_quality(axis: Axes, rows: Sequence[Row], rankless: Sequence[Row], ranks: list[str]) -> None:
+    for (phase, method), group in _by(rankless, "phase", "method").items():
+        mean, half = mean_interval([row["psnr"] for row in group])
         axis.axhspan(mean - half, mean + half, color="gray", alpha=0.2)
-        axis.axhline(mean, color="gray", label=_NAMES[0, "full"])
+        axis.axhline(mean, color="gray", linestyle=":" if phase else "-", label=_NAMES[phase, method])
     for (phase, method), group in _by(rows, "phase", "method").items():
         _draw_line(axis, group, "psnr", ranks, _NAMES[phase, method], _COLOURS[phase, method])
 

@@ -13,15 +13,18 @@ from ..errors import ConfigError, unknown
 from .adapters import check_layers
 from .models import MODELS, build_model
 
-__all__ = ["METHODS", "STARTS", "Cell", "Settings", "plan"]
+__all__ = ["METHODS", "RANKLESS", "STARTS", "Cell", "Settings", "plan"]
 
 #: phase -> the ways in which it is attacked
 METHODS: dict[int, tuple[str, ...]] = {
     0: ("full",),  # the adapted layers' full gradient: the ceiling
     1: ("match", "whiten"),  # match (∂A, ∂B), as they come or in orthonormal factors
-    2: ("closed", "learned"),  # decode G, in closed form or with the learned rest, then match G
+    2: ("public", "closed", "learned"),  # decode G, in closed form or with the learned rest, then match G
     3: ("match", "decode"),  # match the change over K local steps, or decode its mean, then match G
 }
+#: cells without an adapter: the ceiling, and, as a control for the learned decoder, the mean public gradient, which is
+#: what a decoder knows that saw nothing
+RANKLESS = ((0, "full"), (2, "public"))
 STARTS = ("zero", "random")
 
 
@@ -33,8 +36,8 @@ class Cell:
         model: a key of `MODELS`.
         phase: 0 to 3.
         method: one of the phase's `METHODS`.
-        rank: a number, or `full`; `-` in phase 0, which has no adapter.
-        start: `zero` or `random` B; `-` in phase 0.
+        rank: a number, or `full`; `-` where there is no adapter (`RANKLESS`).
+        start: `zero` or `random` B; `-` where there is no adapter.
         seed: of the case.
     """
 
@@ -136,16 +139,19 @@ class Settings:
 
 def plan(settings: Settings) -> list[Cell]:
     """Return the cells, the cheapest falsifying experiment first: Phase 0 for all seeds, then phase by phase."""
-    cells = [Cell(settings.model, 0, "full", "-", "-", seed) for seed in settings.seeds if 0 in settings.phases]
-    cells += [
+    return [
         Cell(settings.model, phase, method, rank, start, seed)
-        for phase in sorted(set(settings.phases) - {0})
-        for start in settings.starts
-        for method in METHODS[phase]
-        for rank in settings.ranks
+        for phase in sorted(set(settings.phases))
+        for method, start, rank in _arms(phase, settings)
         for seed in settings.seeds
     ]
-    return cells
+
+
+def _arms(phase: int, settings: Settings) -> list[tuple[str, str, int | str]]:
+    """Return (method, start, rank) of a phase, those without an adapter first."""
+    rankless = [(method, "-", "-") for method in METHODS[phase] if (phase, method) in RANKLESS]
+    methods = [method for method in METHODS[phase] if (phase, method) not in RANKLESS]
+    return rankless + [(m, start, rank) for start in settings.starts for m in methods for rank in settings.ranks]
 
 
 def _list(value: Any) -> Sequence[Any]:

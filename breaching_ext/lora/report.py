@@ -28,7 +28,7 @@ _NAMES = {
     (3, "match"): "3: K steps, match",
     (3, "decode"): "3: K steps, decode",
 }
-_COLOURS = {key: f"C{number}" for number, key in enumerate(_NAMES)}
+_COLOURS = {key: f"C{number if number < 7 else 9}" for number, key in enumerate(_NAMES)}  # C7 is the controls' gray
 _STARTS = {"zero": "B = 0", "random": "B ≠ 0"}
 
 

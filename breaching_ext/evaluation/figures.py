@@ -80,6 +80,28 @@ def save_candidates(
     return _save(figure, path)
 
 
+def save_sheet(
+    path: str | Path, rows: Sequence[tuple[str, Sequence[torch.Tensor | None]]], columns: Sequence[str], title: str = ""
+) -> Path:
+    """Draw a table of images, for example methods by ranks.
+
+    Args:
+        path: where to.
+        rows: (name, one image (C, H, W) in [0, 1] a column, or None for an empty place).
+        columns: names of the columns.
+        title: one line above the picture.
+    """
+    figure, axes = _grid(len(rows), len(columns), title)
+    for row, (name, images) in enumerate(rows):
+        _row_name(axes[row][0], name)
+        for column, image in enumerate(images):
+            if image is not None:
+                _show(axes[row][column], image)
+    for axis, text in zip(axes[0], columns, strict=True):
+        axis.set_title(text, fontsize=8)
+    return _save(figure, path)
+
+
 def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
     figure = Figure(figsize=(1.35 * columns + 1.3, 1.45 * rows + (0.4 if title else 0.1)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)

@@ -1,0 +1,1 @@
+"""Configuration of the LoRA gradient bridge, examples/lora_ladder.py."""

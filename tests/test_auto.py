@@ -131,7 +131,7 @@ def test_measuring_disturbs_neither_candidates_nor_random_numbers(monkeypatch):
     pinned, _ = reconstruct("restarts.candidate_batching=vmap", *random, candidates=2)
     monkeypatch.setattr(calibration, "SHORT", 1)
     monkeypatch.setattr(build, "_list_seconds", lambda parts: original(parts) * 1e6)
-    monkeypatch.setattr(calibration, "COMPILE_SECONDS_PER_OPERATION", 1e6)
+    monkeypatch.setattr(calibration, "COMPILING_OVER_RECORDING", 1e6)
     before = torch.get_rng_state()
     measured, stats = reconstruct(*random, candidates=2)
     assert stats["engine"] == "vmap"

@@ -180,9 +180,10 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     stacks = [start.detach() for start in parts.starts]
     times = {"list": _list_seconds(parts), "vmap": calibration.seconds(lambda: engine.evaluation(*stacks), device)}
     best = min(times, key=lambda name: times[name])
-    expected = calibration.COMPILE_SECONDS_PER_OPERATION * engine.evaluation.operations
+    recording = max(0.0, engine.evaluation.recording_seconds - times["vmap"])  # which evaluates once as well
+    expected = calibration.COMPILING_OVER_RECORDING * recording
     found = Calibration(best, "it is the fastest", evaluations, times, expected_compile_seconds=expected)
-    if not expected:
+    if not engine.evaluation.operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
     elif not calibration.compiling_pays(times[best], evaluations, expected):
         found.reason = f"compiling would take about {expected:.0f} s, more than it saves"

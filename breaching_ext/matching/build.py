@@ -182,6 +182,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     best = min(times, key=lambda name: times[name])
     expected = _expected_compile_seconds(engine, times["vmap"])
     found = Calibration(best, "it is the fastest", evaluations, times, expected_compile_seconds=expected)
+    found.recording_seconds = engine.evaluation.recording_seconds
     if not engine.evaluation.operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
     elif not calibration.compiling_pays(times[best], evaluations, expected):

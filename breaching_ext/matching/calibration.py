@@ -44,6 +44,7 @@ class Calibration:
         step_seconds: engine -> measured seconds for one evaluation of all candidates.
         compile_seconds: measured, if the evaluation was compiled.
         expected_compile_seconds: the estimate that the decision went by.
+        recording_seconds: what recording the graph took, from which that is estimated.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Calibration:
     step_seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: float | None = None
     expected_compile_seconds: float | None = None
+    recording_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for statistics and files."""

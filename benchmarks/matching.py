@@ -125,6 +125,21 @@ class Case:
             worst = max(worst, ((gradient - expected).norm() / expected.norm()).item())
         return worst
 
+    def sensitivity(self, draws: int = 3) -> float:
+        """Return how much Breaching's own gradient moves at most when every pixel moves by one rounding.
+
+        Beside a kink of the model (ReLU) no two orders of summation agree; this says how far they may differ.
+        """
+        parts, worst = self.parts(), 0.0
+        for start in parts.starts[0]:
+            _, (expected,) = parts.reference([start])
+            for draw in range(draws):
+                generator = torch.Generator().manual_seed(draw)
+                signs = torch.randint(0, 2, start.shape, generator=generator).to(start) * 2 - 1
+                _, (moved,) = parts.reference([start * (1 + torch.finfo(start.dtype).eps * signs)])
+                worst = max(worst, ((moved - expected).norm() / expected.norm()).item())
+        return worst
+
 
 def timed(runner: Callable[[], int]) -> float:
     """Return the seconds a candidate-iteration of one call."""
@@ -167,6 +182,7 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         row["setup_seconds"], row["peak_rss_bytes"] = setup, memory
         row["bytes_per_candidate"] = auto.memory.per_candidate
         row["gradient_difference"] = {name: case.agreement(engine) for name, engine in built.items()}
+        row["breaching_rounding"] = case.sensitivity()
         row["auto"] = {"engine": auto.engine.name, "seconds": auto_seconds}
         row["auto"]["calibration"] = auto.calibration.as_dict() if auto.calibration else None
         if "vmap" in built:

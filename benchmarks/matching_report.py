@@ -42,8 +42,8 @@ def table(content: dict[str, Any]) -> str:
         f"Breaching's time over ours a candidate-iteration (steady state), and over {RUN} iterations with set-up.",
         "",
         "| model | B | N | Breaching [ms] | list | vmap | compile | total: vmap | total: compile | auto takes | auto "
-        "against best | compiling [s] | again [s] | gradient differs by | memory vmap [MiB] |",
-        "|" + "---|" * 15,
+        "against best | compiling [s] | again [s] | gradient differs by | Breaching's by one rounding | memory vmap [MiB] |",
+        "|" + "---|" * 16,
     ]
     for row in sorted(content["rows"], key=lambda r: (r["model"], r["batch"], r["candidates"])):
         ms, whole, setup = row["ms"], totals(row), row["setup_seconds"]
@@ -51,10 +51,11 @@ def table(content: dict[str, Any]) -> str:
         ends = [f"{whole['breaching'] / whole[e]:.2f}" if e in whole else "-" for e in ("vmap", "compile")]
         seconds = [f"{setup[k]:.0f}" if k in setup and "compile" in ms else "-" for k in ("compile", "compile_again")]
         worst = max((d for d in row["gradient_difference"].values() if d is not None), default=float("nan"))
+        rounding = f"{row['breaching_rounding']:.0e}" if "breaching_rounding" in row else "-"
         memory = (row["peak_rss_bytes"].get("vmap") or 0) / 2**20
         cells = [
             *(row["model"], row["batch"], row["candidates"], f"{ms['breaching']:.2f}", *ratios, *ends),
-            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{worst:.0e}", f"{memory:.1f}"),
+            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{worst:.0e}", rounding, f"{memory:.1f}"),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if content["totals"]:

@@ -42,7 +42,8 @@ def table(content: dict[str, Any]) -> str:
         f"Breaching's time over ours a candidate-iteration (steady state), and over {RUN} iterations with set-up.",
         "",
         "| model | B | N | Breaching [ms] | list | vmap | compile | total: vmap | total: compile | auto takes | auto "
-        "against best | compiling [s] | again [s] | gradient differs by | Breaching's by one rounding | memory vmap [MiB] |",
+        "against best | compiling [s] | again [s] | gradient differs by | Breaching's by one rounding | memory vmap "
+        "[MiB] |",
         "|" + "---|" * 16,
     ]
     for row in sorted(content["rows"], key=lambda r: (r["model"], r["batch"], r["candidates"])):

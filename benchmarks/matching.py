@@ -236,6 +236,7 @@ def measure_growth(model: str, args: argparse.Namespace) -> list[dict[str, Any]]
             built, _ = case.build("vmap")
             built.engine.evaluation.chunk = chunk
             runner = case.joint_run(built)
+            runner()  # records the graph of a chunk
             memory = peak_rss(runner, args.device)
             spent = statistics.median(timed(runner) for _ in range(3))
             points.append({"model": model, "candidates": candidates, "chunk": chunk, "peak_rss_bytes": memory})

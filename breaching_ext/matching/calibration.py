@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -66,8 +65,11 @@ class Calibration:
         log.info("candidate_batching=auto takes %s: %s%s.", self.engine, self.reason, detail)
 
 
-def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Return the median seconds of a call, after one to warm up; random numbers are given back."""
+def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 4) -> float:
+    """Return the least seconds of several calls, after one to warm up; random numbers are given back.
+
+    The least, because other processes only ever add to the time.
+    """
     devices = [device] if device.type == "cuda" else []
     times = []
     with torch.random.fork_rng(devices=devices):
@@ -77,7 +79,7 @@ def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def compiling_pays(step: float, evaluations: int, expected_compile: float) -> bool:

@@ -34,6 +34,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
         self.interrupted = False
+        self._handlers: dict[signal.Signals, Any] = {}
 
     @property
     def first(self) -> bool:
@@ -92,7 +93,11 @@ class Ranks:
 
     @contextlib.contextmanager
     def interrupts_noted(self) -> Iterator[None]:
-        """With several processes, Ctrl-C sets `interrupted` within the block, so that all of them stop together."""
+        """With several processes, Ctrl-C sets `interrupted` within the block, so that all of them stop together.
+
+        torchrun passes the signal on to processes that have it already; once noted, it is ignored until they are done
+        (see :func:`joined`), so that the second one does not end the saving of what the first one stopped.
+        """
         if self.size == 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -100,12 +105,19 @@ class Ranks:
         def note(number: int, frame: Any) -> None:
             self.interrupted = True
 
-        before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        if not self._handlers:
+            self._handlers = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for kind, handler in before.items():
-                signal.signal(kind, handler)
+            if not self.interrupted:
+                self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Let signals do again what they did before :meth:`interrupts_noted`."""
+        for kind, handler in self._handlers.items():
+            signal.signal(kind, handler)
+        self._handlers = {}
 
 
 _joined: list[Ranks] = []
@@ -152,6 +164,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     try:
         yield _joined[-1]
     finally:
-        _joined.pop()
+        _joined.pop().restore_handlers()
         if own:
             dist.destroy_process_group()

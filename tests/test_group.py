@@ -163,6 +163,9 @@ def test_total_variation_equals_breachings_on_colour_and_works_on_any_channel_co
     for options in ({}, {"inner_exp": 2, "outer_exp": 0.5, "double_opponents": True}):
         theirs, ours = TotalVariation(SETUP, 0.3, **options), AnyChannelTotalVariation(SETUP, 0.3, **options)
         assert torch.equal(theirs(images), ours(images))
+        assert torch.allclose(theirs(images), ours.by_differences(images), rtol=1e-14)
+        left, right = (torch.func.grad(term)(images) for term in (theirs, ours.by_differences))
+        assert torch.allclose(left, right, rtol=0, atol=1e-16)
     ours = AnyChannelTotalVariation(SETUP, 0.3)
     gray = images[:, :1]
     assert ours(gray).item() == pytest.approx(ours(gray.expand(-1, 3, -1, -1)).item(), rel=1e-12)

@@ -54,6 +54,8 @@ def pure_objective(
         for model, data in zip(rec_models, shared_data, strict=True)
     ]
 
+    terms = [getattr(regularizer, "by_differences", regularizer) for regularizer in regularizers]
+
     def candidate_objective(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value, task_loss = images.new_zeros(()), images.new_zeros(())
         for update, data in zip(updates, shared_data, strict=True):
@@ -63,8 +65,8 @@ def pure_objective(
             if task_weight != 0:
                 value = value + task_weight * query_loss
             task_loss = task_loss + query_loss.detach()
-        for regularizer in regularizers:
-            value = value + regularizer(images)
+        for term in terms:
+            value = value + term(images)
         return value, task_loss
 
     return candidate_objective, ""

@@ -124,7 +124,8 @@ class JointLoop:
         values, task_losses = self.engine.step(iteration, self.alive)
         if self.box is not None:
             images, *others = self.engine.parameters
-            self.engine.overwrite([torch.max(torch.min(images, self.box[1]), self.box[0]), *others], self.alive)
+            moving = self.alive if self.result.failures else None  # None: all, which needs no mask
+            self.engine.overwrite([torch.clamp(images, *self.box), *others], moving)
         self._values.append(values)
         self._keep_best(values)
         self._report(iteration, values, task_losses, bar)
@@ -135,12 +136,16 @@ class JointLoop:
 
     def _keep_best(self, values: torch.Tensor) -> None:
         """Keep candidates that improved. A step can leave a point that is not finite behind a finite value."""
+        better = self.alive & (values < self.result.best_values)
+        if not bool(better.any()):
+            return
         parameters = self.engine.parameters
-        finite = torch.stack([p.flatten(1).isfinite().all(dim=1) for p in parameters]).all(dim=0)
-        better = self.alive & finite & (values < self.result.best_values)
+        largest = [torch.linalg.vector_norm(p.flatten(1), float("inf"), dim=1) for p in parameters]  # NaN stays NaN
+        better &= torch.stack(largest).isfinite().all(dim=0)
         self.result.best_values = torch.where(better, values, self.result.best_values)
         for best, parameter in zip(self.result.best, parameters, strict=True):
-            best[better] = parameter[better]
+            mask = better.view(-1, *[1] * (parameter.dim() - 1))
+            best.copy_(torch.where(mask, parameter, best))
 
     def _freeze(self, failed: torch.Tensor, iteration: int) -> None:
         self.alive = self.alive & ~failed

@@ -180,9 +180,10 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     stacks = [start.detach() for start in parts.starts]
     times = {"list": _list_seconds(parts), "vmap": calibration.seconds(lambda: engine.evaluation(*stacks), device)}
     best = min(times, key=lambda name: times[name])
-    expected = calibration.COMPILE_SECONDS_PER_OPERATION * engine.evaluation.operations
+    expected = _expected_compile_seconds(engine, times["vmap"])
     found = Calibration(best, "it is the fastest", evaluations, times, expected_compile_seconds=expected)
-    if not expected:
+    found.recording_seconds = engine.evaluation.recording_seconds
+    if not engine.evaluation.operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
     elif not calibration.compiling_pays(times[best], evaluations, expected):
         found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
@@ -198,6 +199,11 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
                 found.engine = "compile"
                 return compiled, found
     return (engine if best == "vmap" else _list_engine(parts)), found
+
+
+def _expected_compile_seconds(engine: VmapEngine, step: float) -> float:
+    recording = engine.evaluation.recording_seconds - step  # which evaluates once as well
+    return calibration.COMPILING_OVER_RECORDING * max(0.0, recording)
 
 
 def _list_seconds(parts: EngineParts) -> float:

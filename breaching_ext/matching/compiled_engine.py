@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .evaluation import Evaluate, first_line
-from .tracing import TOLERANCE, SpecialisationError, largest_difference, record, replayed, without_autograd
+from .tracing import TOLERANCE, SpecialisationError, largest_difference, replayed
 from .vmap_engine import VmapEngine
 
 log = logging.getLogger(__name__)
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 class CompiledEngine(VmapEngine):
     """A `VmapEngine` whose objective and gradient are one compiled function.
 
-    What is compiled is the recorded graph (`tracing.record`): tracing torch.func's transforms again costs torch.compile
-    more time than recording them. The group term does not cause a second compilation: its weight and its consensus
-    are tensors that exist from the start.
+    What is compiled is the evaluation as torch.func writes it, not its recorded graph: torch.compile makes clearly
+    faster code of it (cnn6, B = 4: 52 against 95 ms a step). The group term does not cause a second compilation: its
+    weight and its consensus are tensors that exist from the start.
 
     Args: as `VmapEngine` without `specialise`, by name, and `backend`, torch.compile's.
 
@@ -61,8 +61,7 @@ def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "ind
     """
     cuda_graphs = stacks[0].device.type == "cuda" and backend == "inductor"
     mode = "reduce-overhead" if cuda_graphs else None
-    graph = record(evaluate, stacks)
-    function = without_autograd(torch.compile(graph, backend=backend, dynamic=False, mode=mode))
+    function = torch.compile(evaluate, backend=backend, dynamic=False, mode=mode)
     try:
         difference = largest_difference(function, evaluate, stacks)
     except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works

@@ -57,6 +57,11 @@ class StackedEvaluation:
         """Operations of the recorded graph; 0 where there is none."""
         return max((getattr(function, "operations", 0) for function in self._special.values()), default=0)
 
+    @property
+    def recording_seconds(self) -> float:
+        """Seconds that recording the graph took; 0 where there is none."""
+        return max((getattr(function, "recording_seconds", 0.0) for function in self._special.values()), default=0.0)
+
     def __call__(self, *stacks: torch.Tensor) -> tuple:
         """Return gradients (each (N, ...)), objectives (N,) and task losses (N,)."""
         while True:

@@ -54,6 +54,7 @@ def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
     start = time.perf_counter()
     try:
         graph = record(evaluate, stacks)
+        seconds = time.perf_counter() - start
         replay = without_autograd(graph)
         difference = largest_difference(replay, evaluate, stacks)
         if difference > (0 if stacks[0].device.type == "cpu" else TOLERANCE.get(stacks[0].dtype, 1e-2)):
@@ -62,7 +63,8 @@ def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
         log.info("The evaluation is not replayed from a graph, because %s.", error)
         return evaluate
     replay.operations = operations(graph)  # type: ignore[attr-defined]
-    log.debug("Recorded the evaluation (%d operations) in %.1f s.", operations(graph), time.perf_counter() - start)
+    replay.recording_seconds = seconds  # type: ignore[attr-defined]
+    log.debug("Recorded the evaluation (%d operations) in %.1f s.", operations(graph), seconds)
     return replay
 
 

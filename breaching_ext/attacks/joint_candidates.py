@@ -19,10 +19,6 @@ from breaching.attacks.optimization_based_attack import OptimizationBasedAttacke
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import SharedDataError
-from ..matching.build import BuiltEngine, EngineParts, choose_engine
-from ..matching.engine import CandidateObjective, GradientRule
-from ..matching.lbfgs import BatchedLBFGS
-from ..matching.memory import parse_bytes
 from ..matching.randomness import CandidateStreams
 from ..ranks import Ranks
 from ..ranks import current as ranks_of_run
@@ -30,8 +26,9 @@ from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation
 from . import checks
 from .candidate_choice import CandidateChoice, Target
-from .candidate_objective import match_only_trainable, pure_objective
-from .checkpoint import Checkpoint, fingerprint, saved_engine
+from .candidate_engines import CandidateEngines, record_choice
+from .candidate_objective import match_only_trainable
+from .checkpoint import Checkpoint, fingerprint
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 
@@ -40,18 +37,7 @@ log = logging.getLogger(__name__)
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
-_LBFGS_OPTIONS = (
-    "lr",
-    "max_iter",
-    "max_eval",
-    "tolerance_grad",
-    "tolerance_change",
-    "history_size",
-    "line_search_fn",
-)
-
-
-class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
+class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBasedAttacker):
     """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
 
     Args:
@@ -174,17 +160,8 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
         result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint, ranks, own.start).run(dryrun)
         result = result.of_all(ranks, trials)
         self._record(stats, result, engine.name, ranks.number(engine.gradient_evaluations), ranks)
-        _record_choice(stats, built)
+        record_choice(stats, built)
         return result.best[0]
-
-    def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
-        """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
-        mode = self.cfg.restarts.get("candidate_batching", "auto")
-        if mode == "auto" and ranks.first:
-            mode = saved_engine(self.cfg.impl.get("checkpoint_path")) or mode
-        built = choose_engine(mode, parts) if ranks.first else None
-        name = ranks.from_first(built.engine.name if built else None)
-        return built or choose_engine(name, parts)
 
     def _checkpoint(
         self, target: Target, starts: list[torch.Tensor], engine: str, ranks: Ranks | None = None
@@ -265,84 +242,6 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
         return [stack]
 
-    def _engine_parts(
-        self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams, dryrun: bool = False
-    ) -> EngineParts:
-        """Describe to the engine how one candidate is started, evaluated and stepped."""
-        optim = self.cfg.optim
-        signed = optim.signed if optim.signed in ("hard", "soft") else None
-        rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
-        objective, why_not = self._pure_objective(target)
-        models, shared_data, labels = target[:3]
-
-        def make_closure(
-            candidate: list[torch.Tensor], optimizer: torch.optim.Optimizer, iteration: int
-        ) -> Callable[[], torch.Tensor]:
-            return self._compute_objective(candidate[0], labels, models, optimizer, shared_data, iteration)
-
-        return EngineParts(
-            starts=starts,
-            streams=streams,
-            rule=rule,
-            make_closure=make_closure,
-            task_loss=lambda: torch.as_tensor(self.current_task_loss),
-            make_optimizer=self._init_optimizer,
-            reference=lambda candidate: self._reference(candidate, target),
-            objective=objective,
-            make_stack_optimizer=self._init_stack_optimizer,
-            why_not=why_not,
-            augmentation=self.augmentations if len(self.augmentations) else None,
-            differentiable=self.cfg.differentiable_augmentations,
-            random_steps=rule.random or len(self.augmentations) > 0,
-            evaluations=1 if dryrun else self._evaluations(),
-            memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
-            identity=self._identity(target),
-        )
-
-    def _evaluations(self) -> int:
-        """Return how often the run evaluates a candidate, about: L-BFGS asks up to 20 times an iteration."""
-        often = str(self.cfg.optim.optimizer).lower() == "l-bfgs"
-        return self.cfg.optim.max_iterations * (20 if often else 1)
-
-    def _identity(self, target: Target) -> str:
-        """Return text that says what is evaluated: the models' structure, the objective, the regularizers."""
-        sizes = [[tuple(p.shape) for p in model.parameters()] for model in target.models]
-        names = [repr(model) for model in target.models]
-        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams}"
-
-    def _init_stack_optimizer(
-        self, stacks: list[torch.Tensor]
-    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Return Breaching's optimizer and schedule over stacks; L-BFGS in the form that keeps candidates apart."""
-        optimizer, scheduler = self._init_optimizer(stacks)
-        if not isinstance(optimizer, torch.optim.LBFGS):
-            return optimizer, scheduler  # elementwise: one over the stack is one for every candidate
-        (options,) = optimizer.param_groups
-        batched = BatchedLBFGS(stacks, **{key: value for key, value in options.items() if key in _LBFGS_OPTIONS})
-        batched.param_groups = optimizer.param_groups  # the schedule goes on driving the step size,
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # and need not warn that its optimizer does not step
-        return batched, scheduler
-
-    def _pure_objective(self, target: Target) -> tuple[CandidateObjective | None, str]:
-        """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
-        return pure_objective(self.objective, self.regularizers, self.loss_fn, self.cfg.impl, *target[:3])
-
-    def _reference(self, candidate: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return Breaching's objective and gradient at one candidate, before clipping, noise and signs."""
-        leaf = candidate[0].detach().clone().requires_grad_()
-        leaf.grad = torch.zeros_like(leaf)
-        cfg, augmentations = self.cfg, self.augmentations
-        self.cfg, self.augmentations = copy.deepcopy(cfg), torch.nn.Sequential()  # what the closure reads
-        with open_dict(self.cfg):
-            self.cfg.optim.update(signed=None, grad_clip=None, langevin_noise=0.0)
-        try:
-            optimizer = torch.optim.SGD([leaf], lr=0.0)
-            models, shared_data, labels = target[:3]
-            value = self._compute_objective(leaf, labels, models, optimizer, shared_data, 0)()
-        finally:
-            self.cfg, self.augmentations = cfg, augmentations
-        return value.detach(), [leaf.grad]
-
     # -- small things --------------------------------------------------------------------------------------------
 
     def _record(
@@ -361,17 +260,6 @@ class JointCandidateAttacker(CandidateChoice, OptimizationBasedAttacker):
             alignments=ranks.number(group.alignments) if group else 0,
             processes=ranks.size,
         )
-
-
-def _record_choice(stats: dict, built: BuiltEngine) -> None:
-    """Record how the engine was chosen, and what the run takes of memory."""
-    stats["calibration"] = built.calibration.as_dict() if built.calibration else None
-    chunk = getattr(getattr(built.engine, "evaluation", None), "chunk", 1)  # the list engine goes one by one
-    stats["memory"] = {
-        "bytes_per_candidate": built.memory.per_candidate,
-        "budget": built.memory.budget,
-        "candidates_at_a_time": chunk,
-    }
 
 
 def _switched_on(cfg: Any) -> list[tuple[str, dict]]:

@@ -1,0 +1,145 @@
+"""What an engine needs to know of Breaching's attack, and which engine a run takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import open_dict
+
+from ..matching.build import BuiltEngine, EngineParts, choose_engine
+from ..matching.engine import CandidateObjective, GradientRule
+from ..matching.lbfgs import BatchedLBFGS
+from ..matching.memory import parse_bytes
+from ..matching.randomness import CandidateStreams
+from ..ranks import Ranks
+from .candidate_choice import Target
+from .candidate_objective import pure_objective
+from .checkpoint import saved_engine
+
+_LBFGS_OPTIONS = (
+    "lr",
+    "max_iter",
+    "max_eval",
+    "tolerance_grad",
+    "tolerance_change",
+    "history_size",
+    "line_search_fn",
+)
+
+
+class CandidateEngines:
+    """The part of a joint attack that describes one candidate to the engines: how it is evaluated and stepped.
+
+    Mixed into a Breaching attacker, of which it uses the objective, the regularizers, the optimizer and the closure.
+    """
+
+    cfg: Any
+    setup: dict[str, Any]
+    objective: Any
+    loss_fn: Any
+    augmentations: torch.nn.Sequential
+    regularizers: list[Any]
+    current_task_loss: Any
+    _compute_objective: Callable[..., Callable[[], torch.Tensor]]
+    _init_optimizer: Callable[..., Any]
+
+    def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
+        """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
+        mode = self.cfg.restarts.get("candidate_batching", "auto")
+        if mode == "auto" and ranks.first:
+            mode = saved_engine(self.cfg.impl.get("checkpoint_path")) or mode
+        built = choose_engine(mode, parts) if ranks.first else None
+        name = ranks.from_first(built.engine.name if built else None)
+        return built or choose_engine(name, parts)
+
+    def _engine_parts(
+        self, target: Target, starts: list[torch.Tensor], streams: CandidateStreams, dryrun: bool = False
+    ) -> EngineParts:
+        """Describe to the engine how one candidate is started, evaluated and stepped."""
+        optim = self.cfg.optim
+        signed = optim.signed if optim.signed in ("hard", "soft") else None
+        rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
+        objective, why_not = self._pure_objective(target)
+        models, shared_data, labels = target[:3]
+
+        def make_closure(
+            candidate: list[torch.Tensor], optimizer: torch.optim.Optimizer, iteration: int
+        ) -> Callable[[], torch.Tensor]:
+            return self._compute_objective(candidate[0], labels, models, optimizer, shared_data, iteration)
+
+        return EngineParts(
+            starts=starts,
+            streams=streams,
+            rule=rule,
+            make_closure=make_closure,
+            task_loss=lambda: torch.as_tensor(self.current_task_loss),
+            make_optimizer=self._init_optimizer,
+            reference=lambda candidate: self._reference(candidate, target),
+            objective=objective,
+            make_stack_optimizer=self._init_stack_optimizer,
+            why_not=why_not,
+            augmentation=self.augmentations if len(self.augmentations) else None,
+            differentiable=self.cfg.differentiable_augmentations,
+            random_steps=rule.random or len(self.augmentations) > 0,
+            evaluations=1 if dryrun else self._evaluations(),
+            memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
+            identity=self._identity(target),
+        )
+
+    def _evaluations(self) -> int:
+        """Return how often the run evaluates a candidate, about: L-BFGS asks up to 20 times an iteration."""
+        often = str(self.cfg.optim.optimizer).lower() == "l-bfgs"
+        return self.cfg.optim.max_iterations * (20 if often else 1)
+
+    def _identity(self, target: Target) -> str:
+        """Return text that says what is evaluated: the models' structure, the objective, the regularizers."""
+        sizes = [[tuple(p.shape) for p in model.parameters()] for model in target.models]
+        names = [repr(model) for model in target.models]
+        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams}"
+
+    def _init_stack_optimizer(
+        self, stacks: list[torch.Tensor]
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return Breaching's optimizer and schedule over stacks; L-BFGS in the form that keeps candidates apart."""
+        optimizer, scheduler = self._init_optimizer(stacks)
+        if not isinstance(optimizer, torch.optim.LBFGS):
+            return optimizer, scheduler  # elementwise: one over the stack is one for every candidate
+        (options,) = optimizer.param_groups
+        batched = BatchedLBFGS(stacks, **{key: value for key, value in options.items() if key in _LBFGS_OPTIONS})
+        batched.param_groups = optimizer.param_groups  # the schedule goes on driving the step size,
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # and need not warn that its optimizer does not step
+        return batched, scheduler
+
+    def _pure_objective(self, target: Target) -> tuple[CandidateObjective | None, str]:
+        """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
+        return pure_objective(self.objective, self.regularizers, self.loss_fn, self.cfg.impl, *target[:3])
+
+    def _reference(self, candidate: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return Breaching's objective and gradient at one candidate, before clipping, noise and signs."""
+        leaf = candidate[0].detach().clone().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+        cfg, augmentations = self.cfg, self.augmentations
+        self.cfg, self.augmentations = copy.deepcopy(cfg), torch.nn.Sequential()  # what the closure reads
+        with open_dict(self.cfg):
+            self.cfg.optim.update(signed=None, grad_clip=None, langevin_noise=0.0)
+        try:
+            optimizer = torch.optim.SGD([leaf], lr=0.0)
+            models, shared_data, labels = target[:3]
+            value = self._compute_objective(leaf, labels, models, optimizer, shared_data, 0)()
+        finally:
+            self.cfg, self.augmentations = cfg, augmentations
+        return value.detach(), [leaf.grad]
+
+
+def record_choice(stats: dict, built: BuiltEngine) -> None:
+    """Record how the engine was chosen, and what the run takes of memory."""
+    stats["calibration"] = built.calibration.as_dict() if built.calibration else None
+    chunk = getattr(getattr(built.engine, "evaluation", None), "chunk", 1)  # the list engine goes one by one
+    stats["memory"] = {
+        "bytes_per_candidate": built.memory.per_candidate,
+        "budget": built.memory.budget,
+        "candidates_at_a_time": chunk,
+    }

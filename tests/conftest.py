@@ -11,6 +11,13 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 sys.path.insert(0, str(Path(__file__).parent))
 
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the engines that `auto` remembers out of the user's cache, and the user's out of the tests."""
+    os.environ["BREACHING_EXT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

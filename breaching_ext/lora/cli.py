@@ -42,8 +42,6 @@ def run(cfg: Any) -> list[Path]:
 @hydra.main(config_path="pkg://breaching.config", config_name="lora/ladder", version_base="1.3")
 def _application(cfg: Any) -> None:
     _silence_upstream()
-    for name in ("breaching", "breaching_ext.attacks", "breaching_ext.matching"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line a cell is enough: the bar's
     try:
         files = run(cfg)
     except BreachingExtError as error:
@@ -55,6 +53,8 @@ def _application(cfg: Any) -> None:
 def main() -> None:
     """Entry point of the console command."""
     _silence_upstream()
+    for name in ("breaching", "breaching_ext.attacks", "breaching_ext.matching"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # a line a cell is enough: the bar's
     _application()
 
 

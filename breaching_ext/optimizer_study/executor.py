@@ -36,6 +36,8 @@ _MEMORY_SHARE = 0.5
 # Smaller chunks that are tried too: what a step touches may stay in a processor's cache (16: the activations of a
 # small convolutional model; 36: parameters and moments of a small MLP).
 _CACHED_CHUNKS = (16, 36)
+# Compiling takes away overhead, of which a small chunk has more: the smallest that is nearly the fastest is compiled.
+_COMPILED_TOLERANCE = 1.15
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def _measure(
     stacked = times[chunk]
     fast = min(stacked, sequential or stacked)
     if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS):
-        return _measure_compiled(task, cells, chunk, sequential, stacked)
+        chunk = min(n for n, ms in times.items() if ms <= _COMPILED_TOLERANCE * stacked)
+        return _measure_compiled(task, cells, chunk, sequential, times[chunk])
     choice = "sequential" if sequential is not None and sequential < stacked else "stacked"
     return Plan(choice, False, chunk if choice == "stacked" else 1, sequential, stacked)
 

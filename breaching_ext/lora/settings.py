@@ -133,7 +133,8 @@ class Settings:
         kept = ("layers", "scale", "batch", "public", "local_steps", "local_lr")
         values = {key: value for key, value in asdict(self).items() if key in kept}
         attack: Any = OmegaConf.to_container(self.attack, resolve=True)
-        attack["impl"].pop("progress", None)  # no effect on results
+        for key in ("progress", "checkpoint_every", "checkpoint_path", "memory_budget"):  # no effect on results
+            attack["impl"].pop(key, None)
         return {**values, "layers": list(self.layers), "attack": attack}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the engines that `auto` remembers out of the user's cache, and the user's out of the tests."""
     os.environ["BREACHING_EXT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace and differentiate as torch.compile does, but skip its code generator, which takes most of the time."""
+    from breaching_ext.matching import build
+    from breaching_ext.matching.compiled_engine import CompiledEngine
+
+    monkeypatch.setattr(build, "CompiledEngine", partial(CompiledEngine, backend="aot_eager"))
 
 
 ROOT = Path(__file__).resolve().parent.parent

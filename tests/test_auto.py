@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.matching import build, calibration
-from breaching_ext.matching.compiled_engine import CompiledEngine
 from breaching_ext.matching.tracing import SpecialisationError, record, replayed
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -24,12 +22,6 @@ SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("BREACHING_EXT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def traced_only(monkeypatch):
-    """Skip torch.compile's code generator, which takes most of the time."""
-    monkeypatch.setattr(build, "CompiledEngine", partial(CompiledEngine, backend="aot_eager"))
 
 
 @pytest.fixture

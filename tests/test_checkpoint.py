@@ -16,6 +16,8 @@ SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 CASES = {
     "adam": ["optim.warmup=3", "optim.step_size_decay=linear", "optim.langevin_noise=0.1"],
     "momgd": ["optim.optimizer=momgd", "+augmentations.discrete_shift.lim=2", "optim.step_size_decay=step-lr"],
+    "signed": ["optim.signed=hard", "optim.warmup=3", "optim.step_size_decay=cosine-decay"],
+    "nesterov": ["optim.optimizer=momgd", "optim.signed=soft"],
     "l-bfgs": ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"],
 }
 
@@ -42,9 +44,9 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the package handles it."""
 
 
-@pytest.mark.parametrize("batching", ["list", "vmap"])
+@pytest.mark.parametrize("batching", ["list", "vmap", "compile"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, case, batching):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, traced_only, case, batching):
     path = tmp_path / "checkpoint.pt"
     whole, whole_stats = attack(path, None, batching, CASES[case])
     original = JointLoop._iterate
@@ -68,6 +70,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, case, batching)
     monkeypatch.setattr(JointLoop, "_iterate", counted)
     resumed, resumed_stats = attack(path, 3, batching, CASES[case])
     assert done == list(range(6, 11))
+    assert resumed_stats["engine"] == batching
     assert torch.equal(resumed["candidates"], whole["candidates"])
     for key in ("Trial_0_Val", "Trial_1_Val", "gradient_evaluations", "alignments"):
         assert resumed_stats[key] == whole_stats[key]

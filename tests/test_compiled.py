@@ -9,7 +9,10 @@ import torch
 from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
-from breaching_ext.matching import build, compiled_engine
+from breaching_ext.matching.compiled_update import CompiledUpdate
+from breaching_ext.matching.engine import GradientRule
+from breaching_ext.matching.track import Track
+from breaching_ext.matching.update_rules import update_rule
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -22,24 +25,115 @@ def reconstruct(batching: str, *overrides: str, iterations: int = 8):
     return JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
 
 
-@pytest.fixture
-def traced_only(monkeypatch):
-    """Trace and differentiate as torch.compile does, but skip its code generator, which takes most of the time."""
-    monkeypatch.setattr(
-        build, "CompiledEngine", lambda **parts: compiled_engine.CompiledEngine(**parts, backend="aot_eager")
-    )
+def distance(one, other) -> float:
+    return ((one["candidates"] - other["candidates"]).norm() / other["candidates"].norm()).item()
 
 
 def test_same_numbers_through_the_warm_up_with_one_compilation(traced_only):
     group = ["regularization.group_regularization.scale=0.5", "regularization.group_regularization.warmup_iters=3"]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, stats = reconstruct("compile", "optim.signed=soft", *group)
+    compiled, stats = reconstruct("compile", "optim.signed=soft", "optim.step_size_decay=linear", *group)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    eager, _ = reconstruct("vmap", "optim.signed=soft", *group)
+    eager, _ = reconstruct("vmap", "optim.signed=soft", "optim.step_size_decay=linear", *group)
     assert stats["engine"] == "compile"
-    assert graphs == 1
-    assert (compiled["candidates"] - eager["candidates"]).norm() / eager["candidates"].norm() < 1e-8
+    assert graphs == 2  # the evaluation and the update, whatever changes from step to step
+    assert distance(compiled, eager) < 1e-8
+
+
+STEPS = {
+    "adam": ["optim.optimizer=adam", "optim.signed=hard", "optim.step_size_decay=cosine-decay"],
+    "adam-safe": ["optim.optimizer=adam-safe", "optim.warmup=3", "optim.boxed=false"],
+    "bert-adam": ["optim.optimizer=bert-adam", "optim.signed=soft"],
+    "momgd": ["optim.optimizer=momgd", "optim.signed=soft", "optim.step_size_decay=step-lr"],
+    "gd": ["optim.optimizer=gd", "optim.grad_clip=0.01", "optim.signed=null"],
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_the_compiled_update_follows_the_optimizer(traced_only, case):
+    compiled, stats = reconstruct("compile", *STEPS[case])
+    eager, eager_stats = reconstruct("vmap", *STEPS[case])
+    assert stats["engine"] == "compile"
+    assert distance(compiled, eager) < 1e-8
+    assert stats["gradient_evaluations"] == eager_stats["gradient_evaluations"]
+    for trial in range(2):
+        assert stats[f"Trial_{trial}_Val"] == pytest.approx(eager_stats[f"Trial_{trial}_Val"], rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["optim.langevin_noise=0.1"], ["+augmentations.discrete_shift.lim=2"], ["optim.optimizer=l-bfgs"]],
+    ids=["noise", "augmentation", "l-bfgs"],
+)
+def test_steps_without_a_compiled_update_go_on_as_before(traced_only, overrides):
+    options = [*overrides, "optim.signed=null", "objective.type=euclidean"]
+    compiled, stats = reconstruct("compile", *options, iterations=3)
+    assert stats["engine"] == "compile"
+    assert distance(compiled, reconstruct("vmap", *options, iterations=3)[0]) < 1e-8
+
+
+def test_the_update_leaves_the_point_beside_its_best():
+    """What is kept is the point after the step with the lowest value, what goes on is the last one."""
+    parameter = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    stacks, track = [parameter.detach()], Track.start([parameter])
+    rule = update_rule(torch.optim.SGD([parameter], lr=1.0))
+    update = CompiledUpdate(stacks, rule, GradientRule(10), track, "eager")
+    assert torch.equal(stacks[0], torch.zeros(2, 3))  # the check at the start has moved nothing
+    for iteration, values in enumerate([[3.0, 1.0], [2.0, 2.0], [4.0, torch.nan]]):
+        gradient = -torch.ones_like(stacks[0])
+        failed = update(iteration, stacks, [gradient], torch.tensor(values, dtype=torch.float64), track)
+    assert failed.tolist() == [False, True]
+    assert track.alive.tolist() == [True, False]
+    assert track.best_values.tolist() == [2.0, 1.0]
+    assert track.best[0][:, 0].tolist() == [2.0, 1.0]
+    assert stacks[0][:, 0].tolist() == [3.0, 1.0]  # the second was put back to its best
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    ],
+)
+def test_rules_equal_torchs_optimizers(optimizer):
+    """Over 20 steps, and torch's optimizer goes on from the rule's state."""
+    torch.manual_seed(0)
+    start = torch.randn(3, 4, dtype=torch.float64)
+    own, other = start.clone().requires_grad_(), start.clone().requires_grad_()
+    theirs, ours = optimizer([other]), optimizer([own])
+    rule = update_rule(ours)
+    for step in range(25):
+        gradient = torch.randn_like(start)
+        own.grad, other.grad = gradient.clone(), gradient.clone()
+        theirs.step()
+        if step >= 20:
+            ours.step()
+            continue
+        numbers = torch.tensor(rule.numbers(), dtype=torch.float64).unbind()
+        (moments,) = rule.state()
+        point, after = rule.update(own.detach(), gradient, moments, list(numbers))
+        with torch.no_grad():
+            own.copy_(point)
+        for slot, value in zip(moments, after, strict=True):
+            slot.copy_(value)
+    assert torch.allclose(own, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+        lambda p: torch.optim.RMSprop(p),
+        type("Own", (torch.optim.Adam,), {}),
+    ],
+)
+def test_optimizers_without_a_rule(optimizer):
+    assert update_rule(optimizer([torch.zeros(2, requires_grad=True)])) is None
 
 
 def test_real_compilation():
@@ -47,7 +141,7 @@ def test_real_compilation():
     compiled, stats = reconstruct("compile", "optim.signed=soft")
     eager, _ = reconstruct("vmap", "optim.signed=soft")
     assert stats["engine"] == "compile"
-    assert (compiled["candidates"] - eager["candidates"]).norm() / eager["candidates"].norm() < 1e-8
+    assert distance(compiled, eager) < 1e-8
 
 
 def test_a_compiler_that_fails_gives_way_to_vmap(monkeypatch, caplog):

@@ -30,8 +30,8 @@ class Fragile(torch.nn.Module):
         return self.inner(x) * torch.where(x.amax() > 50, torch.nan, 1.0)
 
 
-@pytest.mark.parametrize("batching", ["list", "vmap"])
-def test_a_failing_candidate_is_frozen_and_named_and_the_others_go_on(batching, caplog):
+@pytest.mark.parametrize("batching", ["list", "vmap", "compile"])
+def test_a_failing_candidate_is_frozen_and_named_and_the_others_go_on(batching, caplog, traced_only):
     """Candidate 1 starts where the objective is NaN; the others must not notice."""
     model = Fragile()
     payload, shared, images, _ = observed(model)
@@ -44,6 +44,7 @@ def test_a_failing_candidate_is_frozen_and_named_and_the_others_go_on(batching, 
     starts = torch.stack([images * 0, images + 60, images * 0.5])
     with caplog.at_level(logging.WARNING):
         result, stats = attack(model, payload, shared, overrides, initial_data=starts)
+    assert stats["engine"] == batching
     alone, _ = attack(model, payload, shared, [*overrides, "restarts.num_trials=2"], initial_data=starts[[0, 2]])
     assert stats["candidate_failures"] == {1: 0}
     assert "Candidate 1" in caplog.text

@@ -45,6 +45,7 @@ class CandidateEngines:
     current_task_loss: Any
     _compute_objective: Callable[..., Callable[[], torch.Tensor]]
     _init_optimizer: Callable[..., Any]
+    _box: Callable[[], Any]
 
     def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
         """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
@@ -84,6 +85,7 @@ class CandidateEngines:
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
             random_steps=rule.random or len(self.augmentations) > 0,
+            box=self._box(),
             evaluations=1 if dryrun else self._evaluations(),
             memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
             identity=self._identity(target),

@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..matching.engine import CandidateEngine
 from ..matching.memory import is_out_of_memory
+from ..matching.track import Track, advancing
 from ..ranks import Ranks
 from ..regularizers import GroupRegularization
 from .checkpoint import Checkpoint
@@ -55,9 +56,7 @@ class LoopResult:
 
 
 class JointLoop:
-    """Run an engine to the end, keeping every candidate's best point.
-
-    As in Breaching, the value that decides is the objective before a step, and what is kept is the point after it.
+    """Run an engine to the end, keeping every candidate's best point (see `Track`).
 
     Args:
         engine: the engine that owns the candidates.
@@ -79,15 +78,13 @@ class JointLoop:
         ranks: Ranks | None = None,
         offset: int = 0,
     ) -> None:
-        self.engine, self.optim, self.box, self.group = engine, cfg.optim, box, group
+        self.engine, self.optim, self.group = engine, cfg.optim, group
         self.checkpoint = checkpoint
         self.ranks, self.offset = ranks or Ranks(), offset
         self.progress = cfg.impl.get("progress", "auto") if self.ranks.first else False
-        start = engine.parameters
-        count, device = len(start[0]), start[0].device
-        self.alive = torch.ones(count, dtype=torch.bool, device=device)
-        infinite = torch.full((count,), float("inf"), dtype=start[0].dtype, device=device)
-        self.result = LoopResult([p.clone() for p in start], infinite)
+        self.track = Track.start(engine.parameters, box)
+        self._advance = advancing(engine)
+        self.result = LoopResult(self.track.best, self.track.best_values)
         self._values: list[torch.Tensor] = []
 
     def run(self, dryrun: bool = False) -> LoopResult:
@@ -114,42 +111,23 @@ class JointLoop:
                 raise  # with several processes the others would wait for this one: the checkpoint remains
             log.error("Out of memory in iteration %d: returning the best candidates so far.", len(self._values) + 1)
             self.result.interrupted = True
+        self.result.best, self.result.best_values = self.track.best, self.track.best_values
         self.result.histories = self._histories()
         return self.result
 
     def _iterate(self, iteration: int, bar: tqdm) -> bool:
         """Take one step; returns whether any candidate is still alive."""
         if self.group is not None:
-            self.group.update(self.engine.parameters[0][self.alive], iteration)
-        values, task_losses = self.engine.step(iteration, self.alive)
-        if self.box is not None:
-            images, *others = self.engine.parameters
-            moving = self.alive if self.result.failures else None  # None: all, which needs no mask
-            self.engine.overwrite([torch.clamp(images, *self.box), *others], moving)
+            living = self.engine.parameters[0]
+            self.group.update(living if self.track.whole else living[self.track.alive], iteration)
+        values, task_losses, failed = self._advance(iteration, self.track)
         self._values.append(values)
-        self._keep_best(values)
         self._report(iteration, values, task_losses, bar)
-        failed = self.alive & ~values.isfinite()
-        if bool(failed.any()):
-            self._freeze(failed, iteration)
-        return self.ranks.number(int(self.alive.any())) > 0
+        if not self.track.whole:
+            self._note(failed, iteration)
+        return self.ranks.number(len(values) - len(self.result.failures)) > 0
 
-    def _keep_best(self, values: torch.Tensor) -> None:
-        """Keep candidates that improved. A step can leave a point that is not finite behind a finite value."""
-        better = self.alive & (values < self.result.best_values)
-        if not bool(better.any()):
-            return
-        parameters = self.engine.parameters
-        largest = [torch.linalg.vector_norm(p.flatten(1), float("inf"), dim=1) for p in parameters]  # NaN stays NaN
-        better &= torch.stack(largest).isfinite().all(dim=0)
-        self.result.best_values = torch.where(better, values, self.result.best_values)
-        for best, parameter in zip(self.result.best, parameters, strict=True):
-            mask = better.view(-1, *[1] * (parameter.dim() - 1))
-            best.copy_(torch.where(mask, parameter, best))
-
-    def _freeze(self, failed: torch.Tensor, iteration: int) -> None:
-        self.alive = self.alive & ~failed
-        self.engine.overwrite(self.result.best, failed)
+    def _note(self, failed: torch.Tensor, iteration: int) -> None:
         for index in failed.nonzero().flatten().tolist():
             self.result.failures[index] = iteration
             log.warning(
@@ -165,9 +143,9 @@ class JointLoop:
             "iteration": iteration,
             "engine": self.engine.state(),
             "group": self.group.state() if self.group else None,
-            "alive": self.alive,
-            "best": self.result.best,
-            "best_values": self.result.best_values,
+            "alive": self.track.alive,
+            "best": self.track.best,
+            "best_values": self.track.best_values,
             "failures": self.result.failures,
             "values": self._values,
         }
@@ -177,14 +155,15 @@ class JointLoop:
         state = self.checkpoint.load() if self.checkpoint is not None else None
         if state is None:
             return 0
-        device = self.alive.device
+        track, device = self.track, self.track.alive.device
         self.engine.restore(state["engine"], state["iteration"])
         if self.group is not None:
             self.group.restore(state["group"])
-        self.alive = state["alive"].to(device)
-        self.result.best = [p.to(device) for p in state["best"]]
-        self.result.best_values = state["best_values"].to(device)
+        track.alive = state["alive"].to(device)
+        track.best = [p.to(device) for p in state["best"]]
+        track.best_values = state["best_values"].to(device)
         self.result.failures = state["failures"]
+        track.whole = not self.result.failures
         self._values = [v.to(device) for v in state["values"]]
         return state["iteration"]
 
@@ -199,7 +178,7 @@ class JointLoop:
     def _report(self, iteration: int, values: torch.Tensor, task_losses: torch.Tensor, bar: tqdm) -> None:
         last = iteration + 1 == self.optim.max_iterations
         if not bar.disable and (last or iteration % 10 == 0):
-            best = " ".join(f"{v:.3g}" for v in self.result.best_values.tolist()[:8])
+            best = " ".join(f"{v:.3g}" for v in self.track.best_values.tolist()[:8])
             bar.set_postfix_str(f"best {best}", refresh=False)
         if last or iteration % self.optim.callback == 0:
             now = time.perf_counter()
@@ -214,7 +193,7 @@ class JointLoop:
 
     def _histories(self) -> list[list[float]]:
         if not self._values:
-            return [[] for _ in self.alive]
+            return [[] for _ in self.track.alive]
         columns = torch.stack(self._values).T.tolist()  # (N, iterations)
         return [values[: self.result.failures.get(index, len(values))] for index, values in enumerate(columns)]
 

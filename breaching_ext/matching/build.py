@@ -18,6 +18,7 @@ from .list_engine import ListEngine
 from .memory import MemoryPlan, peak_memory, plan_memory
 from .randomness import CandidateStreams
 from .tracing import SpecialisationError, replayed
+from .track import Box
 from .vmap_engine import Augmentation, VmapEngine
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class EngineParts:
         why_not: why there is no `objective` or no `make_stack_optimizer`.
         augmentation, differentiable: see `VmapEngine`.
         random_steps: whether a step draws random numbers.
+        box: least and largest valid image values, or None.
         evaluations: evaluations of a candidate that the run will make, about.
         memory_budget: most bytes that the run may take; None: what the device has.
         identity: what `auto` remembers its choice by, with shapes, device and versions; None: it does not.
@@ -61,6 +63,7 @@ class EngineParts:
     augmentation: Augmentation | None = None
     differentiable: bool = False
     random_steps: bool = False
+    box: Box | None = None
     evaluations: int = 1
     memory_budget: int | None = None
     identity: str | None = None
@@ -121,10 +124,14 @@ def _vmap_engine(parts: EngineParts, memory: MemoryPlan) -> VmapEngine:
     return VmapEngine(**_stacked_arguments(parts, memory), specialise=specialise)
 
 
+def _compiled_engine(parts: EngineParts, memory: MemoryPlan) -> CompiledEngine:
+    return CompiledEngine(**_stacked_arguments(parts, memory), box=parts.box)
+
+
 def _stacked_engine(mode: str, parts: EngineParts, memory: MemoryPlan) -> VmapEngine:
     if mode == "compile":
         try:
-            return CompiledEngine(**_stacked_arguments(parts, memory))
+            return _compiled_engine(parts, memory)
         except SpecialisationError as error:
             log.warning("candidate_batching=compile: taking vmap, because %s.", error)
     log.info("Candidates are batched with vmap.")
@@ -189,7 +196,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
         found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
     else:
         try:
-            compiled = CompiledEngine(**_stacked_arguments(parts, memory))
+            compiled = _compiled_engine(parts, memory)
         except SpecialisationError as error:
             found.reason = f"{error}"
         else:

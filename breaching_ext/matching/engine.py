@@ -77,13 +77,20 @@ class GradientRule:
         """Return the gradient (N, ...) that the optimizer sees; `noise` is standard normal of the same shape."""
         if noise is not None:
             gradient = gradient + self.langevin_noise * lr * noise
+        return self.shaped(gradient, self.softness(iteration))
+
+    def softness(self, iteration: int) -> float:
+        """Return the width of the soft sign, which hardens over the run."""
+        return 1 - iteration / self.max_iterations
+
+    def shaped(self, gradient: torch.Tensor, softness: float | torch.Tensor) -> torch.Tensor:
+        """Return the gradient (N, ...) clipped and signed; pure."""
         if self.grad_clip is not None:
             norm = gradient.flatten(1).norm(dim=1)  # (N,)
             factor = torch.where(norm > self.grad_clip, self.grad_clip / (norm + 1e-6), torch.ones_like(norm))
             gradient = gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
         if self.signed == "soft":
-            scale = 1 - iteration / self.max_iterations
-            gradient = (gradient * scale).tanh() / scale
+            gradient = (gradient * softness).tanh() / softness
         elif self.signed == "hard":
             gradient = gradient.sign()
         return gradient

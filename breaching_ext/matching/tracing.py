@@ -85,10 +85,11 @@ def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torc
         with torch.random.fork_rng(devices=[s.device for s in stacks[:1] if s.device.type == "cuda"]):
             gradients, values, _ = function(*stacks)
             results.append([*gradients, values])
-    return max(_relative(a.detach(), b.detach()) for a, b in zip(*results, strict=True))
+    return max(relative_difference(a.detach(), b.detach()) for a, b in zip(*results, strict=True))
 
 
-def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the norm of the difference over the reference's; entries that are finite in neither do not count."""
     if torch.equal(value.isfinite(), reference.isfinite()):  # a start at which nothing is finite says nothing
         value, reference = value.nan_to_num(0.0, 0.0, 0.0), reference.nan_to_num(0.0, 0.0, 0.0)
     scale = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)

@@ -1,0 +1,102 @@
+"""Where candidates stand besides their values: which are alive, the box they are kept in, and each one's best point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from .engine import CandidateEngine
+
+Box = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Track:
+    """What a step changes besides the candidates.
+
+    As in Breaching, the value that decides is the objective before a step, and what is kept is the point after it.
+
+    Attributes:
+        alive: (N,) candidates that have not failed.
+        best: each candidate's best parameters, each (N, ...).
+        best_values: their objectives (N,).
+        box: least and largest valid image values, or None.
+        whole: whether all candidates are alive, known without looking at a device.
+    """
+
+    alive: torch.Tensor
+    best: list[torch.Tensor]
+    best_values: torch.Tensor
+    box: Box | None = None
+    whole: bool = True
+
+    @classmethod
+    def start(cls, parameters: list[torch.Tensor], box: Box | None = None) -> Track:
+        """Return the track of candidates that have not moved yet."""
+        first = parameters[0]
+        alive = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        infinite = torch.full((len(first),), float("inf"), dtype=first.dtype, device=first.device)
+        return cls(alive, [p.detach().clone() for p in parameters], infinite, box)
+
+
+class Advance(NamedTuple):
+    """Objective and task loss of every candidate before the step, and which candidates failed in it, (N,) each."""
+
+    values: torch.Tensor
+    task_losses: torch.Tensor
+    failed: torch.Tensor
+
+
+@runtime_checkable
+class TrackingEngine(CandidateEngine, Protocol):
+    """An engine that projects and tracks by itself, in the same pass over the candidates as its optimizer."""
+
+    def advance(self, iteration: int, track: Track) -> Advance:
+        """Do what :func:`advance` does."""
+
+
+def advancing(engine: CandidateEngine) -> Callable[[int, Track], Advance]:
+    """Return the function that takes an iteration with an engine: its own, or :func:`advance`."""
+    return engine.advance if isinstance(engine, TrackingEngine) else partial(advance, engine)
+
+
+def advance(engine: CandidateEngine, iteration: int, track: Track) -> Advance:
+    """Step the living candidates, project them into the box, keep what improved, freeze what failed at its best."""
+    values, task_losses = engine.step(iteration, track.alive)
+    if track.box is not None:
+        images, *others = engine.parameters
+        moving = None if track.whole else track.alive  # None: all, which needs no mask
+        engine.overwrite([torch.clamp(images, *track.box), *others], moving)
+    _keep_best(engine, values, track)
+    failed = track.alive & ~values.isfinite()
+    if bool(failed.any()):
+        track.alive, track.whole = track.alive & ~failed, False
+        engine.overwrite(track.best, failed)
+    return Advance(values, task_losses, failed)
+
+
+def _keep_best(engine: CandidateEngine, values: torch.Tensor, track: Track) -> None:
+    """Keep candidates that improved. A step can leave a point that is not finite behind a finite value."""
+    better = track.alive & (values < track.best_values)
+    if not bool(better.any()):
+        return
+    parameters = engine.parameters
+    better &= all_finite(parameters)
+    track.best_values = torch.where(better, values, track.best_values)
+    for best, parameter in zip(track.best, parameters, strict=True):
+        best.copy_(torch.where(spread(better, parameter), parameter, best))
+
+
+def all_finite(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Return which candidates (N,) have only finite parameters."""
+    largest = [torch.linalg.vector_norm(p.flatten(1), float("inf"), dim=1) for p in parameters]  # NaN stays NaN
+    return torch.stack(largest).isfinite().all(dim=0)
+
+
+def spread(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a mask (N,) in a shape that broadcasts against (N, ...)."""
+    return mask.view(-1, *[1] * (like.dim() - 1))

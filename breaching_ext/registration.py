@@ -175,10 +175,10 @@ def _with_our_partitions(original: Callable) -> Callable:
     def split_dataset_vision(
         dataset: Any, cfg_data: Any, user_idx: int | None = None, return_full_dataset: bool = False
     ) -> Any:
-        from .data import interleaved_partition
+        from .data import PARTITIONS
 
-        if cfg_data.partition == "interleaved" and not return_full_dataset:
-            return interleaved_partition(dataset, cfg_data.default_clients, user_idx)
+        if cfg_data.partition in PARTITIONS and not return_full_dataset:
+            return PARTITIONS[cfg_data.partition](dataset, cfg_data.default_clients, user_idx)
         return original(dataset, cfg_data, user_idx, return_full_dataset)
 
     return split_dataset_vision

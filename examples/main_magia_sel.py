@@ -3,11 +3,14 @@
     python examples/main_magia_sel.py
     python examples/main_magia_sel.py --sel_mode linear_inc_l --sel_l_iter 50 --n_iter 150 --batch_size 16
     python examples/main_magia_sel.py --sel_mode sigmoid --sig_a -0.1 --sig_b 66 --optimizer adam
-    python examples/main_magia_sel.py --dataset cifar100 --indices 25,40,3,11 --tv_weight 0.06
+    python examples/main_magia_sel.py --dataset cifar100 --indices 25,40,3,11 --tv_weight 0.005
+    python examples/main_magia_sel.py --sel_mode linear_warmup --l_iter 150 --n_iter 300   # as the published script's
 
 DLG's LeNet (untrained) computes the gradient of the batch; images and labels are recovered from it together. Written
 to --out: metrics.json (with the command, the git commit and every option), final.png, history.png (images ×
 iterations), schedules.png (all seven), final.pt and checkpoints/. Ctrl-C ends the run early and keeps all of that.
+The published script's names of schedules (constant, linear_warmup, linear_increase, linear_decrease) and options
+(--sel_const, --l_iter, --a, --b) are taken, too; its fixed_list is not.
 """
 
 from __future__ import annotations
@@ -36,10 +39,27 @@ from breaching_ext.regularizers.color_tv import color_total_variation
 from breaching_ext.run import versions
 from breaching_ext.selection import MODES, subset_size
 
-#: The image prior falls to --tv_weight from this many times as much.
-ANNEALING_RATIO = 50
+#: The image prior falls to --tv_weight from this weight, as in config/attack/magia.yaml.
+ANNEAL_FROM = 3.0
 #: A pixel value counts as reconstructed within this distance (our guess: the paper's helper is not published).
 CLOSE = 0.1
+
+
+#: The published script's names of the same schedules.
+PUBLISHED_MODES = {
+    **dict.fromkeys(("constant", "manual", "fixed_value", "explicit"), "constk"),
+    "linear_warmup": "linear_inc_l",
+    "linear_increase": "linear_inc_total",
+    "linear_decrease": "linear_dec_l",
+}
+
+
+def schedule_name(text: str) -> str:
+    """One of the seven schedules, by our name or the published script's."""
+    name = PUBLISHED_MODES.get(text, text)
+    if name not in MODES:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; valid: {', '.join(MODES)}")
+    return name
 
 
 def parse() -> argparse.Namespace:
@@ -47,27 +67,42 @@ def parse() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--sel_mode", default="constk", choices=MODES, help="schedule of subset sizes")
-    add("--sel_k", type=int, default=2, help="images in the subset (constk); clamped to 1 ... batch size")
-    add("--sel_l_iter", type=int, default=100, help="outer steps over which linear_inc_l and linear_dec_l run")
-    add("--sig_a", type=float, default=-0.1, help="slope of sigmoid per outer step; negative falls")
-    add("--sig_b", type=float, default=200.0, help="outer step at which sigmoid stands at half the batch")
+    modes = "schedule of subset sizes: " + ", ".join(MODES)
+    add("--sel_mode", type=schedule_name, default="constk", metavar="MODE", help=modes)
+    add(
+        "--sel_k", "--sel_const", type=int, default=2, help="images in the subset (constk); clamped to 1 ... batch size"
+    )
+    add(
+        "--sel_l_iter",
+        "--l_iter",
+        type=int,
+        default=100,
+        help="outer steps over which linear_inc_l and linear_dec_l run",
+    )
+    add("--sig_a", "--a", type=float, default=-0.1, help="slope of sigmoid per outer step; negative falls")
+    add("--sig_b", "--b", type=float, default=200.0, help="outer step at which sigmoid stands at half the batch")
     add("--subset_term", default="released", choices=["none", "released", "mean", "residual"], help="subset term")
     add("--alpha", type=float, default=0.999, help="share of the full-batch term, 0 to 1")
     add("--rescaling", default="none", help="factor c: none, ratio, variance or a number")
-    add("--n_iter", type=int, default=100, help="outer steps, each of 20 optimizer iterations")
+    add("--n_iter", type=int, default=300, help="outer steps, each of 20 optimizer iterations")
     add("--batch_size", type=int, default=8, help="images in the batch (the number of --indices wins)")
     add(
         "--tv_weight",
         type=float,
-        default=0.06,
-        help=f"prior at the end; starts at {ANNEALING_RATIO} times that; 0: off",
+        default=0.001,
+        help=f"prior at the end, to which it falls from {ANNEAL_FROM}; 0: off",
     )
     add("--optimizer", default="l-bfgs", choices=["l-bfgs", "adam"], help="optimizer")
     add("--step_size", type=float, help="step; default 1 for l-bfgs, 0.05 for adam")
     add("--seed", type=int, default=0, help="of the model, the start, the subsets and the choice of images")
     add("--indices", help="images of the data set, separated by commas; default: drawn with --seed")
     add("--dataset", default="sample_photos", choices=["sample_photos", "cifar100"], help="source of the images")
+    add(
+        "--labels",
+        default="uniform",
+        choices=["uniform", "photo"],
+        help="of the sample photos: drawn from 100 classes, or the photo that a crop comes from (8 classes)",
+    )
     add("--data_path", default="~/data", help="where cifar100 is, or is downloaded to")
     add("--double", action="store_true", help="float64 instead of float32")
     add("--checkpoint_every", type=int, default=10, help="outer steps between checkpoints and history columns")
@@ -85,7 +120,8 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, list[int
     """Images (B, 3, 32, 32) in [0, 1], labels (B,), their indices, and the number of classes."""
     to_tensor = torchvision.transforms.ToTensor()
     if args.dataset == "sample_photos":
-        data: Any = SamplePhotos(transform=to_tensor)
+        options = {"labels": "uniform", "classes": 100} if args.labels == "uniform" else {}
+        data: Any = SamplePhotos(transform=to_tensor, **options)
         classes = len(data.classes)
     else:
         try:
@@ -94,12 +130,23 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, list[int
             sys.exit(f"cifar100 is not in {args.data_path} and cannot be downloaded ({error}).")
         classes = 100
     if args.indices:
-        indices = [int(text) % len(data) for text in args.indices.split(",")]
+        try:
+            indices = [int(text) % len(data) for text in args.indices.split(",")]
+        except ValueError:
+            sys.exit(f"--indices={args.indices} is not a list of numbers; valid: such as 25,40,3")
     else:
         generator = torch.Generator().manual_seed(args.seed)
         indices = torch.randperm(len(data), generator=generator)[: args.batch_size].tolist()
     points = [data[i] for i in indices]
     return torch.stack([p[0] for p in points]), torch.tensor([p[1] for p in points]), indices, classes
+
+
+def factor(text: str) -> str | float:
+    """--rescaling: a number where it is one; names are checked by SubsetTerm."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, classes: int) -> MagiaEngine:
@@ -109,16 +156,15 @@ def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
     model, loss_fn = LeNetZhu(num_classes=classes).to(dtype), torch.nn.CrossEntropyLoss()
     gradients = torch.autograd.grad(loss_fn(model(images.to(dtype)), labels), list(model.parameters()))
     target = Target(model, loss_fn, {k: p.detach() for k, p in model.named_parameters()}, gradients)
-    rescaling = args.rescaling if args.rescaling in ("none", "ratio", "variance") else float(args.rescaling)
     start = [0.4 + 0.2 * torch.rand(1, *images.shape, dtype=dtype), torch.randn(1, len(labels), classes, dtype=dtype)]
     step = args.step_size or (1.0 if args.optimizer == "l-bfgs" else 0.05)
     return MagiaEngine(
-        SubsetMatching(target, SubsetTerm(args.subset_term, args.alpha, rescaling), color_total_variation),
+        SubsetMatching(target, SubsetTerm(args.subset_term, args.alpha, factor(args.rescaling)), color_total_variation),
         start,
         seeds=[args.seed],
         iterations=args.n_iter,
         schedule=Schedule(args.sel_mode, args.sel_k, args.sel_l_iter, args.sig_a, args.sig_b),
-        annealing=Annealing(args.tv_weight, ANNEALING_RATIO * args.tv_weight or None),
+        annealing=Annealing(args.tv_weight, max(ANNEAL_FROM, args.tv_weight) if args.tv_weight else None),
         options=OptimizerOptions(args.optimizer, step),
     )
 

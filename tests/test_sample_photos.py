@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from breaching_ext.data import PHOTOS, SamplePhotos, interleaved_partition
+from breaching_ext.data import PHOTOS, SamplePhotos, contiguous_partition, interleaved_partition
 from breaching_ext.data.sample_photos import _photo, _positions
 from breaching_ext.errors import ConfigError
 from breaching_ext.registration import register
@@ -122,3 +122,46 @@ def test_interleaving_works_for_any_labels():
             return self.lookup[index]
 
     assert [interleaved_partition(Sorted(), 2, u)[i] for u in (0, 1) for i in range(3)] == [0, 1, 2, 0, 1, 0]
+
+
+def test_uniform_labels_change_labels_only():
+    photos, uniform = SamplePhotos(), SamplePhotos(labels="uniform", classes=100)
+    assert all(np.array_equal(photos[i][0], uniform[i][0]) for i in range(16))
+    assert uniform.targets == SamplePhotos(labels="uniform", classes=100).targets
+    assert uniform.targets != SamplePhotos(training=True, labels="uniform", classes=100).targets
+    assert uniform.lookup == dict(enumerate(uniform.targets))
+    counts = np.bincount(uniform.targets, minlength=100)
+    assert len(counts) == len(uniform.classes) == 100
+    assert counts.sum() == len(uniform)
+    assert ((counts - len(uniform) / 100) ** 2).sum() / (len(uniform) / 100) < 150  # chi-square, 99 degrees of freedom
+
+
+def test_contiguous_users_share_the_data_among_them():
+    dataset = SamplePhotos(labels="uniform", classes=100)
+    blocks = [list(contiguous_partition(dataset, 16, u).indices) for u in range(16)]
+    assert [i for block in blocks for i in block] == list(range(len(dataset)))
+
+
+def test_the_case_with_a_hundred_classes():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = breaching.get_case_config("sample_photos_100", overrides=["user.user_idx=1"])
+        client, server, model, _ = breaching.cases.construct_case(cfg)
+    shared, _, true = server.run_protocol(client)
+    assert shared[0]["metadata"]["labels"] is None
+    assert shared[0]["gradients"][-1].shape == (100,)
+    assert true["labels"].tolist() == SamplePhotos(labels="uniform", classes=100).targets[64:72]
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"labels": "random"}, "photo, uniform"),
+        ({"classes": 10}, "classes=10"),
+        ({"labels": "uniform", "classes": 0}, "0"),
+    ],
+)
+def test_bad_labels_are_named(options, text):
+    with pytest.raises(ConfigError, match=text):
+        SamplePhotos(**options)

@@ -9,10 +9,12 @@ from .fashion_mnist import BinaryFashionMNIST
 from .sample_photos import PHOTOS, SamplePhotos, interleaved_indices
 
 __all__ = [
+    "PARTITIONS",
     "PHOTOS",
     "BinaryFashionMNIST",
     "SamplePhotos",
     "build_registered_dataset",
+    "contiguous_partition",
     "interleaved_partition",
     "is_registered_dataset",
     "unavailable_dataset",
@@ -43,6 +45,8 @@ def build_registered_dataset(cfg_data: Any, split: str) -> tuple[Any, Any]:
         crops_per_photo=cfg_data.get("crops_per_photo", 128),
         window=cfg_data.get("window", 0.3),
         transform=upstream._parse_data_augmentations(cfg_data, "train" if "train" in split else "val"),
+        labels=cfg_data.get("labels", "photo"),
+        classes=cfg_data.classes,
     )
     dataset.mean, dataset.std = (cfg_data.mean, cfg_data.std) if cfg_data.normalize else ([0], [1])
     if cfg_data.size < len(dataset):
@@ -65,14 +69,33 @@ def interleaved_partition(dataset: Any, clients: int, user_idx: int | None) -> A
     Unlike Breaching's `balanced` (sorted by class) the first K points of a user belong to K different classes, and
     unlike its `random` the partition does not depend on the global random state. Without a user index one is drawn.
     """
-    import torch
     from breaching.cases.data.datasets_vision import Subset
+
+    user_idx = _user(user_idx, clients)
+    return Subset(dataset, interleaved_indices(dataset.lookup, len(dataset), clients, user_idx))
+
+
+def contiguous_partition(dataset: Any, clients: int, user_idx: int | None) -> Any:
+    """Partition `contiguous`: user u owns the u-th block of the dataset as it stands, whatever its labels are."""
+    from breaching.cases.data.datasets_vision import Subset
+
+    share = len(dataset) // clients
+    start = _user(user_idx, clients) * share
+    return Subset(dataset, range(start, start + share))
+
+
+def _user(user_idx: int | None, clients: int) -> int:
+    import torch
 
     if user_idx is None:
         user_idx = int(torch.randint(0, clients, (1,)))
     if not 0 <= user_idx < clients:
         raise ConfigError(f"case.user.user_idx={user_idx} does not exist; valid: 0 to {clients - 1}.")
-    return Subset(dataset, interleaved_indices(dataset.lookup, len(dataset), clients, user_idx))
+    return user_idx
+
+
+#: Values of case.data.partition that this package adds.
+PARTITIONS = {"interleaved": interleaved_partition, "contiguous": contiguous_partition}
 
 
 def unavailable_dataset(cfg_data: Any, error: Exception) -> BreachingExtError:

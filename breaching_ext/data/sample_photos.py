@@ -1,6 +1,7 @@
 """A small real colour dataset that needs no download: crops of the photos that scikit-image's wheel carries.
 
-The class of a crop is its photo. Training crops come from the left and right thirds of a photo, validation crops
+The class of a crop is its photo, or one drawn uniformly from any number of classes (for studies of labels: untrained
+models do not care what a label means, only how often it repeats in a batch). Training crops come from the left and right thirds of a photo, validation crops
 from the middle third, so the two splits share no pixel. Positions follow the Halton sequence, which makes them
 deterministic, spread out from the first crop on, and as many as asked for.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
 
 #: The photos in class order (names of functions of skimage.data; all of them ship inside the wheel).
 PHOTOS = (
@@ -28,6 +29,9 @@ PHOTOS = (
     "hubble_deep_field",
 )
 
+#: Valid values of case.data.labels.
+LABELS = ("photo", "uniform")
+
 
 class SamplePhotos(torch.utils.data.Dataset):
     """Square crops of eight photos, in class-alternating order (point i has class i mod 8).
@@ -38,6 +42,8 @@ class SamplePhotos(torch.utils.data.Dataset):
         crops_per_photo: crops of each photo in this split.
         window: side of the square cut out of the photo, as a share of the photo's shorter side, in (0, 1/3].
         transform: applied to the PIL image, as in torchvision.
+        labels: 'photo' (the class is the photo) or 'uniform' (drawn from `classes` classes, the same in every run).
+        classes: number of classes; with labels='photo' that of the photos.
 
     Raises:
         ConfigError: when a value is out of range.
@@ -50,14 +56,15 @@ class SamplePhotos(torch.utils.data.Dataset):
         crops_per_photo: int = 128,
         window: float = 0.3,
         transform: Callable | None = None,
+        labels: str = "photo",
+        classes: int = len(PHOTOS),
     ) -> None:
         if size < 1 or crops_per_photo < 1:
             raise ConfigError(f"sample_photos needs size >= 1 and crops_per_photo >= 1, got {size}, {crops_per_photo}.")
         if not 0 < window <= 1 / 3:
             raise ConfigError(f"case.data.window={window} is out of range; valid: above 0, up to 1/3.")
         self.size, self.training, self.window, self.transform = size, training, window, transform
-        self.classes = list(PHOTOS)
-        self.targets = [i % len(PHOTOS) for i in range(crops_per_photo * len(PHOTOS))]
+        self.classes, self.targets = _labels(labels, classes, crops_per_photo * len(PHOTOS), training)
         self.lookup = dict(enumerate(self.targets))
         self.mean: Sequence[float] = [0]
         self.std: Sequence[float] = [1]
@@ -67,7 +74,8 @@ class SamplePhotos(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
         index = int(index)
-        crop = self._crop(PHOTOS[self.targets[index]], index // len(PHOTOS))
+        number, photo = divmod(index, len(PHOTOS))
+        crop = self._crop(PHOTOS[photo], number)
         return (self.transform(crop) if self.transform else crop), self.targets[index]
 
     def _crop(self, photo: str, number: int) -> Image.Image:
@@ -86,6 +94,22 @@ class SamplePhotos(torch.utils.data.Dataset):
         thirds = [0, width // 3, width - width // 3, width]
         third = (0, 2)[number % 2] if self.training else 1
         return thirds[third], thirds[third + 1]
+
+
+def _labels(kind: str, classes: int, count: int, training: bool) -> tuple[list[str], list[int]]:
+    """Return the names of the classes, and the class of every point."""
+    if kind not in LABELS:
+        raise unknown("case.data.labels", kind, LABELS)
+    if kind == "uniform":
+        if classes < 1:
+            raise ConfigError(f"case.data.classes={classes} is out of range; valid: 1 or more.")
+        generator = torch.Generator().manual_seed(int(training))
+        return [str(c) for c in range(classes)], torch.randint(classes, (count,), generator=generator).tolist()
+    if classes != len(PHOTOS):
+        raise ConfigError(
+            f"case.data.classes={classes} does not fit case.data.labels=photo; valid: {len(PHOTOS)}, or labels=uniform."
+        )
+    return list(PHOTOS), [i % len(PHOTOS) for i in range(count)]
 
 
 def interleaved_indices(lookup: Mapping[int, int], length: int, clients: int, user_idx: int) -> list[int]:

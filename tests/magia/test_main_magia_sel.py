@@ -1,0 +1,153 @@
+"""The command that MAGIA's users know: every line that is documented, what it writes, and bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import pickle
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "main_magia_sel.py"
+#: makes any of the command lines quick; a later option wins over an earlier one
+QUICK = ["--n_iter", "2", "--batch_size", "2"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Call the command with a line of options; returns the folder, the metrics and what was printed."""
+    spec = importlib.util.spec_from_file_location("main_magia_sel", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*options: str):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options, "--out", str(tmp_path / "out")])
+        module.main()
+        metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+        return tmp_path / "out", metrics, capsys.readouterr()
+
+    return call
+
+
+def documented() -> list[str]:
+    """The options of every line with the script's name in its own help and in docs/magia.md."""
+    texts = SCRIPT.read_text(encoding="utf-8") + (SCRIPT.parents[1] / "docs" / "magia.md").read_text(encoding="utf-8")
+    return sorted({m.strip() for m in re.findall(r"^ *python examples/main_magia_sel\.py([^#\n]*)", texts, re.M)})
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_lines_run_as_written(line, command, cifar100):
+    _, metrics, _ = command(*shlex.split(line), *QUICK, "--data_path", cifar100)
+    assert metrics["gradient_evaluations"] > 0
+    assert metrics["options"]["n_iter"] == 2
+
+
+def test_everything_is_recorded(command):
+    out, metrics, printed = command("--seed", "3", "--indices", "5,9", "--sel_k", "7", "--tv_weight", "0.01", *QUICK)
+    for name in ("final.png", "history.png", "schedules.png", "final.pt", "checkpoints/step_00000.pt"):
+        assert (out / name).stat().st_size > 0
+    assert "--indices 5,9" in metrics["command"]
+    assert len(metrics["git_commit"]) == 40
+    assert metrics["indices"] == [5, 9]
+    assert metrics["options"]["seed"] == 3
+    assert metrics["options"]["sel_mode"] == "constk"
+    assert metrics["options"]["tv_weight"] == 0.01
+    for kind in ("one_to_one", "best_match"):
+        assert set(metrics[kind]["overall"]) == {"mse", "rmse", "psnr", "ssim", "reconstruction_rate"}
+        values = metrics[kind]["per_image"]["mse"]
+        overall = metrics[kind]["overall"]["mse"]
+        assert overall["mean"] == pytest.approx(np.mean(values))
+        assert overall["std"] == pytest.approx(np.std(values))
+        assert metrics[kind]["per_image"]["rmse"] == pytest.approx(np.sqrt(values))
+    assert sorted(metrics["one_to_one"]["order"]) == [0, 1]
+    assert "--sel_k=7 is outside 1 ... 2: clamped" in printed.out
+    assert "±" in printed.out
+
+
+def test_same_seed_same_result(command):
+    first, *_ = command(*QUICK)
+    pixels = torch.load(first / "final.pt")["pixels"]
+    again, *_ = command(*QUICK)
+    assert torch.equal(torch.load(again / "final.pt")["pixels"], pixels)
+
+
+@pytest.mark.parametrize(
+    ("published", "ours"),
+    [
+        (["--sel_mode", "linear_warmup", "--l_iter", "150"], {"sel_mode": "linear_inc_l", "sel_l_iter": 150}),
+        (["--sel_mode", "linear_increase"], {"sel_mode": "linear_inc_total"}),
+        (["--sel_mode", "linear_decrease"], {"sel_mode": "linear_dec_l"}),
+        (["--sel_mode", "constant", "--sel_const", "1"], {"sel_mode": "constk", "sel_k": 1}),
+        (["--sel_mode", "sigmoid", "--a", "-0.2", "--b", "7"], {"sel_mode": "sigmoid", "sig_a": -0.2, "sig_b": 7.0}),
+    ],
+)
+def test_the_published_scripts_options_mean_the_same(published, ours, command):
+    options = command(*published, *QUICK)[1]["options"]
+    assert {key: options[key] for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--batch_size", "0"], "batch_size=0"),
+        (["--sel_l_iter", "0"], "sel_l_iter=0"),
+        (["--n_iter", "0"], "n_iter=0"),
+        (["--alpha", "1.5"], "alpha=1.5"),
+        (
+            ["--sel_mode", "cubic"],
+            "const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid",
+        ),
+        (["--rescaling", "0"], "rescaling=0.0"),
+        (["--rescaling", "binomial"], "none, ratio, variance"),
+        (["--indices", "1,two"], "indices"),
+    ],
+)
+def test_bad_options_end_in_one_line(options, text, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(*QUICK, *options)
+    assert text in f"{stop.value} {capsys.readouterr().err}"
+
+
+def test_help_states_every_default(command, capsys):
+    with pytest.raises(SystemExit):
+        command("-h")
+    text = " ".join(capsys.readouterr().out.split())
+    for option, default in (("--sel_k", 2), ("--sel_l_iter", 100), ("--sig_b", 200.0), ("--n_iter", 300)):
+        assert option in text
+        assert f"(default: {default})" in text
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch) -> str:
+    """Sixty random images in CIFAR-100's own file layout; returns the folder."""
+    folder = tmp_path / "data" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (60, 3072), dtype=np.uint8)
+    train = {"data": images, "fine_labels": [i % 100 for i in range(60)]}
+    sums = {}
+    for name, content in (("train", train), ("meta", {"fine_label_names": [str(i) for i in range(100)]})):
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    dataset = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(dataset, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(dataset, "test_list", [])
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": sums["meta"]})
+    return str(tmp_path / "data")
+
+
+def test_cifar100_where_there_is_none_says_so(command, tmp_path):
+    def offline(*_args, **_kwargs):
+        raise OSError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.CIFAR100, "download", offline)
+        with pytest.raises(SystemExit, match=r"cifar100 is not in .*no network"):
+            command("--dataset", "cifar100", "--data_path", str(tmp_path), *QUICK)

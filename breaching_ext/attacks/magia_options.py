@@ -56,7 +56,7 @@ class MagiaOptions:
             return cls(
                 term=_term(subset),
                 schedule=_schedule(subset),
-                annealing=Annealing(float(prior.get("weight", 0.02)), _optional(prior.get("anneal_from"))),
+                annealing=Annealing(float(prior.get("weight", 0.001)), _optional(prior.get("anneal_from"))),
                 optimizer=_optimizer(optim),
                 pyramid=Pyramid(tuple(grids.get("factors", (4, 2, 1))), tuple(grids.get("shares", (0.25, 0.3)))),
                 prior_kind=kind,

@@ -41,7 +41,7 @@ class MagiaEngine:
     seeds: list[int]
     iterations: int
     schedule: Schedule = field(default_factory=Schedule)
-    annealing: Annealing = field(default_factory=lambda: Annealing(0.02, 3.0))
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.001, 3.0))
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
     pyramid: Pyramid = field(default_factory=Pyramid)
 

@@ -50,6 +50,8 @@ class OptimizerOptions:
             parameters,
             lr=self.step_size,
             max_iter=self.inner_iterations,
+            tolerance_grad=0.0,  # torch's tolerances are absolute: late in a run every change is below them, and an
+            tolerance_change=0.0,  # outer step would end after one iteration
             history_size=self.history_size,
             line_search_fn=self.line_search,
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.func import functional_call, grad_and_value
+
+from .normalization import AffineBatchNorm
 
 #: (data (B, ...), labels) -> (one tensor for every matched parameter, task loss)
 ClientUpdate = Callable[[torch.Tensor, torch.Tensor], tuple[tuple[torch.Tensor, ...], torch.Tensor]]
@@ -35,7 +38,8 @@ def client_update(
     server_state = {name: parameter.detach() for name, parameter in matched_parameters(model).items()}
 
     def task_loss(parameters: dict[str, torch.Tensor], data: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(data.device.type, enabled=mixed_precision):
+        affine = contextlib.nullcontext() if mixed_precision else AffineBatchNorm()
+        with torch.autocast(data.device.type, enabled=mixed_precision), affine:
             return loss_fn(functional_call(model, parameters, (data,)), labels)
 
     gradient = grad_and_value(task_loss)

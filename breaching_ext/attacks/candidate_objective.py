@@ -37,11 +37,15 @@ def pure_objective(
     rec_models: Sequence[torch.nn.Module],
     shared_data: Sequence[dict[str, Any]],
     labels: torch.Tensor,
+    channels_last: bool = False,
 ) -> tuple[CandidateObjective | None, str]:
     """Return Breaching's objective of one candidate as a pure function that torch.func can transform.
 
     The function maps images (B, C, H, W) to (objective, task loss), summed over the queries as in Breaching. Where
     there is no such function, returns None and the reason.
+
+    With `channels_last` the observed gradients of convolutions lie in memory as torch.compile lays out the candidates',
+    so that comparing the two runs along both; the values are the same.
     """
     distance = gradient_distance(objective)
     if distance is None:
@@ -54,14 +58,15 @@ def pure_objective(
         for model, data in zip(rec_models, shared_data, strict=True)
     ]
 
+    observed = [[_channels_last(g) if channels_last else g for g in data["gradients"]] for data in shared_data]
     terms = [getattr(regularizer, "by_differences", regularizer) for regularizer in regularizers]
 
     def candidate_objective(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value, task_loss = images.new_zeros(()), images.new_zeros(())
-        for update, data in zip(updates, shared_data, strict=True):
+        for update, expected in zip(updates, observed, strict=True):
             gradient, query_loss = update(images, labels)
             with torch.autocast(images.device.type, enabled=mixed):
-                value = value + distance(gradient, data["gradients"])
+                value = value + distance(gradient, expected)
             if task_weight != 0:
                 value = value + task_weight * query_loss
             task_loss = task_loss + query_loss.detach()
@@ -70,3 +75,7 @@ def pure_objective(
         return value, task_loss
 
     return candidate_objective, ""
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .list_engine import ListEngine
 from .memory import MemoryPlan, peak_memory, plan_memory
 from .randomness import CandidateStreams
 from .tracing import SpecialisationError, replayed
-from .track import Box
+from .track import Box, Track, advancing
 from .vmap_engine import Augmentation, VmapEngine
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class EngineParts:
         rule: what happens to a gradient before the optimizer sees it.
         make_closure, task_loss, make_optimizer: Breaching's way for one candidate (see `ListEngine`).
         objective: the same objective as a pure function, or None.
+        compiled_objective: `objective` with its data laid out as compiled code wants them; None: `objective`.
         make_stack_optimizer: optimizer over stacks, or None where the optimizer couples the entries of a tensor.
         reference: Breaching's value and gradients for one candidate, to check `objective` against.
         why_not: why there is no `objective` or no `make_stack_optimizer`.
@@ -58,6 +59,7 @@ class EngineParts:
     make_optimizer: OptimizerFactory
     reference: Reference
     objective: CandidateObjective | None = None
+    compiled_objective: CandidateObjective | None = None
     make_stack_optimizer: OptimizerFactory | None = None
     why_not: str = ""
     augmentation: Augmentation | None = None
@@ -125,7 +127,9 @@ def _vmap_engine(parts: EngineParts, memory: MemoryPlan) -> VmapEngine:
 
 
 def _compiled_engine(parts: EngineParts, memory: MemoryPlan) -> CompiledEngine:
-    return CompiledEngine(**_stacked_arguments(parts, memory), box=parts.box)
+    arguments = _stacked_arguments(parts, memory)
+    arguments["objective"] = parts.compiled_objective or parts.objective
+    return CompiledEngine(**arguments, box=parts.box)
 
 
 def _stacked_engine(mode: str, parts: EngineParts, memory: MemoryPlan) -> VmapEngine:
@@ -182,17 +186,17 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
 
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
-    device, evaluations = parts.starts[0].device, parts.evaluations
+    evaluations, states = parts.evaluations, list(parts.streams.states)
     engine = _vmap_engine(parts, memory)
-    stacks = [start.detach() for start in parts.starts]
-    times = {"list": _list_seconds(parts), "vmap": calibration.seconds(lambda: engine.evaluation(*stacks), device)}
+    times = {"list": _list_seconds(parts), "vmap": _step_seconds(engine, parts)}
     best = min(times, key=lambda name: times[name])
-    expected = _expected_compile_seconds(engine, times["vmap"])
-    found = Calibration(best, "it is the fastest", evaluations, times, expected_compile_seconds=expected)
-    found.recording_seconds = engine.evaluation.recording_seconds
-    if not engine.evaluation.operations:
+    recording, operations = engine.evaluation.recording_seconds, engine.evaluation.operations
+    expected = calibration.expected_compile_seconds(operations, recording - times["vmap"])  # which evaluates once, too
+    found = Calibration(best, "it is the fastest", evaluations, times, None, expected, recording, operations)
+    chosen: CandidateEngine = engine
+    if not operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
-    elif not calibration.compiling_pays(times[best], evaluations, expected):
+    elif not calibration.compiling_pays(times, evaluations, expected):
         found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
     else:
         try:
@@ -201,25 +205,28 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
             found.reason = f"{error}"
         else:
             found.compile_seconds = compiled.compile_seconds
-            times["compile"] = calibration.seconds(lambda: compiled.evaluation(*stacks), device)
+            times["compile"] = _step_seconds(compiled, parts)
             if times["compile"] < times[best]:
-                found.engine = "compile"
-                return compiled, found
-    return (engine if best == "vmap" else _list_engine(parts)), found
+                found.engine = best = "compile"
+                chosen = compiled
+    parts.streams.states = states
+    if best == "list":
+        return _list_engine(parts), found
+    assert isinstance(chosen, VmapEngine)
+    chosen.rewind()
+    return chosen, found
 
 
-def _expected_compile_seconds(engine: VmapEngine, step: float) -> float:
-    recording = engine.evaluation.recording_seconds - step  # which evaluates once as well
-    return calibration.COMPILING_OVER_RECORDING * max(0.0, recording)
+def _step_seconds(engine: CandidateEngine, parts: EngineParts) -> float:
+    """Return the seconds of a whole iteration: evaluation, optimizer, projection, best point."""
+    step, track = advancing(engine), Track.start(engine.parameters, parts.box)
+    return calibration.seconds(lambda: step(0, track), parts.starts[0].device)
 
 
 def _list_seconds(parts: EngineParts) -> float:
-    """Return the seconds that Breaching's closure takes for all candidates, one after another."""
-    leaves = [start[0].detach().clone().requires_grad_() for start in parts.starts]
-    for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf)
-    closure = parts.make_closure(leaves, torch.optim.SGD(leaves, lr=0.0), 0)
-    return len(parts.starts[0]) * calibration.seconds(closure, leaves[0].device)
+    """Return the seconds of an iteration with all candidates one after another, from the first one's."""
+    alone = replace(parts, starts=[start[:1] for start in parts.starts])
+    return len(parts.starts[0]) * _step_seconds(_list_engine(alone), alone)
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
-#: What compiling takes from scratch, in times of what recording the graph took: both grow with the number of
-#: operations, and with whatever else the machine is doing (benchmarks/results/matching: 60 to 100).
-COMPILING_OVER_RECORDING = 90
+#: What compiling takes from scratch: so many seconds, and so many for each operation of the recorded graph, on a
+#: machine that records an operation in RECORDING seconds (benchmarks/results/matching).
+COMPILING, COMPILING_PER_OPERATION = 10.0, 0.022
+RECORDING = 0.001
 #: Share of the replay's time that compiling is expected to save, from the benchmark's models.
-EXPECTED_SAVING = 0.3
+EXPECTED_SAVING = 0.25
 
 
 @dataclass
@@ -40,10 +41,11 @@ class Calibration:
         engine: the engine taken.
         reason: why, in words.
         evaluations: evaluations of the whole stack that were still to do.
-        step_seconds: engine -> measured seconds for one evaluation of all candidates.
+        step_seconds: engine -> measured seconds for one iteration of all candidates.
         compile_seconds: measured, if the evaluation was compiled.
         expected_compile_seconds: the estimate that the decision went by.
-        recording_seconds: what recording the graph took, from which that is estimated.
+        recording_seconds, operations: what recording the graph took and how many operations it has, from which that is
+            estimated.
     """
 
     engine: str
@@ -53,6 +55,7 @@ class Calibration:
     compile_seconds: float | None = None
     expected_compile_seconds: float | None = None
     recording_seconds: float | None = None
+    operations: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for statistics and files."""
@@ -82,9 +85,26 @@ def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 4)
     return min(times[1:])
 
 
-def compiling_pays(step: float, evaluations: int, expected_compile: float) -> bool:
-    """Whether the time that compiling is expected to save is above what it is expected to take, both in seconds."""
-    return EXPECTED_SAVING * step * evaluations > expected_compile
+def expected_compile_seconds(operations: int, recording: float) -> float:
+    """Return what compiling a graph will take, from its operations and the seconds that recording them took.
+
+    A slower, or a busy, machine is slower at both. Within the noise of so short a measurement nothing is corrected,
+    and a quick recording promises nothing: compiling for nothing costs more than not compiling.
+    """
+    slowness = recording / max(1, operations) / RECORDING
+    return (COMPILING + COMPILING_PER_OPERATION * operations) * min(max(slowness, 1.0), 4.0)
+
+
+def compiling_pays(steps: Mapping[str, float], evaluations: int, expected_compile: float) -> bool:
+    """Whether compiling is expected to save more than it takes.
+
+    Args:
+        steps: engine -> seconds an iteration; the compiled one's is expected from the replay's.
+        evaluations: iterations to do.
+        expected_compile: seconds that compiling is expected to take.
+    """
+    saved = min(steps.values()) - (1 - EXPECTED_SAVING) * steps["vmap"]
+    return saved * evaluations > expected_compile
 
 
 def choice_file(parts: Sequence[Any]) -> Path:

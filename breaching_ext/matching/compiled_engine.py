@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from .compilation import compiled
 from .compiled_update import CompiledUpdate
-from .evaluation import Evaluate, first_line
-from .tracing import TOLERANCE, SpecialisationError, largest_difference, replayed
+from .evaluation import Evaluate
+from .tracing import SpecialisationError, replayed
 from .track import Advance, Box, Track, advance
-from .update_rules import update_rule
+from .update_rules import UpdateRule, update_rule
 from .vmap_engine import VmapEngine
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,26 @@ class CompiledEngine(VmapEngine):
         track.whole = track.whole and not bool(failed.any())
         return Advance(values, self._task_losses, failed)
 
+    def rewind(self) -> None:
+        """See `VmapEngine`; what is compiled stays."""
+        super().rewind()
+        rule = self._update_rule()
+        if self._update is not None and rule is not None:
+            self._update.rule = rule
+
     def _compiled_update(self, box: Box | None) -> CompiledUpdate | None:
-        rule = update_rule(self._optimizer)
-        if rule is None or self._rule.random or self._augmentation is not None:
+        rule = self._update_rule()
+        if rule is None:
             return None
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule need not warn that it does not step
         return CompiledUpdate(self.parameters, rule, self._rule, Track.start(self.parameters, box), self._backend)
+
+    def _update_rule(self) -> UpdateRule | None:
+        if self._rule.random or self._augmentation is not None:
+            return None
+        rule = update_rule(self._optimizer)
+        if rule is not None:  # the schedule need not warn that the optimizer does not step by itself
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        return rule
 
     def _compiled(self, evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
         try:
@@ -75,32 +90,3 @@ class CompiledEngine(VmapEngine):
                 raise
             log.warning("The smaller chunk is not compiled, because %s.", error)  # a run under way goes on
             return replayed(evaluate, stacks)
-
-
-def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "inductor") -> Evaluate:
-    """Return the evaluation compiled for stacks of these shapes, checked against the eager one.
-
-    Raises:
-        SpecialisationError: when torch cannot compile it, or the result differs.
-    """
-    cuda_graphs = stacks[0].device.type == "cuda" and backend == "inductor"
-    mode = "reduce-overhead" if cuda_graphs else None
-    function = torch.compile(evaluate, backend=backend, dynamic=False, mode=mode)
-    try:
-        difference = largest_difference(function, evaluate, stacks)
-    except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works
-        raise SpecialisationError(f"torch.compile failed ({type(error).__name__}: {first_line(error)})") from error
-    if difference > TOLERANCE.get(stacks[0].dtype, 1e-2):
-        raise SpecialisationError(f"the compiled evaluation differs from the eager one by {difference:.1e}")
-    return _with_own_results(function) if cuda_graphs else function
-
-
-def _with_own_results(function: Evaluate) -> Evaluate:
-    """Copy the results out of a CUDA graph's memory, which its next replay overwrites."""
-
-    def run(*stacks: torch.Tensor) -> tuple:
-        torch.compiler.cudagraph_mark_step_begin()
-        gradients, values, task_losses = function(*stacks)
-        return [g.clone() for g in gradients], values.clone(), task_losses.clone()
-
-    return run

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from .compilation import compile_once
 from .engine import GradientRule
 from .evaluation import first_line
 from .tracing import TOLERANCE, SpecialisationError, relative_difference
@@ -37,19 +38,19 @@ class CompiledUpdate:
     def __init__(
         self, stacks: Tensors, rule: UpdateRule, gradient_rule: GradientRule, track: Track, backend: str = "inductor"
     ) -> None:
-        self._rule, self._gradient_rule = rule, gradient_rule
-        self._function = torch.compile(self._update, backend=backend, dynamic=False)
+        self.rule, self._gradient_rule = rule, gradient_rule
+        self._function = compile_once(self._update, backend)
         self._check(stacks, track)
 
     def __call__(
         self, iteration: int, stacks: Tensors, gradients: Tensors, values: torch.Tensor, track: Track
     ) -> torch.Tensor:
         """Change candidates, optimizer state and track; returns which candidates failed, (N,)."""
-        numbers = [self._gradient_rule.softness(iteration), *self._rule.numbers()]
+        numbers = [self._gradient_rule.softness(iteration), *self.rule.numbers()]
         scalars = torch.tensor(numbers, dtype=values.dtype, device=values.device)
         state = (track.alive, track.best, track.best_values)
         with torch.no_grad():
-            return self._function(stacks, gradients, values, self._rule.state(), *state, track.box, scalars)
+            return self._function(stacks, gradients, values, self.rule.state(), *state, track.box, scalars)
 
     def _update(
         self,
@@ -66,7 +67,7 @@ class CompiledUpdate:
         softness, *numbers = scalars.unbind()
         moved = []
         for stack, gradient, slots in zip(stacks, gradients, moments, strict=True):
-            point, new = self._rule.update(stack, self._gradient_rule.shaped(gradient, softness), slots, numbers)
+            point, new = self.rule.update(stack, self._gradient_rule.shaped(gradient, softness), slots, numbers)
             moved.append(point)
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(value)
@@ -97,9 +98,9 @@ class CompiledUpdate:
         generator = torch.Generator().manual_seed(0)
         gradients = [torch.randn(s.shape, generator=generator).to(s) for s in stacks]
         values = torch.rand(len(stacks[0]), generator=generator).to(stacks[0])
-        scalars = torch.full((1 + self._rule.count,), 0.5).to(values)
+        scalars = torch.full((1 + self.rule.count,), 0.5).to(values)
         points, best = [s.clone() for s in stacks], [b.clone() for b in track.best]
-        moments = [[torch.ones_like(slot) for slot in slots] for slots in self._rule.state()]
+        moments = [[torch.ones_like(slot) for slot in slots] for slots in self.rule.state()]
         alive, best_values = track.alive.clone(), track.best_values.clone()
         with torch.no_grad():
             failed = function(points, gradients, values, moments, alive, best, best_values, track.box, scalars)

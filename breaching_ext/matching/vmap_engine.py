@@ -47,13 +47,21 @@ class VmapEngine:
         chunk: int | None = None,
         specialise: Specialise | None = None,
     ) -> None:
-        self._stacks = [start.detach().clone().requires_grad_() for start in starts]
-        self._optimizer, self._scheduler = make_optimizer(self._stacks)
+        self._starts, self._make_optimizer = starts, make_optimizer
         self._rule, self._streams = rule, streams
         self._augmentation, self._differentiable = augmentation, differentiable
         self.evaluation = StackedEvaluation(objective, len(starts), chunk, specialise)
-        self._task_losses = starts[0].new_zeros(len(starts[0]))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stacks = [start.detach().clone().requires_grad_() for start in self._starts]
+        self._optimizer, self._scheduler = self._make_optimizer(self._stacks)
+        self._task_losses = self._starts[0].new_zeros(len(self._starts[0]))
         self.gradient_evaluations = 0
+
+    def rewind(self) -> None:
+        """Go back to the starts, with a fresh optimizer; random streams stay where they are."""
+        self._begin()
 
     @property
     def parameters(self) -> list[torch.Tensor]:

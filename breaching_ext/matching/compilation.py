@@ -1,0 +1,76 @@
+"""torch.compile for functions whose arguments never change their shapes, checked against the eager form."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .evaluation import Evaluate, first_line
+from .tracing import TOLERANCE, SpecialisationError, largest_difference
+
+
+def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "inductor") -> Evaluate:
+    """Return an evaluation compiled for stacks of these shapes.
+
+    Raises:
+        SpecialisationError: when torch cannot compile it, or the result differs.
+    """
+    cuda_graphs = stacks[0].device.type == "cuda" and backend == "inductor"
+    function = compile_once(evaluate, backend, cuda_graphs)
+    try:
+        difference = largest_difference(function, evaluate, stacks)
+    except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works
+        raise SpecialisationError(f"torch.compile failed ({type(error).__name__}: {first_line(error)})") from error
+    if difference > TOLERANCE.get(stacks[0].dtype, 1e-2):
+        raise SpecialisationError(f"the compiled evaluation differs from the eager one by {difference:.1e}")
+    return _with_own_results(function) if cuda_graphs else function
+
+
+def compile_once(function: Callable[..., Any], backend: str = "inductor", cuda_graphs: bool = False) -> Callable:
+    """Return torch.compile's form of a function that will see arguments of one shape and dtype only.
+
+    torch keeps what it compiled with the function's code and compiles at most a handful of forms of it; then it gives
+    up and runs eagerly. Every engine has closures of its own, so each gets a copy of the code. What the closures hold
+    does not change while an engine lives, so only the arguments are looked at again in every call.
+    """
+    more: dict[str, Any] = {}
+    if cuda_graphs:
+        more["mode"] = "reduce-overhead"
+    elif backend == "inductor":
+        more["options"] = {"size_asserts": False, "alignment_asserts": False, "guard_filter_fn": _arguments_only}
+    return torch.compile(_with_own_code(function), backend=backend, dynamic=False, **more)
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_with_own_code(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def _arguments_only(guards: Sequence[Any]) -> list[bool]:
+    """Keep the checks of tensors that are handed in; drop those of the closures, which are fixed."""
+    return [guard.guard_type == "TENSOR_MATCH" and guard.name.startswith("L['stacks']") for guard in guards]
+
+
+def _with_own_results(function: Evaluate) -> Evaluate:
+    """Copy the results out of a CUDA graph's memory, which its next replay overwrites."""
+
+    def run(*stacks: torch.Tensor) -> tuple:
+        torch.compiler.cudagraph_mark_step_begin()
+        gradients, values, task_losses = function(*stacks)
+        return [g.clone() for g in gradients], values.clone(), task_losses.clone()
+
+    return run

@@ -1,9 +1,9 @@
 """A small real colour dataset that needs no download: crops of the photos that scikit-image's wheel carries.
 
 The class of a crop is its photo, or one drawn uniformly from any number of classes (for studies of labels: untrained
-models do not care what a label means, only how often it repeats in a batch). Training crops come from the left and right thirds of a photo, validation crops
-from the middle third, so the two splits share no pixel. Positions follow the Halton sequence, which makes them
-deterministic, spread out from the first crop on, and as many as asked for.
+models do not care what a label means, only how often it repeats in a batch). Training crops come from the left and
+right thirds of a photo, validation crops from the middle third, so the two splits share no pixel. Positions follow
+the Halton sequence, which makes them deterministic, spread out from the first crop on, and as many as asked for.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from breaching_ext.data.sample_photos import PHOTOS, SamplePhotos
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
+from breaching_ext.evaluation.schedules import save_schedules
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Pyramid, Schedule
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
@@ -47,10 +48,12 @@ from breaching_ext.selection import MODES
 
 log = logging.getLogger("magia_study")
 
-#: outer steps (of 20 full-batch gradients): of the runs at full length, and of the ablation
-FULL = {4: 40, 8: 40, 16: 40, 32: 60, 64: 40}
-SHORT = {4: 20, 8: 20, 16: 20, 32: 10, 64: 8}
+#: budgets in outer steps of 20 full-batch gradients: of the runs at full length, and of the comparison of all methods
+FULL = 300
+SHORT = {4: 60, 8: 60, 16: 60, 32: 40, 64: 30}
 INNER = 20
+#: a run ends after that many outer steps, too (a step may need fewer than 20 gradients)
+MOST_STEPS = 400
 RESULTS = Path("examples/results/magia")
 #: an image counts as recovered from this SSIM on
 RECOVERED = 0.6
@@ -64,7 +67,7 @@ class Arm:
     start: str = "grey"  # grey: uniform in 0.4 … 0.6; randn: DLG's standard normal
     prior: str = "color"  # color | anisotropic
     chroma: float = 5.0
-    annealing: Annealing = field(default_factory=lambda: Annealing(0.02, 3.0))
+    annealing: Annealing = field(default_factory=lambda: Annealing(0.001, 3.0))
     term: SubsetTerm = field(default_factory=SubsetTerm)
     schedule: Schedule = field(default_factory=Schedule)
     options: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(line_search="strong_wolfe"))
@@ -103,13 +106,13 @@ ARMS: dict[str, Arm] = {
     "default-residual": replace(DEFAULT, text="default + residual subset term, S = 2", **subset("residual")),
     "default-residual-half": replace(DEFAULT, text="same, α = 0.5", **subset("residual", alpha=0.5)),
     "default-randn": replace(DEFAULT, text="default from randn", start="randn"),
-    "default-fine": replace(DEFAULT, text="default, prior down to 0.005", annealing=Annealing(0.005, 3.0)),
+    "default-coarse": replace(DEFAULT, text="default, prior down to 0.02 only", annealing=Annealing(0.02, 3.0)),
     "default-one-grid": replace(DEFAULT, text="default on one grid", pyramid=PLAIN),
     "default-label1": replace(DEFAULT, text="default, logits not scaled", options=WOLFE(label_scale=1.0)),
     "default-aniso": replace(
         DEFAULT, text="default, per-channel TV", prior="anisotropic", annealing=BASELINE.annealing
     ),
-    "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.02)),
+    "default-constant": replace(DEFAULT, text="default, prior not annealed", annealing=Annealing(0.001)),
     "default-chroma1": replace(DEFAULT, text="default, colours weighted like brightness", chroma=1.0),
     "default-history10": replace(DEFAULT, text="default, history 10", options=WOLFE(history_size=10)),
     "default-fixed-step": replace(DEFAULT, text="default without line search", options=OptimizerOptions()),
@@ -136,32 +139,27 @@ class Run:
 
     def groups(self) -> list[tuple[int, ...]]:
         """Seeds that are optimised as one stack: all of them where stacking is faster."""
-        return [self.seeds] if self.batch <= 16 else [(seed,) for seed in self.seeds]
+        return [self.seeds] if self.batch <= 4 else [(seed,) for seed in self.seeds]
 
 
-def plan(classes: int) -> list[Run]:
+def plan() -> list[Run]:
     """All runs, the most telling ones first."""
 
-    def runs(arms: list[str], batches: list[int], length: dict[int, int]) -> list[Run]:
-        return [Run(a, b, length[b], tuple(range(3 if b == 64 else 5))) for b in batches for a in arms]
+    def runs(arms: list[str], batches: list[int], length: dict[int, int] | int) -> list[Run]:
+        at = length if isinstance(length, dict) else dict.fromkeys(batches, length)
+        return [Run(a, b, at[b], tuple(range(3 if b == 64 else 5))) for b in batches for a in arms]
 
-    core = ["default", "baseline"]
-    arms = [name for name in ARMS if name not in core and not name.startswith("schedule")]
+    every = [8, 16, 64, 32, 4]
     schedules = [name for name in ARMS if name.startswith("schedule")]
-    wide = ["baseline", "dlg", "dlg-tv", "released", "mean", "residual"]
-    ablation = [name for name in arms if name.startswith(("default-", "baseline-"))]
+    methods = ["default", "baseline", "dlg", "dlg-tv", "released", "mean", "residual"]
+    ablation = [name for name in ARMS if name.startswith(("default-", "baseline-"))]
     return [
-        *runs(["default"], [8, 16], FULL),
-        *runs([*core, "residual", "dlg", "dlg-tv", "released", "mean", "default-residual"], [8], SHORT),
-        *runs(["default"], [64, 32, 4], FULL),
-        *runs(["baseline"], [8], FULL),
-        *runs(["default-one-grid", "default-aniso", "default-fixed-step", "default-adam"], [8], SHORT),
-        *runs([*core, "residual"], [16, 4], SHORT),
-        *runs(schedules, [16], SHORT),
+        *runs(["default"], every, FULL),
+        *runs(methods, every, SHORT),
+        *runs([*schedules, "default-adam", "baseline-adam"], [16], SHORT),
+        *runs(["baseline"], every, FULL),
         *runs(ablation, [8], SHORT),
-        *runs(["default", *wide], [32, 64], SHORT),
-        *runs(["baseline"], [4, 16], FULL),
-        *runs([*wide, *ablation], [16, 4], SHORT),
+        *runs(methods, [8, 4], FULL),
     ]
 
 
@@ -268,9 +266,10 @@ def optimise(
     alive = torch.ones(len(seeds), dtype=torch.bool)
     iteration, losses = 0, []
     bar = tqdm(total=int(budget), desc=f"{arm.text[:40]} B={shape[0]}", unit="grad", leave=False, disable=None)
-    while engine.full_gradients < budget * len(seeds) * 0.999 and bool(alive.any()):
+    while engine.full_gradients < budget * len(seeds) * 0.999 and iteration < MOST_STEPS and bool(alive.any()):
         before = engine.full_gradients
-        values = engine.step(iteration, alive, progress=before / (budget * len(seeds))).values
+        progress = max(before / (budget * len(seeds)), iteration / MOST_STEPS)
+        values = engine.step(iteration, alive, progress).values
         alive = alive & values.isfinite()
         losses.append(values.tolist())
         if engine.full_gradients == before:  # all candidates have converged
@@ -285,14 +284,14 @@ def optimise(
 
 def make(run: Run, seeds: tuple[int, ...], out: Path, classes: int, labels_of: str) -> None:
     """Make the run for some seeds, and write one JSON file each (and the pictures of seed 0)."""
-    arm, clock = ARMS[run.arm], time.perf_counter()
+    arm, clock = ARMS[run.arm], time.process_time()
     target, images, labels = problem(run.batch, seeds, classes, labels_of)
     results = [
         optimise(arm, target, seeds, tuple(images.shape[1:]), classes, run.outer, candidate)
         for candidate in range(arm.candidates)
     ]
     pixels, logits = combine(results)
-    seconds = time.perf_counter() - clock
+    seconds = time.process_time() - clock
     for n, seed in enumerate(seeds):
         scores = evaluate(to_images(pixels[n]), to_images(images[n]), logits[n].argmax(dim=-1), labels[n])
         record = {
@@ -301,7 +300,7 @@ def make(run: Run, seeds: tuple[int, ...], out: Path, classes: int, labels_of: s
             "full_gradients": sum(r[2]["full_gradients_per_seed"] for r in results),
             "outer_steps": sum(r[2]["outer_steps"] for r in results),
             "failed": any(r[2]["failed"][n] for r in results),
-            "seconds_of_stack": seconds, "stack": len(seeds),
+            "cpu_seconds_of_stack": seconds, "stack": len(seeds),
             "method": json.loads(json.dumps(asdict(arm))),
             "metrics": scores.as_dict(), "losses": [r[2]["losses"][n] for r in results],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -373,6 +372,7 @@ def report(out: Path) -> None:
     write_atomically(out / "table.md", lambda target: target.write_text(table(rows), encoding="utf-8"))
     plot_arms(out / "arms.png", rows)
     plot_length(out / "length.png", rows)
+    save_schedules(out / "schedules.png", batch_size=16, n_iter=300)
 
 
 def interval(values: list[float]) -> float:
@@ -464,7 +464,7 @@ def plot_length(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
-    runs = plan(args.classes)
+    runs = plan()
     arms = args.only.split(",") if args.only else None
     batches = [int(b) for b in args.batch.split(",")] if args.batch else None
     if arms and batches and args.outer:

@@ -32,12 +32,13 @@ from tqdm import tqdm
 from breaching_ext.data import SamplePhotos
 from breaching_ext.evaluation import evaluate, psnr, ssim, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
+from breaching_ext.evaluation.schedules import save_schedules
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Schedule
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
 from breaching_ext.regularizers.color_tv import color_total_variation
 from breaching_ext.run import versions
-from breaching_ext.selection import MODES, subset_size
+from breaching_ext.selection import MODES
 
 #: The image prior falls to --tv_weight from this weight, as in config/attack/magia.yaml.
 ANNEAL_FROM = 3.0
@@ -229,19 +230,6 @@ def save_history(path: Path, history: list[tuple[int, torch.Tensor]], order: lis
     write_atomically(path, lambda target: figure.savefig(target, dpi=110))
 
 
-def save_schedules(path: Path, args: argparse.Namespace, batch: int) -> None:
-    """All seven schedules with this run's options; the one in use is thick."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for mode in MODES:
-        rest = (batch, args.n_iter, args.sel_k, args.sel_l_iter, args.sig_a, args.sig_b)
-        sizes = [subset_size(mode, i, *rest) for i in range(args.n_iter)]
-        axis.step(range(args.n_iter), sizes, where="post", label=mode, linewidth=2.5 if mode == args.sel_mode else 1)
-    axis.set(xlabel="outer step", ylabel="images in the subset", title=f"B = {batch}, {args.n_iter} outer steps")
-    axis.legend(fontsize=7)
-    write_atomically(path, lambda target: figure.savefig(target, dpi=120))
-
-
 def git_commit() -> str | None:
     try:
         where = Path(__file__).resolve().parent
@@ -287,7 +275,8 @@ def main() -> None:
     save_point(args.out / "final.pt", engine, len(losses) - 1)
     save_reconstruction(args.out / "final.png", true, reconstructed[scores.order], scores.per_image["psnr"])
     save_history(args.out / "history.png", history, order)
-    save_schedules(args.out / "schedules.png", args, len(images))
+    options = (args.sel_k, args.sel_l_iter, args.sig_a, args.sig_b, args.sel_mode)
+    save_schedules(args.out / "schedules.png", len(images), args.n_iter, *options)
     report(record, args.out)
 
 

@@ -16,9 +16,9 @@ RUN = 2000
 
 
 def load_rows(folder: Path) -> dict[str, Any]:
-    """Return what is there: rows, totals and growth."""
+    """Return what is there: rows, the reasons of rows that are not, totals and growth."""
     file = folder / "results.json"
-    empty: dict[str, Any] = {"machine": {}, "rows": [], "totals": [], "growth": []}
+    empty: dict[str, Any] = {"machine": {}, "rows": [], "missing": [], "totals": [], "growth": []}
     return {**empty, **json.loads(file.read_text(encoding="utf-8"))} if file.exists() else empty
 
 
@@ -37,36 +37,75 @@ def auto_share(row: dict[str, Any]) -> float:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Return the markdown tables."""
+    """Return the markdown: the machine, rows, runs to the end, and what is not measured."""
+    lines = [*_machine(content["machine"]), *_rows(content["rows"]), *_totals(content["totals"]), *_missing(content)]
+    return "\n".join(lines)
+
+
+def _machine(machine: dict[str, Any]) -> list[str]:
+    if not machine:
+        return []
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in machine.get("gflops", {}).items())
+    memory = f"{(machine['memory_bytes'] or 0) / 2**30:.0f} GiB"
+    wide = ", AVX-512" if machine.get("avx512") else ""
+    torch = machine["versions"]["torch"]
+    text = f"{machine['cpu']}, {machine['cores']} cores{wide}, {memory}, {machine['threads']} threads, torch {torch}"
+    return [f"Machine: {text}; {machine['device']}; measured Gflop/s: {rates}.", ""]
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"Breaching's time over ours a candidate-iteration (steady state), and over {RUN} iterations with set-up.",
+        "`others`: processors that other processes took meanwhile. `of the rate`: the arithmetic of a compiled (else",
+        "replayed) step over what the machine's best rate would do in its time.",
         "",
         "| model | B | N | Breaching [ms] | list | vmap | compile | total: vmap | total: compile | auto takes | auto "
-        "against best | compiling [s] | again [s] | gradient differs by | Breaching's by one rounding | memory vmap "
-        "[MiB] |",
-        "|" + "---|" * 16,
+        "against best | compiling [s] | again [s] | gradient differs by | Breaching's by one rounding | MiB a "
+        "candidate | of the rate | others |",
+        "|" + "---|" * 18,
     ]
-    for row in sorted(content["rows"], key=lambda r: (r["model"], r["batch"], r["candidates"])):
+    for row in sorted(rows, key=_order):
         ms, whole, setup = row["ms"], totals(row), row["setup_seconds"]
         ratios = [f"{ms['breaching'] / ms[e]:.2f}" if e in ms else "-" for e in ENGINES]
         ends = [f"{whole['breaching'] / whole[e]:.2f}" if e in whole else "-" for e in ("vmap", "compile")]
         seconds = [f"{setup[k]:.0f}" if k in setup and "compile" in ms else "-" for k in ("compile", "compile_again")]
         worst = max((d for d in row["gradient_difference"].values() if d is not None), default=float("nan"))
-        rounding = f"{row['breaching_rounding']:.0e}" if "breaching_rounding" in row else "-"
-        memory = (row["peak_rss_bytes"].get("vmap") or 0) / 2**20
+        profile = row.get("profile", {})
+        rate = profile.get("share_of_rate_compile", profile.get("share_of_rate_vmap"))
         cells = [
             *(row["model"], row["batch"], row["candidates"], f"{ms['breaching']:.2f}", *ratios, *ends),
-            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{worst:.0e}", rounding, f"{memory:.1f}"),
+            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{worst:.0e}"),
+            *(f"{row['breaching_rounding']:.0e}", f"{row['bytes_per_candidate'] / 2**20:.1f}"),
+            *("-" if rate is None else f"{rate:.2f}", row.get("other_processes")),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if content["totals"]:
-        lines += ["", "Measured to the end, from an empty compile cache [s]:", ""]
-        lines += ["| model | B | N | iterations | Breaching | vmap | compile | auto (engine) |", "|" + "---|" * 8]
-        for t in content["totals"]:
-            times = " | ".join(f"{t[k]:.1f}" for k in ("breaching", "vmap", "compile"))
-            head = f"| {t['model']} | {t['batch']} | {t['candidates']} | {t['iterations']} |"
-            lines.append(f"{head} {times} | {t['auto']:.1f} ({t['auto_engine']}) |")
-    return "\n".join(lines)
+    return lines
+
+
+def _totals(totals_measured: list[dict[str, Any]]) -> list[str]:
+    if not totals_measured:
+        return []
+    lines = ["", "Measured to the end, from an empty compile cache [s]:", ""]
+    lines += ["| model | B | N | iterations | Breaching | vmap | compile | auto (engine) |", "|" + "---|" * 8]
+    for t in totals_measured:
+        times = " | ".join(f"{t[k]:.1f}" for k in ("breaching", "vmap", "compile"))
+        head = f"| {t['model']} | {t['batch']} | {t['candidates']} | {t['iterations']} |"
+        lines.append(f"{head} {times} | {t['auto']:.1f} ({t['auto_engine']}) |")
+    return lines
+
+
+def _missing(content: dict[str, Any]) -> list[str]:
+    named = [
+        f"- {m['model']}, B = {m['batch']}, N = {m['candidates']}: {m['reason']}." for m in _sorted(content["missing"])
+    ]
+    for row in _sorted(content["rows"]):
+        for engine, reason in row.get("left_out", {}).items():
+            named.append(f"- {row['model']}, B = {row['batch']}, N = {row['candidates']}, `{engine}`: {reason}.")
+    return ["", "Not measured:", "", *named] if named else []
+
+
+def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=_order)
 
 
 def save_report(content: dict[str, Any], folder: Path) -> str:
@@ -82,7 +121,7 @@ def save_report(content: dict[str, Any], folder: Path) -> str:
 
 
 def _speedup(rows: list[dict[str, Any]], path: Path) -> None:
-    rows = sorted(rows, key=lambda r: (r["model"], r["batch"], r["candidates"]))
+    rows = _sorted(rows)
     figure = Figure(figsize=(1.5 + 0.6 * len(rows), 3.4), layout="constrained")
     axis = figure.subplots()
     for shift, engine in enumerate(ENGINES):
@@ -107,9 +146,12 @@ def _growth(content: dict[str, Any], path: Path) -> None:
             time_n.loglog(count, [p["ms"] * p["candidates"] for p in points], "o-", label=label)
             memory.loglog(count, [(p["peak_rss_bytes"] or 0) / 2**20 for p in points], "o-", label=label)
     for model in sorted({row["model"] for row in content["rows"]}):
-        rows = sorted((r for r in content["rows"] if r["model"] == model and r["candidates"] == 8), key=_batch)
-        rows = [r for r in rows if "vmap" in r["ms"]]
-        time_b.loglog([r["batch"] for r in rows], [8 * r["ms"]["vmap"] for r in rows], "o-", label=f"{model}, vmap")
+        for engine, style in (("vmap", "o-"), ("compile", "s--")):
+            rows = [r for r in content["rows"] if r["model"] == model and r["candidates"] == 8 and engine in r["ms"]]
+            rows.sort(key=_order)
+            if rows:
+                steps = [8 * r["ms"][engine] for r in rows]
+                time_b.loglog([r["batch"] for r in rows], steps, style, label=f"{model}, {engine}")
     for axis, x, y in (
         (time_n, "candidates N", "ms a step, B = 1"),
         (memory, "candidates N", "peak memory of a step [MiB]"),
@@ -121,5 +163,9 @@ def _growth(content: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda target: figure.savefig(target, dpi=150))
 
 
-def _batch(row: dict[str, Any]) -> int:
-    return row["batch"]
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['model']}, B = {row['batch']}, N = {row['candidates']}"
+
+
+def _order(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["model"].lower(), row["batch"], row["candidates"]

@@ -1,0 +1,130 @@
+"""One row of benchmarks/matching.py: a model, its gradient, Breaching's attacker and ours on the same starts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property
+
+import breaching
+import torch
+from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
+from omegaconf import open_dict
+
+from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks.joint_candidates import Target
+from breaching_ext.attacks.joint_loop import JointLoop
+from breaching_ext.matching.build import BuiltEngine, EngineParts, choose_engine
+from breaching_ext.run import seed_everything
+
+RUN = 2000  # iterations of the run whose total time is stated
+CHECKED = 8  # candidates whose gradients are compared, at most
+
+
+class Case:
+    """One gradient, Breaching's attacker and ours.
+
+    Args:
+        model, batch, candidates: the row.
+        device: where it runs.
+    """
+
+    def __init__(self, model: str, batch: int, candidates: int, device: torch.device) -> None:
+        overrides = [
+            "case=sample_photos",
+            "attack=joint_candidates",
+            f"case.model={model}",
+            f"case.user.num_data_points={batch}",
+            f"attack.restarts.num_trials={candidates}",
+            f"attack.optim.max_iterations={RUN}",
+            "attack.optim.callback=1000000",
+            "attack.regularization.group_regularization.scale=0",
+            "attack.impl.progress=false",
+            "attack.restarts.seed=0",
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            cfg = breaching.get_config(overrides=overrides)
+        seed_everything(0)
+        setup = {"device": device, "dtype": torch.float}
+        user, server, net, loss_fn = breaching.cases.construct_case(cfg.case, setup)
+        self.shared, self.payload, _ = server.run_protocol(user)
+        self.candidates, self.device = candidates, device
+        self.ours = JointCandidateAttacker(net, loss_fn, cfg.attack, setup)
+        with open_dict(cfg.attack):
+            plain = cfg.attack.copy()
+            del plain.regularization.group_regularization
+        self.theirs = OptimizationBasedAttacker(net, loss_fn, plain, setup)
+        self._their_target = self.theirs.prepare_attack(self.payload, self.shared)[:2]
+        models, labels, _ = self.ours.prepare_attack(self.payload, self.shared)
+        self.target = Target(models, self.shared, labels, [batch, *self.ours.data_shape])
+        self.ours.objective.initialize(self.ours.loss_fn, self.ours.cfg.impl, None)
+
+    def breaching_trial(self, iterations: int) -> int:
+        """Run one of Breaching's trials; returns its candidate-iterations."""
+        models, labels = self._their_target
+        self.theirs.cfg.optim.max_iterations = iterations
+        self.theirs._run_trial(models, self.shared, labels, defaultdict(list), 0)
+        return iterations
+
+    def parts(self, evaluations: int = RUN) -> EngineParts:
+        """Return what an engine is built from, for a run of that many evaluations."""
+        streams = self.ours._streams()
+        parts = self.ours._engine_parts(self.target, self.ours._starts(self.target, streams, None), streams)
+        parts.evaluations, parts.identity = evaluations, None  # nothing is remembered between rows
+        return parts
+
+    def build(self, mode: str) -> tuple[BuiltEngine, float]:
+        """Return an engine, ready to step, and the seconds that choosing, recording and compiling took."""
+        start = time.perf_counter()
+        built = choose_engine(mode, self.parts())
+        if hasattr(built.engine, "evaluation"):
+            built.engine.evaluation(*built.engine.parameters)
+        return built, time.perf_counter() - start
+
+    def joint_run(self, built: BuiltEngine) -> Callable[[int], int]:
+        """Return a function that runs some iterations and returns their candidate-iterations."""
+
+        def run(iterations: int) -> int:
+            self.ours.cfg.optim.max_iterations = iterations
+            JointLoop(built.engine, self.ours.cfg, self.ours._box()).run()
+            return iterations * self.candidates
+
+        return run
+
+    @cached_property
+    def references(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Some starts, and Breaching's gradients there."""
+        parts = self.parts()
+        return [(start, parts.reference([start])[1][0]) for start in parts.starts[0][:CHECKED]]
+
+    def agreement(self, built: BuiltEngine) -> float | None:
+        """Return the largest relative difference of a candidate's gradient from Breaching's."""
+        if not hasattr(built.engine, "evaluation"):
+            return None  # Breaching's own closure
+        (gradients, *_), _, _ = built.engine.evaluation(*self.parts().starts)
+        pairs = zip(gradients, self.references, strict=False)
+        return max(((gradient - expected).norm() / expected.norm()).item() for gradient, (_, expected) in pairs)
+
+    def sensitivity(self, draws: int = 2) -> float:
+        """Return how much Breaching's own gradient moves at most when every pixel moves by one rounding.
+
+        Beside a kink of the model (ReLU) no two orders of summation agree; this says how far they may differ.
+        """
+        parts, worst = self.parts(), 0.0
+        for start, expected in self.references:
+            for draw in range(draws):
+                generator = torch.Generator().manual_seed(draw)
+                signs = torch.randint(0, 2, start.shape, generator=generator).to(start) * 2 - 1
+                _, (moved,) = parts.reference([start * (1 + torch.finfo(start.dtype).eps * signs)])
+                worst = max(worst, ((moved - expected).norm() / expected.norm()).item())
+        return worst
+
+
+def quiet() -> None:
+    """Keep log lines of torch and of the attacks out of the table."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("breaching_ext").setLevel(logging.ERROR)

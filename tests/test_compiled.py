@@ -9,6 +9,8 @@ import torch
 from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks.candidate_choice import Target
+from breaching_ext.matching.compilation import compile_once
 from breaching_ext.matching.compiled_update import CompiledUpdate
 from breaching_ext.matching.engine import GradientRule
 from breaching_ext.matching.track import Track
@@ -142,6 +144,31 @@ def test_real_compilation():
     eager, _ = reconstruct("vmap", "optim.signed=soft")
     assert stats["engine"] == "compile"
     assert distance(compiled, eager) < 1e-8
+
+
+def test_every_engine_of_a_process_is_compiled():
+    """torch compiles one code object eight times and runs it eagerly from then on; a sweep has more engines."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def engine(factor):
+        return compile_once(lambda x: factor * x.sin(), "eager")
+
+    for factor in range(12):
+        assert torch.equal(engine(float(factor))(torch.ones(3)), factor * torch.ones(3).sin())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
+
+
+def test_data_laid_out_for_compiled_code_have_the_same_value():
+    model = build_model("ResNet20")
+    payload, shared, images, _ = observed(model)
+    attacker = JointCandidateAttacker(model, loss(), attack_config("joint_candidates"), SETUP)
+    models, labels, _ = attacker.prepare_attack(payload, shared)
+    attacker.objective.initialize(attacker.loss_fn, attacker.cfg.impl, None)
+    target = Target(models, shared, labels, list(images.shape))
+    objectives = [attacker._pure_objective(target, channels_last)[0] for channels_last in (False, True)]
+    (plain, _), (laid_out, _) = (objective(images * 0.5) for objective in objectives)
+    assert torch.allclose(plain, laid_out, rtol=1e-12)
 
 
 def test_a_compiler_that_fails_gives_way_to_vmap(monkeypatch, caplog):

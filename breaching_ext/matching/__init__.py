@@ -4,7 +4,7 @@ An engine owns the candidates and their optimizers and knows nothing of attacks,
 
 - `ListEngine` steps them one after another through Breaching's own closure: any model, any objective;
 - `VmapEngine` evaluates the whole stack with torch.func, with the same values;
-- `CompiledEngine` compiles that evaluation with torch.compile.
+- `CompiledEngine` compiles that evaluation, and all that a step does after it, with torch.compile.
 
 `build_engine` picks one, checks it against the slow path on the first candidate, and says in the log why it falls
 back.

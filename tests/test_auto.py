@@ -160,12 +160,13 @@ def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path
     assert torch.equal(resumed["candidates"], whole["candidates"])
 
 
-@given(st.floats(1e-5, 10), st.floats(1e-5, 10), st.integers(1, 10**6), st.floats(0.1, 1000))
-def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, evaluations, expected):
+@given(st.floats(1e-5, 10), st.floats(1e-5, 10), st.integers(1, 10**5), st.integers(1, 10**6), st.floats(0.1, 1000))
+def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, operations, evaluations, expected):
     steps = {"list": listed, "vmap": vmap}
-    if calibration.compiling_pays(steps, evaluations, expected):
+    assert 0 < calibration.expected_step(vmap, operations) < vmap
+    if calibration.compiling_pays(steps, operations, evaluations, expected):
         assert expected < min(steps.values()) * evaluations  # never longer than the run itself
-        assert calibration.compiling_pays(steps, 2 * evaluations, expected)
+        assert calibration.compiling_pays(steps, operations, 2 * evaluations, expected)
 
 
 def test_a_busy_machine_expects_to_compile_longer():

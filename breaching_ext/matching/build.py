@@ -196,7 +196,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     chosen: CandidateEngine = engine
     if not operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
-    elif not calibration.compiling_pays(times, evaluations, expected):
+    elif not calibration.compiling_pays(times, operations, evaluations, expected):
         found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
     else:
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from breaching_ext.files import write_atomically, write_json
 
@@ -121,17 +122,21 @@ def save_report(content: dict[str, Any], folder: Path) -> str:
 
 
 def _speedup(rows: list[dict[str, Any]], path: Path) -> None:
-    rows = _sorted(rows)
-    figure = Figure(figsize=(1.5 + 0.6 * len(rows), 3.4), layout="constrained")
-    axis = figure.subplots()
-    for shift, engine in enumerate(ENGINES):
-        ratios = [row["ms"]["breaching"] / row["ms"].get(engine, float("nan")) for row in rows]
-        axis.bar([i + shift * 0.27 for i in range(len(rows))], ratios, 0.27, label=engine)
-    axis.axhline(1, color="gray", linewidth=0.8)
-    names = [f"{row['model']}\nB={row['batch']}\nN={row['candidates']}" for row in rows]
-    axis.set_xticks([i + 0.27 for i in range(len(rows))], names, fontsize=6)
-    axis.set_ylabel("times faster than Breaching's loop")
-    axis.legend(fontsize=7)
+    """One panel for every number of candidates."""
+    counts = sorted({row["candidates"] for row in rows})
+    widest = max(sum(row["candidates"] == count for row in rows) for count in counts)
+    figure = Figure(figsize=(2 + 0.55 * widest, 2.6 * len(counts)), layout="constrained")
+    for axis, count in zip(figure.subplots(len(counts), squeeze=False)[:, 0], counts, strict=True):
+        shown = _sorted([row for row in rows if row["candidates"] == count])
+        for shift, engine in enumerate(ENGINES):
+            ratios = [row["ms"]["breaching"] / row["ms"].get(engine, float("nan")) for row in shown]
+            axis.bar([i + shift * 0.27 for i in range(len(shown))], ratios, 0.27, label=engine)
+        axis.axhline(1, color="gray", linewidth=0.8)
+        names = [f"{row['model']}\nB={row['batch']}" for row in shown]
+        axis.set_xticks([i + 0.27 for i in range(len(shown))], names, fontsize=6)
+        axis.set_xlim(-0.5, widest)
+        axis.set_ylabel(f"times faster than\nBreaching, N = {count}", fontsize=8)
+    figure.axes[0].legend(fontsize=7)
     write_atomically(path, lambda target: figure.savefig(target, dpi=150))
 
 
@@ -145,18 +150,23 @@ def _growth(content: dict[str, Any], path: Path) -> None:
             count = [p["candidates"] for p in points]
             time_n.loglog(count, [p["ms"] * p["candidates"] for p in points], "o-", label=label)
             memory.loglog(count, [(p["peak_rss_bytes"] or 0) / 2**20 for p in points], "o-", label=label)
-    for model in sorted({row["model"] for row in content["rows"]}):
+    for index, model in enumerate(sorted({row["model"] for row in content["rows"]}, key=str.lower)):
         for engine, style in (("vmap", "o-"), ("compile", "s--")):
             rows = [r for r in content["rows"] if r["model"] == model and r["candidates"] == 8 and engine in r["ms"]]
             rows.sort(key=_order)
             if rows:
                 steps = [8 * r["ms"][engine] for r in rows]
-                time_b.loglog([r["batch"] for r in rows], steps, style, label=f"{model}, {engine}")
+                label = f"{model}, {engine}"
+                time_b.loglog([r["batch"] for r in rows], steps, style, color=f"C{index}", label=label)
     for axis, x, y in (
         (time_n, "candidates N", "ms a step, B = 1"),
         (memory, "candidates N", "peak memory of a step [MiB]"),
         (time_b, "batch size B", "ms a step, N = 8"),
     ):
+        axis.xaxis.set_major_locator(LogLocator(2))
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter(NullFormatter())
         axis.set_xlabel(x)
         axis.set_ylabel(y)
         axis.legend(fontsize=6)

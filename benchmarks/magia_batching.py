@@ -1,6 +1,6 @@
 """MAGIA: N candidates as one stack against the same candidates one after another, in one process, interleaved.
 
-    python benchmarks/magia_batching.py --batch 1,4,8
+    python benchmarks/magia_batching.py --batch 1,4,8,16
 
 Both ways make the same iterations from the same starts (LeNet, 32×32 photos, one shared gradient). Prints medians
 and their ratio for each batch size, with and without line search, and writes JSON and a plot to --out.
@@ -28,7 +28,7 @@ from breaching_ext.run import describe_device, versions
 
 def target(batch: int) -> tuple[Target, int]:
     torch.manual_seed(0)
-    data = SamplePhotos(transform=torchvision.transforms.ToTensor())
+    data = SamplePhotos(transform=torchvision.transforms.ToTensor(), labels="uniform", classes=100)
     points = [data[i] for i in range(batch)]
     model, loss_fn = LeNetZhu(num_classes=len(data.classes)), torch.nn.CrossEntropyLoss()
     loss = loss_fn(model(torch.stack([p[0] for p in points])), torch.tensor([p[1] for p in points]))
@@ -88,17 +88,18 @@ def measure(batch: int, methods: list[str], args: argparse.Namespace) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,4,8", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--batch", default="1,4,8,16", help="batch sizes (default: %(default)s)")
     parser.add_argument("--methods", default="vmap,compile", help="ways to stack (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=8, help="N (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="outer steps of 20 iterations (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     methods = args.methods.split(",")
     rows = [row for batch in args.batch.split(",") for row in measure(int(batch), methods, args)]
-    record = {"candidates": args.candidates, "outer_steps": args.steps, "rows": rows}
+    record = {"candidates": args.candidates, "outer_steps": args.steps, "threads": args.threads, "rows": rows}
     record |= {"device": describe_device(torch.device("cpu")), "versions": versions()}
     write_json(args.out / "magia_batching.json", record)
     plot(args.out / "magia_batching.png", rows, methods, args.candidates)

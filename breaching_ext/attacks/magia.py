@@ -213,7 +213,8 @@ class MagiaAttacker(JointCandidateAttacker):
             std=self.ds.flatten() if normalised else None,
         )
         method = self.cfg.restarts.get("candidate_batching", "auto")
-        return SubsetMatching(what, self.options.term, self.options.prior, group, method)
+        evaluations = self.cfg.optim.max_iterations * self.options.optimizer.inner_iterations
+        return SubsetMatching(what, self.options.term, self.options.prior, group, method, evaluations)
 
     def _engine(self, matching: SubsetMatching, starts: list[torch.Tensor], seeds: list[int]) -> MagiaEngine:
         options = self.options

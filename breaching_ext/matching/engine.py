@@ -22,7 +22,10 @@ class CandidateEngine(Protocol):
     A candidate is a list of tensors (its image batch first); `parameters` holds them with a leading candidate axis.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How the candidates are stepped: 'list', 'vmap' or 'compile'."""
+        ...
     gradient_evaluations: int
 
     @property

@@ -57,10 +57,14 @@ class MagiaEngine:
         self._alive = torch.ones(len(self.starts[0]), dtype=torch.bool)
         self._subsets: torch.Tensor | None = None
         self._prior_weight = 0.0
-        self.name = self.matching.chosen_method(self.starts[0])
         self.gradient_evaluations = 0
         #: evaluations in units of a full-batch gradient (a subset counts S/B), summed over candidates
         self.full_gradients = 0.0
+
+    @property
+    def name(self) -> str:
+        """How the stack is evaluated: 'list', 'vmap' or 'compile'."""
+        return self.matching.chosen_method(self.starts[0])
 
     @property
     def parameters(self) -> list[torch.Tensor]:

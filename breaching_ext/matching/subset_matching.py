@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.func import grad, grad_and_value, vmap
 
-from .compiled_engine import compiled
+from .compilation import compiled
 from .evaluation import Evaluate
-from .magia_objective import SUBSET_TERMS, data_term, rescaling
+from .magia_objective import data_term, rescaling
+from .magia_problem import SubsetTerm, Target
 from .tracing import SpecialisationError, replayed
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 __all__ = ["SubsetMatching", "SubsetTerm", "Target"]
 
 ImagePrior = Callable[[torch.Tensor], torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 METHODS = ("auto", "list", "vmap", "compile")
 
@@ -27,64 +26,9 @@ METHODS = ("auto", "list", "vmap", "compile")
 #: 0.7 of the loop's time at B = 8 and 1.6 of it at B = 64, where convolutions with a kernel a candidate dominate.
 STACK_UP_TO = 16
 
-
-@dataclass(frozen=True)
-class SubsetTerm:
-    """Which subset term enters, and how strongly.
-
-    Attributes:
-        kind: 'none', 'released', 'mean' or 'residual' (see `magia_objective`).
-        alpha: α in [0, 1], the full-batch term's share.
-        rescaling: c: 'none', 'ratio', 'variance' or a positive number.
-
-    Raises:
-        ValueError: naming the value that cannot work and the valid ones.
-    """
-
-    kind: str = "none"
-    alpha: float = 0.999
-    rescaling: str | float = "none"
-
-    def __post_init__(self) -> None:
-        if self.kind not in SUBSET_TERMS:
-            raise ValueError(f"subset.term={self.kind!r} is unknown; valid: {', '.join(SUBSET_TERMS)}.")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"subset.alpha={self.alpha} is out of range; valid: 0 to 1.")
-        rescaling(self.rescaling, 1, 1)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Shared gradients and the parameters at which they were taken.
-
-    Attributes:
-        model: the architecture (its buffers are used as they are; batch norm must be in eval mode).
-        loss_fn: (outputs, soft labels) -> mean loss; torch.nn.CrossEntropyLoss takes soft labels.
-        parameters: matched parameters by name; with a leading candidate axis if `per_candidate`.
-        gradients: the shared gradients in the same order; with that axis if `per_candidate`.
-        per_candidate: whether every candidate has a model and a target of its own (a stack of seeds).
-        mean, std: normalisation (C,) that turns pixels in [0, 1] into the model's input, or None.
-    """
-
-    model: torch.nn.Module
-    loss_fn: Loss
-    parameters: Mapping[str, torch.Tensor]
-    gradients: Sequence[torch.Tensor]
-    per_candidate: bool = False
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
-
-    def loss(self, parameters: Mapping[str, torch.Tensor], pixels: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        """Mean loss of images (B, C, H, W) in [0, 1] with soft labels (B, K)."""
-        if self.mean is not None and self.std is not None:
-            pixels = (pixels - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
-        return self.loss_fn(functional_call(self.model, dict(parameters), (pixels,)), probs)
-
-    def of(self, n: int) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Parameters and gradients of one candidate."""
-        if not self.per_candidate:
-            return dict(self.parameters), list(self.gradients)
-        return {k: v[n] for k, v in self.parameters.items()}, [g[n] for g in self.gradients]
+#: 'auto' compiles for at least this many candidates and evaluations: compiling takes 10 to 20 s, and saves about a
+#: quarter of a stacked evaluation (benchmarks/magia_batching.py). A fixed rule, so that a run can be repeated.
+COMPILE_FROM = (4, 3000)
 
 
 class SubsetMatching:
@@ -97,6 +41,7 @@ class SubsetMatching:
         extra: a further term of one candidate's pixels that need not be transformable (group consistency).
         method: 'vmap' (all candidates at once), 'compile' (the same, compiled; falls back to vmap with a warning),
             'list' (one after another with plain autograd) or 'auto'.
+        evaluations: evaluations that the run will make, about; 'auto' compiles for long runs.
     """
 
     def __init__(
@@ -106,10 +51,12 @@ class SubsetMatching:
         prior: ImagePrior,
         extra: ImagePrior | None = None,
         method: str = "auto",
+        evaluations: int = 0,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
         self.target, self.term, self.prior, self.extra, self.method = target, term, prior, extra, method
+        self.evaluations, self._compiles = evaluations, True
         self._evaluations: dict[tuple, Evaluate] = {}
 
     def __call__(
@@ -145,9 +92,12 @@ class SubsetMatching:
     def chosen_method(self, pixels: torch.Tensor) -> str:
         """'vmap', 'compile' or 'list' for a stack of that shape; 'auto' goes by what is faster on a CPU."""
         if self.method != "auto":
-            return self.method
+            return "vmap" if self.method == "compile" and not self._compiles else self.method
         small = pixels.shape[1] <= STACK_UP_TO or pixels.device.type != "cpu"
-        return "vmap" if len(pixels) > 1 and small else "list"
+        if len(pixels) == 1 or not small:
+            return "list"
+        long = len(pixels) >= COMPILE_FROM[0] and self.evaluations >= COMPILE_FROM[1] and self.term.kind == "none"
+        return "compile" if long and self._compiles else "vmap"
 
     def _objective(
         self,
@@ -189,11 +139,13 @@ class SubsetMatching:
 
     def _specialised(self, evaluate: Evaluate, inputs: list[torch.Tensor]) -> Evaluate:
         """The recorded form; for 'compile' the compiled one, of the first size of subset alone (each takes a while)."""
-        if self.method == "compile" and not self._evaluations:
+        if self.chosen_method(inputs[0]) == "compile" and not self._evaluations:
             try:
                 return compiled(evaluate, inputs)
             except SpecialisationError as error:
-                log.warning("candidate_batching=compile: stepping by vmap instead, because %s.", error)
+                self._compiles = False
+                level = logging.INFO if self.method == "auto" else logging.WARNING
+                log.log(level, "candidate_batching=%s: stepping by vmap, because %s.", self.method, error)
         return replayed(evaluate, inputs)
 
     def _evaluation(self, use: bool) -> Evaluate:
@@ -218,8 +170,8 @@ class SubsetMatching:
         own = 0 if self.target.per_candidate else None
         run = vmap(grad_and_value(objective, argnums=(0, 1)), in_dims=(0, 0, 0, None, own, own))
 
-        def evaluate(*inputs: torch.Tensor) -> tuple:
-            pixels, logits, index, weight = inputs
+        def evaluate(*stacks: torch.Tensor) -> tuple:  # named as `compilation` expects it
+            pixels, logits, index, weight = stacks
             target = dict(self.target.parameters), list(self.target.gradients)
             gradients, values = run(pixels, logits, index, weight, *target)
             return gradients, values, values

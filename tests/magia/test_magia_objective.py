@@ -252,3 +252,32 @@ def test_color_tv_charges_colour_edges_more_than_grey_ones():
     colour[:, 0, :, 2:], colour[:, 1, :, 2:] = 1.0, -1.0
     assert color_total_variation(colour, 5.0) > color_total_variation(colour, 1.0)
     assert color_total_variation(grey, 5.0) == color_total_variation(grey, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "batch", "evaluations", "kind", "expected"),
+    [
+        (1, 4, 10_000, "none", "list"),
+        (8, 32, 10_000, "none", "list"),
+        (8, 4, 100, "none", "vmap"),
+        (2, 4, 10_000, "none", "vmap"),
+        (8, 4, 10_000, "mean", "vmap"),  # sizes of subsets change, and each would be compiled
+        (8, 4, 10_000, "none", "compile"),
+    ],
+)
+def test_auto_follows_a_fixed_rule(candidates, batch, evaluations, kind, expected):
+    made = SubsetMatching(setting()[0], SubsetTerm(kind), anisotropic_total_variation, evaluations=evaluations)
+    assert made.chosen_method(torch.zeros(candidates, batch, 1, 1, 1)) == expected
+
+
+def test_auto_that_cannot_compile_takes_vmap_without_a_warning(monkeypatch, caplog):
+    def refuse(*_args):
+        raise SpecialisationError("torch.compile failed (for the test)")
+
+    monkeypatch.setattr(subset_matching, "compiled", refuse)
+    target, _, _, pixels, logits, _ = setting(n=4)
+    made = SubsetMatching(target, SubsetTerm(), anisotropic_total_variation, evaluations=10_000)
+    assert made.chosen_method(pixels) == "compile"
+    made(pixels, logits, None, 0.1)
+    assert made.chosen_method(pixels) == "vmap"
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

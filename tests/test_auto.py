@@ -38,7 +38,7 @@ def clock(monkeypatch):
     return measured
 
 
-def reconstruct(*overrides: str, iterations: int = 3, candidates: int = 1, model: str = "own"):
+def reconstruct(*overrides: str, iterations: int = 3, candidates: int = 2, model: str = "own"):
     module = build_model(model)
     payload, shared, *_ = observed(module)
     options = ["restarts.seed=2", f"restarts.num_trials={candidates}", "optim.signed=soft", *overrides]
@@ -75,6 +75,14 @@ def test_compiling_where_it_may_pay_and_keeping_it_where_it_is_faster(clock, tra
     assert list(stats["calibration"]["step_seconds"]) == ["list", "vmap", "compile"]
     pinned, _ = reconstruct(f"restarts.candidate_batching={engine}", candidates=2)
     assert torch.allclose(result["candidates"], pinned["candidates"], rtol=0, atol=1e-9)
+
+
+def test_one_candidate_of_a_short_run_is_not_recorded(clock, monkeypatch):
+    clock(list=0.1)
+    monkeypatch.setattr(build, "_vmap_engine", lambda *parts: pytest.fail("recorded"))
+    _, stats = reconstruct(candidates=1)
+    assert stats["engine"] == "list"
+    assert "one candidate" in stats["calibration"]["reason"]
 
 
 def test_compiling_is_left_out_where_it_takes_longer_than_it_saves(clock, monkeypatch):

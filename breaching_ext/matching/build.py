@@ -187,8 +187,13 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
     evaluations, states = parts.evaluations, list(parts.streams.states)
+    times = {"list": _list_seconds(parts)}
+    if len(parts.starts[0]) == 1 and times["list"] * evaluations < calibration.RECORDING_PAYS:
+        parts.streams.states = states
+        reason = "one candidate has no others to share a call with, and the run is short"
+        return _list_engine(parts), Calibration("list", reason, evaluations, times)
     engine = _vmap_engine(parts, memory)
-    times = {"list": _list_seconds(parts), "vmap": _step_seconds(engine, parts)}
+    times["vmap"] = _step_seconds(engine, parts)
     best = min(times, key=lambda name: times[name])
     recording, operations = engine.evaluation.recording_seconds, engine.evaluation.operations
     expected = calibration.expected_compile_seconds(operations, recording - times["vmap"])  # which evaluates once, too

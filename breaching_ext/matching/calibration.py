@@ -25,13 +25,15 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
+#: One candidate gains little by a recorded graph, so runs of fewer seconds than this step it as it is.
+RECORDING_PAYS = 10.0
 #: What compiling takes from scratch: so many seconds, and so many for each operation of the recorded graph, on a
 #: machine that records an operation in RECORDING seconds (benchmarks/results/matching).
-COMPILING, COMPILING_PER_OPERATION = 18.0, 0.019
-RECORDING = 0.001
+COMPILING, COMPILING_PER_OPERATION = 12.0, 0.017
+RECORDING = 0.0015
 #: What compiling is expected to save of a replayed iteration, from the benchmark: a share of it (fusion, layout),
 #: and the seconds that calling one operation takes; together at most MOST_SAVED of it.
-SAVED, SAVED_PER_OPERATION, MOST_SAVED = 0.15, 4e-6, 0.6
+SAVED, SAVED_PER_OPERATION, MOST_SAVED = 0.18, 4e-6, 0.6
 
 
 @dataclass

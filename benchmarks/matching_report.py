@@ -141,7 +141,7 @@ def _speedup(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _growth(content: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(11.5, 3.2), layout="constrained")
     time_n, memory, time_b = figure.subplots(1, 3)
     for model in sorted({point["model"] for point in content["growth"]}):
         for chunk in (None, 8):
@@ -169,7 +169,8 @@ def _growth(content: dict[str, Any], path: Path) -> None:
             ticks.set_minor_formatter(NullFormatter())
         axis.set_xlabel(x)
         axis.set_ylabel(y)
-        axis.legend(fontsize=6)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if axis is time_b else {}
+        axis.legend(fontsize=6, **beside)
     write_atomically(path, lambda target: figure.savefig(target, dpi=150))
 
 

@@ -26,6 +26,7 @@ class CandidateEngine(Protocol):
     def name(self) -> str:
         """How the candidates are stepped: 'list', 'vmap' or 'compile'."""
         ...
+
     gradient_evaluations: int
 
     @property

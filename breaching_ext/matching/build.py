@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from . import calibration
+from .agreement import check_objective
 from .calibration import Calibration
 from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, CandidateObjective, ClosureFactory, GradientRule, OptimizerFactory
-from .evaluation import first_line
 from .list_engine import ListEngine
-from .memory import MemoryPlan, peak_memory, plan_memory
+from .memory import MemoryPlan, plan_memory
 from .randomness import CandidateStreams
 from .tracing import SpecialisationError, replayed
 from .track import Box, Track, advancing
@@ -100,7 +100,7 @@ def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
         return BuiltEngine(_list_engine(parts))
     reason, per_candidate = parts.why_not, 0
     if not reason:
-        reason, per_candidate = _check_objective(parts)
+        reason, per_candidate = check_objective(parts)
     if reason:
         level = logging.INFO if mode == "auto" else logging.WARNING
         log.log(level, "candidate_batching=%s: stepping the candidates one by one (list), because %s.", mode, reason)
@@ -232,34 +232,3 @@ def _list_seconds(parts: EngineParts) -> float:
     """Return the seconds of an iteration with all candidates one after another, from the first one's."""
     alone = replace(parts, starts=[start[:1] for start in parts.starts])
     return len(parts.starts[0]) * _step_seconds(_list_engine(alone), alone)
-
-
-# -- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check_objective(parts: EngineParts) -> tuple[str, int]:
-    """Compare the pure objective with Breaching's on the first candidate.
-
-    Returns:
-        What speaks against it ("": nothing), and the bytes that its evaluation took.
-    """
-    assert parts.objective is not None
-    assert parts.make_stack_optimizer is not None
-    probe = [start[:1] for start in parts.starts]
-    try:
-        plain = VmapEngine(probe, parts.objective, parts.make_stack_optimizer, parts.rule, parts.streams)
-        (gradients, values, _), memory = peak_memory(plain.evaluate, probe[0].device)
-    except Exception as error:  # whatever a user's model or loss throws under torch.func: the list engine still works
-        return f"torch.func cannot transform this model or loss ({type(error).__name__}: {first_line(error)})", 0
-    value, reference = parts.reference([start[0] for start in parts.starts])
-    difference = max(_relative(values, value), *(_relative(g, r) for g, r in zip(gradients, reference, strict=True)))
-    tolerance = 1e-6 if probe[0].dtype == torch.float64 else 5e-3
-    if difference > tolerance:  # false for NaN: a start at which nothing is finite says nothing about the engine
-        return f"the batched objective differs from Breaching's by {difference:.1e} (tolerance {tolerance:.0e})", 0
-    return "", memory
-
-
-def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    value, reference = value.detach().flatten(), reference.detach().flatten()
-    scale = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)
-    return ((value - reference).norm() / scale).item()

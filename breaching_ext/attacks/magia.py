@@ -224,7 +224,7 @@ class MagiaAttacker(JointCandidateAttacker):
             seeds,
             self.cfg.optim.max_iterations,
             options.schedule,
-            options.annealing,
+            options.annealing_for(matching.target.gradients),
             options.optimizer,
             options.pyramid,
         )

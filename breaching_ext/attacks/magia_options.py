@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class MagiaOptions:
         optimizer: the optimizer.
         pyramid: grids, coarse to fine.
         prior_kind, chroma, eps: the image prior (see `breaching_ext.regularizers.color_tv`).
+        relative: whether the prior's weights are in units of the shared gradient's squared norm.
     """
 
     term: SubsetTerm
@@ -40,6 +41,7 @@ class MagiaOptions:
     prior_kind: str = "color"
     chroma: float = 5.0
     eps: float = 0.01
+    relative: bool = False
 
     @classmethod
     def from_config(cls, cfg: Any) -> MagiaOptions:
@@ -62,11 +64,18 @@ class MagiaOptions:
                 prior_kind=kind,
                 chroma=float(prior.get("chroma", 5.0)),
                 eps=float(prior.get("eps", 0.01)),
+                relative=bool(prior.get("relative", False)),
             )
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def annealing_for(self, gradients: Sequence[torch.Tensor]) -> Annealing:
+        """Weights of the prior against the distance from these gradients, which grows with their squared norm."""
+        if not self.relative:
+            return self.annealing
+        return self.annealing.times(float(torch.stack([g.square().sum() for g in gradients]).sum()))
 
     def prior(self, pixels: torch.Tensor) -> torch.Tensor:
         """The image prior of one candidate (B, C, H, W) in [0, 1], a scalar."""

@@ -60,6 +60,10 @@ class Annealing:
         if self.last < 0 or (self.first is not None and (self.first <= 0 or self.last <= 0)):
             raise ValueError(f"prior weights first={self.first}, last={self.last}; valid: above 0 (last=0 alone: off).")
 
+    def times(self, factor: float) -> Annealing:
+        """The same course with every weight multiplied by a positive factor."""
+        return Annealing(self.last * factor, None if self.first is None else self.first * factor)
+
     def at(self, progress: float) -> float:
         """Weight at progress in [0, 1] through the run."""
         if self.first is None:

@@ -76,6 +76,19 @@ def test_every_term_and_optimizer_lowers_the_objective(term, rest):
     assert values[-1] < values[0]
 
 
+def test_relative_weights_are_in_units_of_the_gradients_squared_norm():
+    _, shared, _, _ = observed(build_model("lenet_zhu"), 2)
+    norm = sum(g.square().sum().item() for g in shared[0]["gradients"])
+    weights = ("image_prior.weight={:.17g}", "image_prior.anneal_from={:.17g}")
+    relative, *_ = reconstruct(
+        "image_prior.relative=true", *(w.format(x) for w, x in zip(weights, (5e-6, 0.015), strict=True))
+    )
+    absolute, *_ = reconstruct(*(w.format(x * norm) for w, x in zip(weights, (5e-6, 0.015), strict=True)))
+    plain, *_ = reconstruct(*(w.format(x) for w, x in zip(weights, (5e-6, 0.015), strict=True)))
+    torch.testing.assert_close(relative["data"], absolute["data"], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(relative["data"], plain["data"], atol=1e-3)
+
+
 def test_group_consistency_pulls_candidates_together():
     options = ("restarts.num_trials=3", "pyramid.factors=[1]", "pyramid.shares=[]", "restarts.seed=1")
     apart, *_ = reconstruct(*options, iterations=4)

@@ -459,7 +459,7 @@ def plot_length(path: Path, rows: list[dict[str, Any]]) -> None:
             if mine:
                 axis.plot(*zip(*mine, strict=True), style, label=f"{arm}, B = {batch}")
     axis.set(xlabel="outer steps of 20 full gradients", ylabel="PSNR [dB]")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda target: figure.savefig(target, dpi=120))
 
 

@@ -94,6 +94,8 @@ def parse() -> argparse.Namespace:
         help=f"prior at the end, to which it falls from {ANNEAL_FROM}; 0: off",
     )
     add("--optimizer", default="l-bfgs", choices=["l-bfgs", "adam"], help="optimizer")
+    searches = ["strong_wolfe", "none"]
+    add("--line_search", default="strong_wolfe", choices=searches, help="of l-bfgs; without one many runs diverge")
     add("--step_size", type=float, help="step; default 1 for l-bfgs, 0.05 for adam")
     add("--seed", type=int, default=0, help="of the model, the start, the subsets and the choice of images")
     add("--indices", help="images of the data set, separated by commas; default: drawn with --seed")
@@ -158,6 +160,7 @@ def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
     gradients = torch.autograd.grad(loss_fn(model(images.to(dtype)), labels), list(model.parameters()))
     target = Target(model, loss_fn, {k: p.detach() for k, p in model.named_parameters()}, gradients)
     start = [0.4 + 0.2 * torch.rand(1, *images.shape, dtype=dtype), torch.randn(1, len(labels), classes, dtype=dtype)]
+    search = None if args.line_search == "none" else args.line_search
     step = args.step_size or (1.0 if args.optimizer == "l-bfgs" else 0.05)
     return MagiaEngine(
         SubsetMatching(target, SubsetTerm(args.subset_term, args.alpha, factor(args.rescaling)), color_total_variation),
@@ -166,7 +169,7 @@ def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
         iterations=args.n_iter,
         schedule=Schedule(args.sel_mode, args.sel_k, args.sel_l_iter, args.sig_a, args.sig_b),
         annealing=Annealing(args.tv_weight, max(ANNEAL_FROM, args.tv_weight) if args.tv_weight else None),
-        options=OptimizerOptions(args.optimizer, step),
+        options=OptimizerOptions(args.optimizer, step, line_search=search),
     )
 
 

@@ -72,6 +72,15 @@ def test_everything_is_recorded(command):
     assert "±" in printed.out
 
 
+def test_the_default_does_not_diverge(command):
+    """The fixed step of plain L-BFGS diverges within the first outer steps of most runs; the default searches."""
+    _, metrics, _ = command("--n_iter", "10", "--batch_size", "4")
+    assert len(metrics["losses"]) == 10
+    assert np.isfinite(metrics["losses"]).all()
+    assert metrics["losses"][-1] < metrics["losses"][0]
+    assert metrics["options"]["line_search"] == "strong_wolfe"
+
+
 def test_same_seed_same_result(command):
     first, *_ = command(*QUICK)
     pixels = torch.load(first / "final.pt")["pixels"]

@@ -166,7 +166,7 @@ def test_data_laid_out_for_compiled_code_have_the_same_value():
     models, labels, _ = attacker.prepare_attack(payload, shared)
     attacker.objective.initialize(attacker.loss_fn, attacker.cfg.impl, None)
     target = Target(models, shared, labels, list(images.shape))
-    objectives = [attacker._pure_objective(target, channels_last)[0] for channels_last in (False, True)]
+    objectives = [attacker._pure_objective(target, compiled)[0] for compiled in (False, True)]
     (plain, _), (laid_out, _) = (objective(images * 0.5) for objective in objectives)
     assert torch.allclose(plain, laid_out, rtol=1e-12)
 

@@ -80,7 +80,7 @@ class CandidateEngines:
             make_optimizer=self._init_optimizer,
             reference=lambda candidate: self._reference(candidate, target),
             objective=objective,
-            compiled_objective=self._pure_objective(target, channels_last=True)[0],
+            compiled_objective=self._pure_objective(target, compiled=True)[0],
             make_stack_optimizer=self._init_stack_optimizer,
             why_not=why_not,
             augmentation=self.augmentations if len(self.augmentations) else None,
@@ -116,10 +116,10 @@ class CandidateEngines:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # and need not warn that its optimizer does not step
         return batched, scheduler
 
-    def _pure_objective(self, target: Target, channels_last: bool = False) -> tuple[CandidateObjective | None, str]:
+    def _pure_objective(self, target: Target, compiled: bool = False) -> tuple[CandidateObjective | None, str]:
         """Return the objective of one candidate as a pure function, or None and the reason why there is none."""
         known = (self.objective, self.regularizers, self.loss_fn, self.cfg.impl)
-        return pure_objective(*known, *target[:3], channels_last)
+        return pure_objective(*known, *target[:3], compiled)
 
     def _reference(self, candidate: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return Breaching's objective and gradient at one candidate, before clipping, noise and signs."""

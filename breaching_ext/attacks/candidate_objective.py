@@ -37,18 +37,19 @@ def pure_objective(
     rec_models: Sequence[torch.nn.Module],
     shared_data: Sequence[dict[str, Any]],
     labels: torch.Tensor,
-    channels_last: bool = False,
+    compiled: bool = False,
 ) -> tuple[CandidateObjective | None, str]:
     """Return Breaching's objective of one candidate as a pure function that torch.func can transform.
 
     The function maps images (B, C, H, W) to (objective, task loss), summed over the queries as in Breaching. Where
     there is no such function, returns None and the reason.
 
-    With `channels_last` the observed gradients of convolutions lie in memory as torch.compile lays out the candidates',
-    so that comparing the two runs along both; the values are the same.
+    With `compiled` it is written for torch.compile: derivatives are left to it, and the observed gradients of
+    convolutions lie in memory as it lays out the candidates', so that comparing the two runs along both.
     """
-    distance = gradient_distance(objective)
-    if distance is None:
+    observed = [[_channels_last(g) if compiled else g for g in data["gradients"]] for data in shared_data]
+    distances = [d for d in (gradient_distance(objective, gradient, compiled) for gradient in observed) if d]
+    if not distances:
         return None, f"objective {type(objective).__name__} has no batched form"
     if cfg_impl.JIT:
         return None, f"impl.JIT={cfg_impl.JIT} makes a TorchScript model"
@@ -57,16 +58,14 @@ def pure_objective(
         client_update(model, unscripted(loss_fn), data["metadata"]["local_hyperparams"], mixed)
         for model, data in zip(rec_models, shared_data, strict=True)
     ]
-
-    observed = [[_channels_last(g) if channels_last else g for g in data["gradients"]] for data in shared_data]
     terms = [getattr(regularizer, "by_differences", regularizer) for regularizer in regularizers]
 
     def candidate_objective(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value, task_loss = images.new_zeros(()), images.new_zeros(())
-        for update, expected in zip(updates, observed, strict=True):
+        for update, distance in zip(updates, distances, strict=True):
             gradient, query_loss = update(images, labels)
             with torch.autocast(images.device.type, enabled=mixed):
-                value = value + distance(gradient, expected)
+                value = value + distance(gradient)
             if task_weight != 0:
                 value = value + task_weight * query_loss
             task_loss = task_loss + query_loss.detach()

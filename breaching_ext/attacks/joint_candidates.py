@@ -19,6 +19,7 @@ from breaching.attacks.optimization_based_attack import OptimizationBasedAttacke
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import SharedDataError
+from ..matching.heap import keeping_freed_memory
 from ..matching.randomness import CandidateStreams
 from ..ranks import Ranks
 from ..ranks import current as ranks_of_run
@@ -136,6 +137,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
 
     # -- the two loops -------------------------------------------------------------------------------------------
 
+    @keeping_freed_memory()
     def _run_jointly(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
     ) -> torch.Tensor:

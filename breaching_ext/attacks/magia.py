@@ -19,6 +19,7 @@ import torch
 from ..errors import ConfigError, SharedDataError
 from ..matching.candidate_order import GroupAnyOrder, aligned_to
 from ..matching.client import matched_parameters, unscripted
+from ..matching.heap import keeping_freed_memory
 from ..matching.magia_engine import MagiaEngine
 from ..matching.randomness import CandidateStreams
 from ..matching.subset_matching import SubsetMatching
@@ -175,6 +176,7 @@ class MagiaAttacker(JointCandidateAttacker):
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
+    @keeping_freed_memory()
     def _run(
         self, target: Target, starts: list[torch.Tensor], stats: dict[str, Any], dryrun: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:

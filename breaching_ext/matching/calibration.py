@@ -25,12 +25,14 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
+#: Seconds after which a measurement is not repeated any more.
+ENOUGH = 2.0
 #: One candidate gains little by a recorded graph, so runs of fewer seconds than this step it as it is.
 RECORDING_PAYS = 10.0
 #: What compiling takes from scratch: so many seconds, and so many for each operation of the recorded graph, on a
 #: machine that records an operation in RECORDING seconds (benchmarks/results/matching).
-COMPILING, COMPILING_PER_OPERATION = 12.0, 0.017
-RECORDING = 0.0015
+COMPILING, COMPILING_PER_OPERATION = 11.0, 0.0255
+RECORDING = 0.001
 #: What compiling is expected to save of a replayed iteration, from the benchmark: a share of it (fusion, layout),
 #: and the seconds that calling one operation takes; together at most MOST_SAVED of it.
 SAVED, SAVED_PER_OPERATION, MOST_SAVED = 0.18, 4e-6, 0.6
@@ -74,12 +76,12 @@ class Calibration:
 def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 4) -> float:
     """Return the least seconds of several calls, after one to warm up; random numbers are given back.
 
-    The least, because other processes only ever add to the time.
+    The least, because other processes only ever add to the time. Slow calls vary little and are not repeated often.
     """
     devices = [device] if device.type == "cuda" else []
-    times = []
+    times: list[float] = []
     with torch.random.fork_rng(devices=devices):
-        for _ in range(repeats + 1):
+        while len(times) < 2 or (len(times) <= repeats and sum(times) < ENOUGH):
             start = time.perf_counter()
             function()
             if device.type == "cuda":

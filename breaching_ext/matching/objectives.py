@@ -1,7 +1,12 @@
 """Breaching's gradient distances without in-place updates, so that torch.func can transform them.
 
-Each function takes the candidate's gradient and the observed one, two sequences of tensors of equal shapes, and
-returns a scalar. Terms are added in Breaching's order, so the numbers are the same.
+Each function takes a candidate's gradient and the observed one, arranged alike by :class:`Observed`, and returns a
+scalar: Breaching's formula, up to the order in which terms are added.
+
+For large models the passes over the gradients are what a distance costs, and for small ones the number of calls. So
+what the observed gradient alone decides is worked out once; the derivative of a squared norm is one product (autograd
+takes a power, a product with two and another product); and small gradients are joined into one vector. Compiled code
+fuses all that by itself, and gets the plain form.
 """
 
 from __future__ import annotations
@@ -16,44 +21,102 @@ import torch
 from breaching.attacks.auxiliaries import objectives as upstream
 
 Gradient = Sequence[torch.Tensor]
-GradientDistance = Callable[[Gradient, Gradient], torch.Tensor]
+GradientDistance = Callable[[Gradient], torch.Tensor]
+Distance = Callable[[Gradient, "Observed"], torch.Tensor]
+
+#: Gradients of at most so many entries are joined into one vector. Copying them costs less than a call each.
+SMALL = 1024
 
 
-def euclidean(rec: Gradient, data: Gradient) -> torch.Tensor:
+class _SquaredNorm(torch.autograd.Function):
+    """The sum of squares of a tensor, with its derivative in one pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.square().sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (tensor,) = ctx.saved_tensors
+        return 2 * grad * tensor
+
+
+class Observed:
+    """An observed gradient, with everything that no candidate changes.
+
+    Args:
+        gradient: one tensor a parameter.
+        plain: leave derivatives to autograd, for a compiler.
+        small: tensors of at most so many entries are joined.
+
+    Attributes:
+        tensors: the gradient as `arrange` gives it.
+        squared_norm: its squared Euclidean norm.
+    """
+
+    def __init__(self, gradient: Gradient, plain: bool = False, small: int = SMALL) -> None:
+        self._small = [index for index, tensor in enumerate(gradient) if tensor.numel() <= small]
+        self._plain = plain
+        self.tensors = self.arrange(gradient)
+        self.squared_norm = self.square(self.tensors)
+
+    def arrange(self, gradient: Gradient) -> list[torch.Tensor]:
+        """Return a gradient with its small tensors joined into one vector, which comes last."""
+        if not self._small:
+            return list(gradient)
+        large = [tensor for index, tensor in enumerate(gradient) if index not in self._small]
+        return [*large, torch.cat([gradient[index].reshape(-1) for index in self._small])]
+
+    def square(self, gradient: Gradient) -> torch.Tensor:
+        """Return the squared Euclidean norm of an arranged gradient."""
+        return total(g.pow(2).sum() if self._plain else _SquaredNorm.apply(g) for g in gradient)
+
+    def dot(self, gradient: Gradient) -> torch.Tensor:
+        """Return the inner product of an arranged gradient with the observed one."""
+        return total((g * d).sum() for g, d in zip(gradient, self.tensors, strict=True))
+
+
+def euclidean(rec: Gradient, data: Observed) -> torch.Tensor:
     """Half the squared Euclidean distance."""
-    return 0.5 * _total((r - d).pow(2).sum() for r, d in zip(rec, data, strict=True))
+    return 0.5 * data.square([r - d for r, d in zip(rec, data.tensors, strict=True)])
 
 
-def l1(rec: Gradient, data: Gradient) -> torch.Tensor:
+def l1(rec: Gradient, data: Observed) -> torch.Tensor:
     """Half the L1 distance."""
-    return 0.5 * _total((r - d).abs().sum() for r, d in zip(rec, data, strict=True))
+    return 0.5 * total((r - d).abs().sum() for r, d in zip(rec, data.tensors, strict=True))
 
 
-def cosine(rec: Gradient, data: Gradient) -> torch.Tensor:
+def cosine(rec: Gradient, data: Observed) -> torch.Tensor:
     """One minus the cosine similarity."""
-    return 1 - _dot(rec, data) / (_squared_norm(rec).sqrt() * _squared_norm(data).sqrt())
+    return 1 - data.dot(rec) / (data.square(rec).sqrt() * data.squared_norm.sqrt())
 
 
-def fast_cosine(rec: Gradient, data: Gradient) -> torch.Tensor:
+def fast_cosine(rec: Gradient, data: Observed) -> torch.Tensor:
     """One minus the cosine similarity, with no gradient through the norms."""
-    return 1 - _dot(rec, data) / _squared_norm([r.detach() for r in rec]).sqrt() / _squared_norm(data).sqrt()
+    return 1 - data.dot(rec) / total(r.detach().pow(2).sum() for r in rec).sqrt() / data.squared_norm.sqrt()
 
 
-def masked_cosine(rec: Gradient, data: Gradient, mask_value: float) -> torch.Tensor:
+def masked_cosine(rec: Gradient, data: Observed, mask_value: float) -> torch.Tensor:
     """One minus the cosine similarity over the entries in which the observed gradient is not small."""
-    masks = [d.abs() > mask_value for d in data]
+    masks = [d.abs() > mask_value for d in data.tensors]
     rec = [r * m for r, m in zip(rec, masks, strict=True)]
-    data = [d * m for d, m in zip(data, masks, strict=True)]
-    return 1 - _dot(rec, data) / _squared_norm(rec).sqrt() / _squared_norm(data).sqrt()
+    norm = total((d * m).pow(2).sum() for d, m in zip(data.tensors, masks, strict=True)).sqrt()
+    return 1 - data.dot(rec) / data.square(rec).sqrt() / norm
 
 
-def angular(rec: Gradient, data: Gradient, fudge_factor: float) -> torch.Tensor:
+def angular(rec: Gradient, data: Observed, fudge_factor: float) -> torch.Tensor:
     """The angle between the gradients as a share of pi."""
     similarity = 1 - cosine(rec, data)
     return torch.acos(similarity.clamp(min=-1 + fudge_factor, max=1 - fudge_factor)) / torch.pi
 
 
-def tag(rec: Gradient, data: Gradient, scale_scheme: str, tag_scale: float) -> torch.Tensor:
+def tag(rec: Gradient, data: Observed, scale_scheme: str, tag_scale: float) -> torch.Tensor:
     """Squared Euclidean plus layer-weighted L1 distance (Deng et al., "TAG", EMNLP 2021)."""
     weights = torch.arange(len(rec), 0, -1, dtype=rec[0].dtype, device=rec[0].device)
     if scale_scheme == "linear":
@@ -63,23 +126,29 @@ def tag(rec: Gradient, data: Gradient, scale_scheme: str, tag_scale: float) -> t
         weights = weights / weights[0]
     else:
         weights = torch.ones_like(weights)
-    terms = zip(rec, data, weights, strict=True)
-    return 0.5 * _total((r - d).pow(2).sum() + tag_scale * w * (r - d).abs().sum() for r, d, w in terms)
+    terms = zip(rec, data.tensors, weights, strict=True)
+    return 0.5 * total((r - d).pow(2).sum() + tag_scale * w * (r - d).abs().sum() for r, d, w in terms)
 
 
-def gradient_distance(objective: Any) -> GradientDistance | None:
-    """Return the pure function that equals a Breaching objective, its scale included; None if there is none.
+def gradient_distance(objective: Any, observed: Gradient, compiled: bool = False) -> GradientDistance | None:
+    """Return the distance of a gradient from an observed one as a pure function; None if there is none.
 
-    The exact type decides: a subclass may have changed anything.
+    Args:
+        objective: Breaching's, whose formula and scale it has. The exact type decides: a subclass may have changed
+            anything.
+        observed: the observed gradient, one tensor a parameter.
+        compiled: whether torch.compile will see it.
     """
     build = _EQUIVALENTS.get(type(objective))
     if build is None:
         return None
     distance = build(objective)
-    return lambda rec, data: distance(rec, data) * objective.scale
+    apart = compiled or isinstance(objective, upstream.EuclideanTag)  # its weights count the parameters
+    data = Observed(observed, plain=compiled, small=-1 if apart else SMALL)
+    return lambda rec: distance(data.arrange(rec), data) * objective.scale
 
 
-_EQUIVALENTS: dict[type, Callable[..., GradientDistance]] = {
+_EQUIVALENTS: dict[type, Callable[[Any], Distance]] = {
     upstream.Euclidean: lambda o: euclidean,
     upstream.L1Loss: lambda o: l1,
     upstream.CosineSimilarity: lambda o: cosine,
@@ -90,13 +159,6 @@ _EQUIVALENTS: dict[type, Callable[..., GradientDistance]] = {
 }
 
 
-def _dot(rec: Gradient, data: Gradient) -> torch.Tensor:
-    return _total((r * d).sum() for r, d in zip(rec, data, strict=True))
-
-
-def _squared_norm(gradient: Gradient) -> torch.Tensor:
-    return _total(g.pow(2).sum() for g in gradient)
-
-
-def _total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of tensors, in their order."""
     return functools.reduce(operator.add, terms)

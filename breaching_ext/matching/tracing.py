@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.fx import GraphModule
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluation import Evaluate, first_line
@@ -22,6 +24,16 @@ log = logging.getLogger(__name__)
 
 #: What a specialised evaluation may differ from the plain one by where bits are not asked for, relative.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_VIEWS = (
+    *_RESHAPES,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.transpose.int,
+)
 
 
 class SpecialisationError(RuntimeError):
@@ -34,14 +46,35 @@ def record(evaluate: Evaluate, stacks: list[torch.Tensor]) -> GraphModule:
     Raises:
         SpecialisationError: when the evaluation cannot be recorded.
     """
-    with torch.random.fork_rng(devices=[]):
+    # with a context, one mode describes all results; without, torch makes a mode for every operation: twice the time
+    described = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    with torch.random.fork_rng(devices=[]), described:
         try:
             graph = make_fx(evaluate)(*stacks)
         except Exception as error:  # whatever a user's model does that a graph cannot hold
             raise SpecialisationError(f"it cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
+    drop_idle_views(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def drop_idle_views(graph: Graph) -> None:
+    """Let users of a view that changes nothing, or that another view follows, use what it is a view of.
+
+    torch.func moves the candidates' axis to where it is already, and folds it in and out around every operation. A
+    view shares its memory, so nothing depends on which of them is read or written.
+    """
+    for node in graph.nodes:
+        if node.target not in _VIEWS:
+            continue
+        source = node.args[0]
+        if node.target in _RESHAPES and source.target in _RESHAPES and source.args[0].meta["val"].is_contiguous():
+            source = source.args[0]
+            node.replace_input_with(node.args[0], source)
+        before, after = source.meta["val"], node.meta["val"]
+        if before.shape == after.shape and before.stride() == after.stride():
+            node.replace_all_uses_with(source)
 
 
 def operations(graph: GraphModule) -> int:

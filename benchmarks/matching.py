@@ -29,14 +29,17 @@ from typing import Any
 
 import torch
 from machine import OtherProcesses, compute_rates, describe_machine, flops, operation_shares, peak_rss
-from matching_case import Case, quiet
+from matching_case import Case, quiet, timed
 from matching_report import KEYS, load_rows, save_report
 
 from breaching_ext.matching.build import BuiltEngine
+from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.registration import register
 
 ENGINES = ("list", "vmap", "compile")
-Runner = Callable[[int], int]
+SLOW = 1.0  # seconds from which a step is repeated as little as possible
+#: iterations -> (seconds, candidate-iterations)
+Runner = Callable[[int], tuple[float, int]]
 
 
 class NotMeasured(Exception):  # noqa: N818
@@ -45,11 +48,8 @@ class NotMeasured(Exception):  # noqa: N818
 
 def seconds_each(runner: Runner, iterations: int) -> float:
     """Return the seconds a candidate-iteration of one call."""
-    start = time.perf_counter()
-    steps = runner(iterations)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
+    seconds, steps = runner(iterations)
+    return seconds / steps
 
 
 def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -59,12 +59,13 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         alone = seconds_each(case.breaching_trial, 2)
         if alone * candidates > args.row_at_most:
             raise NotMeasured(f"one iteration of all candidates takes Breaching {alone * candidates:.0f} s")
+        case.slow = alone * candidates > SLOW
         row: dict[str, Any] = row_key(model, batch, candidates, args)
         auto, auto_seconds = case.build("auto")
         built, setup, row["left_out"] = build_engines(case, auto, args)
         runners = {"breaching": case.breaching_trial, **{name: case.joint_run(b) for name, b in built.items()}}
         others = OtherProcesses()
-        times, row["peak_rss_bytes"] = interleaved(runners, alone, candidates, args)
+        times, row["peak_rss_bytes"] = interleaved(runners, alone, case, args)
         row["other_processes"] = others.share()
         row["ms"] = {name: 1000 * statistics.median(values) for name, values in times.items()}
         row["ms_all"] = {name: [round(1000 * v, 4) for v in values] for name, values in times.items()}
@@ -94,12 +95,15 @@ def build_engines(
         if name == "compile" and compiled_by_auto is None and expected > args.compile_at_most:
             left_out[name] = f"compiling is expected to take {expected:.0f} s"
             continue
-        engine, seconds = case.build(name)
+        if case.slow and found and auto.engine.name == name != "list":  # is not built twice for nothing
+            engine, seconds = auto, found.compile_seconds if name == "compile" else found.recording_seconds
+        else:
+            engine, seconds = case.build(name)
         if engine.engine.name != name:
             left_out[name] = f"gives way to {engine.engine.name}"
             continue
         built[name], setup[name] = engine, seconds
-    if "compile" in built:
+    if "compile" in built and built["compile"] is not auto:
         if compiled_by_auto is not None:  # auto compiled first, so this was from the cache on disk
             setup["compile"], setup["compile_again"] = compiled_by_auto, setup["compile"]
         elif args.cached:
@@ -109,16 +113,22 @@ def build_engines(
 
 
 def interleaved(
-    runners: dict[str, Runner], alone: float, candidates: int, args: argparse.Namespace
+    runners: dict[str, Runner], alone: float, case: Case, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, int | None]]:
     """Return seconds a candidate-iteration, round after round, and the memory that a first short call takes."""
     memory, iterations = {}, {}
     for name, runner in runners.items():
-        memory[name] = peak_rss(lambda runner=runner: runner(2), args.device)
-        step = alone if name == "breaching" else candidates * seconds_each(runner, 2)
-        iterations[name] = int(min(max(args.round_seconds / step, 2), 200))
+        least = 1 if case.slow and name != "breaching" else 2
+        spent: list[float] = []
+        memory[name] = peak_rss(
+            lambda runner=runner, spent=spent, least=least: spent.append(seconds_each(runner, least)), args.device
+        )
+        if least > 1:
+            spent.append(seconds_each(runner, least))
+        step = spent[-1] * (1 if name == "breaching" else case.candidates)
+        iterations[name] = int(min(max(args.round_seconds / step, least), 200))
     times = defaultdict(list)
-    for _ in range(args.rounds):
+    for _ in range(min(args.rounds, 2) if case.slow else args.rounds):
         for name, runner in runners.items():
             times[name].append(seconds_each(runner, iterations[name]))
     return times, memory
@@ -133,11 +143,13 @@ def profile(
     for name in ("vmap", "compile"):
         if name in built:
             engine = built[name].engine
-            spent = [seconds_each(lambda _, e=engine: len(e.evaluation(*stacks)[1]), 1) for _ in range(7)]
-            found[f"evaluation_share_{name}"] = 1000 * statistics.median(spent) / ms[name]
-            found[f"operation_shares_{name}"] = operation_shares(lambda e=engine: e.evaluation(*stacks))
-            rate = found["gflop_per_step"] / (ms[name] * case.candidates / 1000)
-            found[f"share_of_rate_{name}"] = rate / max(args.rates.values())
+            step = ms[name] * case.candidates / 1000
+            if not case.slow:
+                with keeping_freed_memory():
+                    spent = [timed(lambda e=engine: e.evaluation(*stacks)) for _ in range(7)]
+                    found[f"operation_shares_{name}"] = operation_shares(lambda e=engine: e.evaluation(*stacks))
+                found[f"evaluation_share_{name}"] = statistics.median(spent) / step
+            found[f"share_of_rate_{name}"] = found["gflop_per_step"] / step / max(args.rates.values())
     found["operations"] = built["vmap"].engine.evaluation.operations
     return found
 

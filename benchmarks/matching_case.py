@@ -23,7 +23,8 @@ from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.run import seed_everything
 
 RUN = 2000  # iterations of the run whose total time is stated
-CHECKED = 8  # candidates whose gradients are compared, at most
+CHECKED, MOVED = 8, 3  # candidates whose gradients are compared, and points beside each
+CHECKED_SLOW, MOVED_SLOW = 2, 1
 
 
 class Case:
@@ -54,6 +55,7 @@ class Case:
         user, server, net, loss_fn = breaching.cases.construct_case(cfg.case, setup)
         self.shared, self.payload, _ = server.run_protocol(user)
         self.candidates, self.device = candidates, device
+        self.slow = False  # whether to check little
         self.ours = JointCandidateAttacker(net, loss_fn, cfg.attack, setup)
         with open_dict(cfg.attack):
             plain = cfg.attack.copy()
@@ -64,12 +66,11 @@ class Case:
         self.target = Target(models, self.shared, labels, [batch, *self.ours.data_shape])
         self.ours.objective.initialize(self.ours.loss_fn, self.ours.cfg.impl, None)
 
-    def breaching_trial(self, iterations: int) -> int:
-        """Run one of Breaching's trials; returns its candidate-iterations."""
+    def breaching_trial(self, iterations: int) -> tuple[float, int]:
+        """Run one of Breaching's trials; returns its seconds and candidate-iterations."""
         models, labels = self._their_target
         self.theirs.cfg.optim.max_iterations = iterations
-        self.theirs._run_trial(models, self.shared, labels, defaultdict(list), 0)
-        return iterations
+        return timed(lambda: self.theirs._run_trial(models, self.shared, labels, defaultdict(list), 0)), iterations
 
     def parts(self, evaluations: int = RUN) -> EngineParts:
         """Return what an engine is built from, for a run of that many evaluations."""
@@ -87,44 +88,62 @@ class Case:
                 built.engine.evaluation(*built.engine.parameters)
         return built, time.perf_counter() - start
 
-    def joint_run(self, built: BuiltEngine) -> Callable[[int], int]:
-        """Return a function that runs some iterations and returns their candidate-iterations."""
+    def joint_run(self, built: BuiltEngine) -> Callable[[int], tuple[float, int]]:
+        """Return a function that runs some iterations and returns their seconds and candidate-iterations."""
 
-        def run(iterations: int) -> int:
+        def run(iterations: int) -> tuple[float, int]:
             self.ours.cfg.optim.max_iterations = iterations
-            with keeping_freed_memory():  # as the attack does
-                JointLoop(built.engine, self.ours.cfg, self.ours._box()).run()
-            return iterations * self.candidates
+            loop = JointLoop(built.engine, self.ours.cfg, self.ours._box())
+            with keeping_freed_memory():  # as the attack does; a run's first iteration fetches the memory
+                if iterations > 1 and hasattr(built.engine, "evaluation"):
+                    built.engine.evaluation(*built.engine.parameters)
+                return timed(loop.run), iterations * self.candidates
 
         return run
 
     @cached_property
-    def references(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Some starts, and Breaching's gradients there."""
-        parts = self.parts()
-        return [(start, parts.reference([start])[1][0]) for start in parts.starts[0][:CHECKED]]
+    def _points(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """The starts, and the starts with every pixel moved by one rounding; with Breaching's gradients at some."""
+        parts, (starts,) = self.parts(), self.parts().starts
+        points, (checked, moved) = [starts], (CHECKED_SLOW, MOVED_SLOW) if self.slow else (CHECKED, MOVED)
+        for draw in range(moved):
+            generator = torch.Generator().manual_seed(draw)
+            signs = torch.randint(0, 2, starts.shape, generator=generator).to(starts) * 2 - 1
+            points.append(starts * (1 + torch.finfo(starts.dtype).eps * signs))
+        return [([p], [parts.reference([start])[1][0] for start in p[:checked]]) for p in points]
 
-    def agreement(self, built: BuiltEngine) -> float | None:
-        """Return the largest relative difference of a candidate's gradient from Breaching's."""
+    def agreement(self, built: BuiltEngine) -> dict[str, float] | None:
+        """Return the largest relative difference of a candidate's gradient from Breaching's.
+
+        `at`: at the start. `beside`: at the start or one of some points a rounding away from it, where it is least.
+        Beside a kink of the model (ReLU) no two orders of summation agree, but points on one side of it do.
+        """
         if not hasattr(built.engine, "evaluation"):
             return None  # Breaching's own closure
-        (gradients, *_), _, _ = built.engine.evaluation(*self.parts().starts)
-        pairs = zip(gradients, self.references, strict=False)
-        return max(((gradient - expected).norm() / expected.norm()).item() for gradient, (_, expected) in pairs)
+        found = []
+        for stacks, references in self._points:
+            (gradients, *_), _, _ = built.engine.evaluation(*stacks)
+            found.append([relative(g, expected) for g, expected in zip(gradients, references, strict=False)])
+        return {"at": max(found[0]), "beside": max(min(column) for column in zip(*found, strict=True))}
 
-    def sensitivity(self, draws: int = 2) -> float:
-        """Return how much Breaching's own gradient moves at most when every pixel moves by one rounding.
+    def sensitivity(self) -> float:
+        """Return how much Breaching's own gradient moves at most when every pixel moves by one rounding."""
+        (_, expected), *moved = self._points
+        return max(relative(g, e) for _, gradients in moved for g, e in zip(gradients, expected, strict=True))
 
-        Beside a kink of the model (ReLU) no two orders of summation agree; this says how far they may differ.
-        """
-        parts, worst = self.parts(), 0.0
-        for start, expected in self.references:
-            for draw in range(draws):
-                generator = torch.Generator().manual_seed(draw)
-                signs = torch.randint(0, 2, start.shape, generator=generator).to(start) * 2 - 1
-                _, (moved,) = parts.reference([start * (1 + torch.finfo(start.dtype).eps * signs)])
-                worst = max(worst, ((moved - expected).norm() / expected.norm()).item())
-        return worst
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative Euclidean difference."""
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Return the seconds of a call, with everything that it started on a GPU."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def quiet() -> None:

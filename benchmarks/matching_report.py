@@ -57,25 +57,29 @@ def _machine(machine: dict[str, Any]) -> list[str]:
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"Breaching's time over ours a candidate-iteration (steady state), and over {RUN} iterations with set-up.",
+        "`gradient differs by`: a candidate's from Breaching's, relative, at most; `beside kinks`: the least of that",
+        "at the start and at points where every pixel is moved by one rounding; `Breaching's by one rounding`: how",
+        "much its own gradient moves from the start to such a point.",
         "`others`: processors that other processes took meanwhile. `of the rate`: the arithmetic of a compiled (else",
         "replayed) step over what the machine's best rate would do in its time.",
         "",
         "| model | B | N | Breaching [ms] | list | vmap | compile | total: vmap | total: compile | auto takes | auto "
-        "against best | compiling [s] | again [s] | gradient differs by | Breaching's by one rounding | MiB a "
-        "candidate | of the rate | others |",
-        "|" + "---|" * 18,
+        "against best | compiling [s] | again [s] | gradient differs by | beside kinks | Breaching's by one rounding | "
+        "MiB a candidate | of the rate | others |",
+        "|" + "---|" * 19,
     ]
     for row in sorted(rows, key=_order):
         ms, whole, setup = row["ms"], totals(row), row["setup_seconds"]
         ratios = [f"{ms['breaching'] / ms[e]:.2f}" if e in ms else "-" for e in ENGINES]
         ends = [f"{whole['breaching'] / whole[e]:.2f}" if e in whole else "-" for e in ("vmap", "compile")]
         seconds = [f"{setup[k]:.0f}" if k in setup and "compile" in ms else "-" for k in ("compile", "compile_again")]
-        worst = max((d for d in row["gradient_difference"].values() if d is not None), default=float("nan"))
+        differences = [d for d in row["gradient_difference"].values() if d is not None]
+        at, beside = (max((d[where] for d in differences), default=float("nan")) for where in ("at", "beside"))
         profile = row.get("profile", {})
         rate = profile.get("share_of_rate_compile", profile.get("share_of_rate_vmap"))
         cells = [
             *(row["model"], row["batch"], row["candidates"], f"{ms['breaching']:.2f}", *ratios, *ends),
-            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{worst:.0e}"),
+            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{at:.0e}", f"{beside:.0e}"),
             *(f"{row['breaching_rounding']:.0e}", f"{row['bytes_per_candidate'] / 2**20:.1f}"),
             *("-" if rate is None else f"{rate:.2f}", row.get("other_processes")),
         ]

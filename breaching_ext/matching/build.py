@@ -96,7 +96,8 @@ def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
     Raises:
         ConfigError: when one candidate alone is above a budget that the config gives.
     """
-    if mode == "list" or (mode == "auto" and len(parts.starts[0]) == 1 and parts.evaluations < calibration.SHORT):
+    alone = len(parts.starts[0]) == 1
+    if mode == "list" or (mode == "auto" and alone and parts.evaluations < calibration.SHORT_ALONE):
         return BuiltEngine(_list_engine(parts))
     reason, per_candidate = parts.why_not, 0
     if not reason:
@@ -188,15 +189,12 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
     evaluations, states = parts.evaluations, list(parts.streams.states)
     times = {"list": _list_seconds(parts)}
-    if len(parts.starts[0]) == 1 and times["list"] * evaluations < calibration.RECORDING_PAYS:
-        parts.streams.states = states
-        reason = "one candidate has no others to share a call with, and the run is short"
-        return _list_engine(parts), Calibration("list", reason, evaluations, times)
     engine = _vmap_engine(parts, memory)
     times["vmap"] = _step_seconds(engine, parts)
     best = min(times, key=lambda name: times[name])
     recording, operations = engine.evaluation.recording_seconds, engine.evaluation.operations
-    expected = calibration.expected_compile_seconds(operations, recording - times["vmap"])  # which evaluates once, too
+    # recording evaluates once, too, with autograd's bookkeeping, which takes at most as long again
+    expected = calibration.expected_compile_seconds(operations, recording - 2 * times["vmap"])
     found = Calibration(best, "it is the fastest", evaluations, times, None, expected, recording, operations)
     chosen: CandidateEngine = engine
     if not operations:

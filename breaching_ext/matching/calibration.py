@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 SHORT = 200
 #: Seconds after which a measurement is not repeated any more.
 ENOUGH = 2.0
-#: One candidate gains little by a recorded graph, so runs of fewer seconds than this step it as it is.
-RECORDING_PAYS = 10.0
+#: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
+SHORT_ALONE = 500
 #: What compiling takes from scratch: so many seconds, and so many for each operation of the recorded graph, on a
 #: machine that records an operation in RECORDING seconds (benchmarks/results/matching).
-COMPILING, COMPILING_PER_OPERATION = 11.0, 0.0255
+COMPILING, COMPILING_PER_OPERATION = 12.0, 0.021
 RECORDING = 0.001
 #: What compiling is expected to save of a replayed iteration, from the benchmark: a share of it (fusion, layout),
 #: and the seconds that calling one operation takes; together at most MOST_SAVED of it.
-SAVED, SAVED_PER_OPERATION, MOST_SAVED = 0.18, 4e-6, 0.6
+SAVED, SAVED_PER_OPERATION, MOST_SAVED = 0.04, 6e-6, 0.6
 
 
 @dataclass

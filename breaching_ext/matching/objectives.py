@@ -42,7 +42,7 @@ class _SquaredNorm(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (tensor,) = ctx.saved_tensors
         return 2 * grad * tensor
 

@@ -23,8 +23,8 @@ from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.run import seed_everything
 
 RUN = 2000  # iterations of the run whose total time is stated
-CHECKED, MOVED = 8, 3  # candidates whose gradients are compared, and points beside each
-CHECKED_SLOW, MOVED_SLOW = 2, 1
+CHECKED, CHECKED_SLOW = 8, 2  # candidates whose gradients are compared, at most
+MOVED = 3  # points beside each start at which they are compared, too
 
 
 class Case:
@@ -105,8 +105,8 @@ class Case:
     def _points(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """The starts, and the starts with every pixel moved by one rounding; with Breaching's gradients at some."""
         parts, (starts,) = self.parts(), self.parts().starts
-        points, (checked, moved) = [starts], (CHECKED_SLOW, MOVED_SLOW) if self.slow else (CHECKED, MOVED)
-        for draw in range(moved):
+        points, checked = [starts], CHECKED_SLOW if self.slow else CHECKED
+        for draw in range(MOVED):
             generator = torch.Generator().manual_seed(draw)
             signs = torch.randint(0, 2, starts.shape, generator=generator).to(starts) * 2 - 1
             points.append(starts * (1 + torch.finfo(starts.dtype).eps * signs))

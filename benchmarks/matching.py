@@ -73,11 +73,22 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         row["bytes_per_candidate"] = auto.memory.per_candidate
         row["gradient_difference"] = {name: case.agreement(engine) for name, engine in built.items()}
         row["breaching_rounding"] = case.sensitivity()
-        row["auto"] = {"engine": auto.engine.name, "seconds": auto_seconds}
-        row["auto"]["calibration"] = auto.calibration.as_dict() if auto.calibration else None
+        row["auto"] = describe_auto(auto, auto_seconds)
         if "vmap" in built:
             row["profile"] = profile(case, built, row["ms"], args)
         return row
+
+
+def describe_auto(auto: BuiltEngine, seconds: float) -> dict[str, Any]:
+    """Return what `auto` took, what deciding (and compiling) took, and why."""
+    calibration = auto.calibration.as_dict() if auto.calibration else None
+    return {"engine": auto.engine.name, "seconds": seconds, "calibration": calibration}
+
+
+def measure_auto(model: str, batch: int, candidates: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Let `auto` decide once more, for a row whose steps are timed."""
+    with fresh_caches():
+        return describe_auto(*Case(model, batch, candidates, args.device).build("auto"))
 
 
 def build_engines(
@@ -223,6 +234,9 @@ def one_row(content: dict[str, Any], model: str, batch: int, candidates: int, ar
 
     if args.total:
         content["totals"] = [*others("totals"), {**key, **measure_total(model, batch, candidates, args)}]
+    elif args.auto:
+        for row in (row for row in content["rows"] if {k: row[k] for k in KEYS} == key):
+            row["auto"] = measure_auto(model, batch, candidates, args)
     elif args.again or len(others("rows")) == len(content["rows"]):
         content["missing"] = others("missing")
         if time.perf_counter() > args.deadline:
@@ -251,6 +265,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--total", type=int, help="instead: run to the end with that many iterations")
     parser.add_argument("--growth", action="store_true", help="instead: time and memory against N")
+    parser.add_argument("--auto", action="store_true", help="instead: let `auto` decide again in rows that are there")
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "matching")
     args = parser.parse_args()

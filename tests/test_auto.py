@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.matching import build, calibration
+from breaching_ext.matching.evaluation import StackedEvaluation
 from breaching_ext.matching.tracing import SpecialisationError, record, replayed
 from breaching_ext.matching.track import Track, advancing
 
@@ -27,12 +28,16 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds a step and of compiling as the test says; list, vmap and compile are measured in this order."""
+    """Seconds a step and of compiling as the test says; half of a replayed step is what compiling saves."""
 
     def measured(compiling: float = 1e9, **times: float):
         monkeypatch.setattr(calibration, "expected_compile_seconds", lambda operations, recording: compiling)
-        answers = iter(times.values())
-        monkeypatch.setattr(calibration, "seconds", lambda function, device: (function(), next(answers))[1])
+        monkeypatch.setattr(
+            calibration,
+            "seconds",
+            lambda functions, device: {name: (function(), times[name])[1] for name, function in functions.items()},
+        )
+        monkeypatch.setattr(StackedEvaluation, "light_seconds", lambda self, stacks: times["vmap"] / 2)
         monkeypatch.setattr(calibration, "SHORT", 1)
 
     return measured
@@ -98,7 +103,7 @@ def test_a_compiler_that_fails_is_said_and_costs_nothing_else(clock, monkeypatch
 
 
 def test_the_same_run_takes_the_same_engine_again(clock, caplog):
-    clock(list=1.0, vmap=2.0)
+    clock(list=0.5, vmap=2.0)
     first, _ = reconstruct()
     clock(list=2.0, vmap=1.0)  # another measurement would decide otherwise
     with caplog.at_level(logging.INFO):
@@ -111,7 +116,7 @@ def test_the_same_run_takes_the_same_engine_again(clock, caplog):
 
 
 def test_a_damaged_memory_of_choices_is_measured_anew(clock, own_cache):
-    clock(list=1.0, vmap=2.0)
+    clock(list=0.5, vmap=2.0)
     reconstruct()
     (file,) = own_cache.rglob("*.json")
     file.write_text("{half")
@@ -124,7 +129,7 @@ def test_measuring_disturbs_neither_candidates_nor_random_numbers(monkeypatch):
     random = ["optim.langevin_noise=0.1", "+augmentations.discrete_shift.lim=2"]
     pinned, _ = reconstruct("restarts.candidate_batching=vmap", *random, candidates=2)
     monkeypatch.setattr(calibration, "SHORT", 1)
-    monkeypatch.setattr(build, "_list_seconds", lambda parts: original(parts) * 1e6)
+    monkeypatch.setattr(calibration, "CLEARLY", 0.0)  # never `list`
     monkeypatch.setattr(calibration, "COMPILING", 1e6)
     before = torch.get_rng_state()
     measured, stats = reconstruct(*random, candidates=2)
@@ -135,12 +140,9 @@ def test_measuring_disturbs_neither_candidates_nor_random_numbers(monkeypatch):
     assert torch.equal(before, torch.get_rng_state())
 
 
-original = build._list_seconds
-
-
 def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path):
     file = [f"impl.checkpoint_path={tmp_path / 'checkpoint.pt'}", "impl.checkpoint_every=2"]
-    clock(list=1.0, vmap=2.0)
+    clock(list=0.5, vmap=2.0)
     whole, _ = reconstruct(iterations=6)
     iterate = JointLoop._iterate
 
@@ -160,13 +162,35 @@ def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path
     assert torch.equal(resumed["candidates"], whole["candidates"])
 
 
-@given(st.floats(1e-5, 10), st.floats(1e-5, 10), st.integers(1, 10**5), st.integers(1, 10**6), st.floats(0.1, 1000))
-def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, operations, evaluations, expected):
+@given(
+    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.floats(0, 10), st.sampled_from([0, 10**9])),
+    *(st.integers(1, 10**6), st.floats(0.1, 1000)),
+)
+def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, light, held, evaluations, expected):
     steps = {"list": listed, "vmap": vmap}
-    assert 0 < calibration.expected_step(vmap, operations) < vmap
-    if calibration.compiling_pays(steps, operations, evaluations, expected):
+    compiled = calibration.expected_step(vmap, light, held)
+    assert 0 < compiled <= vmap
+    if calibration.compiling_pays(steps, compiled, evaluations, expected):
         assert expected < min(steps.values()) * evaluations  # never longer than the run itself
-        assert calibration.compiling_pays(steps, operations, 2 * evaluations, expected)
+        assert calibration.compiling_pays(steps, compiled, 2 * evaluations, expected)
+
+
+def test_what_compiling_may_save_depends_on_the_weights_and_is_tried_in_a_long_run():
+    small, large = (calibration.expected_step(0.2, 0.05, size) for size in (10**6, 10**9))
+    assert small < large < 0.2  # weights that no cache holds come from memory either way
+    steps, saved = {"list": 0.4, "vmap": 0.2}, 0.2 - large
+    assert calibration.compiling_pays(steps, large, 1000, 0.9 * 1000 * saved)
+    assert not calibration.compiling_pays(steps, large, 1000, 1.1 * 1000 * saved)
+    steps = {"list": 0.01, "vmap": 0.2}  # compiling will not be faster than `list`: tried for a small share only
+    assert not calibration.compiling_pays(steps, small, 1000, 0.04 * 0.01 * 1000)
+    assert calibration.compiling_pays(steps, small, 1000, 0.02 * 0.01 * 1000)
+
+
+def test_engines_are_timed_in_turn():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in ("list", "vmap")}
+    assert set(calibration.seconds(functions, torch.device("cpu"))) == {"list", "vmap"}
+    assert calls == 5 * ["list", "vmap"]
 
 
 def test_a_busy_machine_expects_to_compile_longer():

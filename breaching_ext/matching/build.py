@@ -187,46 +187,55 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
 
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
-    evaluations, states = parts.evaluations, list(parts.streams.states)
-    times = {"list": _list_seconds(parts)}
-    engine = _vmap_engine(parts, memory)
-    times["vmap"] = _step_seconds(engine, parts)
-    best = min(times, key=lambda name: times[name])
-    recording, operations = engine.evaluation.recording_seconds, engine.evaluation.operations
-    # recording evaluates once, too, with autograd's bookkeeping, which takes at most as long again
-    expected = calibration.expected_compile_seconds(operations, recording - 2 * times["vmap"])
-    found = Calibration(best, "it is the fastest", evaluations, times, None, expected, recording, operations)
+    states = list(parts.streams.states)
+    alone = replace(parts, starts=[start[:1] for start in parts.starts])  # of `list`, one candidate says all
+    engine, device = _vmap_engine(parts, memory), parts.starts[0].device
+    times = calibration.seconds(
+        {"list": _iteration(_list_engine(alone), alone), "vmap": _iteration(engine, parts)}, device
+    )
+    times["list"] *= len(parts.starts[0])
+    best = "list" if times["list"] < calibration.CLEARLY * times["vmap"] else "vmap"
+    found = Calibration(best, "it is the fastest", parts.evaluations, times)
     chosen: CandidateEngine = engine
-    if not operations:
-        found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
-    elif not calibration.compiling_pays(times, operations, evaluations, expected):
-        found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
-    else:
+    if _is_worth_compiling(engine, found):
         try:
             compiled = _compiled_engine(parts, memory)
         except SpecialisationError as error:
             found.reason = f"{error}"
         else:
             found.compile_seconds = compiled.compile_seconds
-            times["compile"] = _step_seconds(compiled, parts)
-            if times["compile"] < times[best]:
-                found.engine = best = "compile"
+            pair = {"vmap": _iteration(engine, parts), "compile": _iteration(compiled, parts)}
+            times.update(calibration.seconds(pair, device))
+            if times["compile"] < min(times["list"], times["vmap"]):
+                found.engine = "compile"
                 chosen = compiled
     parts.streams.states = states
-    if best == "list":
+    if found.engine == "list":
         return _list_engine(parts), found
     assert isinstance(chosen, VmapEngine)
     chosen.rewind()
     return chosen, found
 
 
-def _step_seconds(engine: CandidateEngine, parts: EngineParts) -> float:
-    """Return the seconds of a whole iteration: evaluation, optimizer, projection, best point."""
+def _is_worth_compiling(engine: VmapEngine, found: Calibration) -> bool:
+    """Estimate what compiling takes and saves, from the recorded graph; says the reason where it is not worth it."""
+    evaluation, replayed = engine.evaluation, found.step_seconds["vmap"]
+    if not evaluation.operations:
+        found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
+        return False
+    found.recording_seconds, found.operations = evaluation.recording_seconds, evaluation.operations
+    # recording evaluates once, too, with autograd's bookkeeping, which takes at most as long again
+    expected = calibration.expected_compile_seconds(evaluation.operations, evaluation.recording_seconds - 2 * replayed)
+    light = evaluation.light_seconds(engine.parameters)
+    step = calibration.expected_step(replayed, light, evaluation.held_bytes)
+    found.expected_compile_seconds, found.expected_step_seconds = expected, step
+    if calibration.compiling_pays(found.step_seconds, step, found.evaluations, expected):
+        return True
+    found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
+    return False
+
+
+def _iteration(engine: CandidateEngine, parts: EngineParts) -> Callable[[], Any]:
+    """Return a whole iteration: evaluation, optimizer, projection, best point."""
     step, track = advancing(engine), Track.start(engine.parameters, parts.box)
-    return calibration.seconds(lambda: step(0, track), parts.starts[0].device)
-
-
-def _list_seconds(parts: EngineParts) -> float:
-    """Return the seconds of an iteration with all candidates one after another, from the first one's."""
-    alone = replace(parts, starts=[start[:1] for start in parts.starts])
-    return len(parts.starts[0]) * _step_seconds(_list_engine(alone), alone)
+    return lambda: step(0, track)

@@ -29,13 +29,18 @@ SHORT = 200
 ENOUGH = 2.0
 #: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
 SHORT_ALONE = 500
+#: `list` is taken where it is faster than the replay by more than what the clock leaves open.
+CLEARLY = 0.97
 #: What compiling takes from scratch: so many seconds, and so many for each operation of the recorded graph, on a
 #: machine that records an operation in RECORDING seconds (benchmarks/results/matching).
-COMPILING, COMPILING_PER_OPERATION = 12.0, 0.021
+COMPILING, COMPILING_PER_OPERATION = 7.0, 0.019
 RECORDING = 0.001
-#: What compiling is expected to save of a replayed iteration, from the benchmark: a share of it (fusion, layout),
-#: and the seconds that calling one operation takes; together at most MOST_SAVED of it.
-SAVED, SAVED_PER_OPERATION, MOST_SAVED = 0.04, 6e-6, 0.6
+#: What compiling is expected to save: the time of everything that is no convolution and no matrix product, because it
+#: is fused; only a part of that where the graph holds more than CACHED bytes (weights and observed gradient), which
+#: have to be read from memory either way. At most MOST_SAVED of an iteration.
+SAVED, SAVED_UNCACHED, CACHED, MOST_SAVED = 1.0, 0.2, 16e6, 0.6
+#: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
+WORTH_A_TRY = 0.03
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Calibration:
         expected_compile_seconds: the estimate that the decision went by.
         recording_seconds, operations: what recording the graph took and how many operations it has, from which that is
             estimated.
+        expected_step_seconds: what a compiled iteration was expected to take.
     """
 
     engine: str
@@ -61,6 +67,7 @@ class Calibration:
     expected_compile_seconds: float | None = None
     recording_seconds: float | None = None
     operations: int | None = None
+    expected_step_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for statistics and files."""
@@ -73,21 +80,25 @@ class Calibration:
         log.info("candidate_batching=auto takes %s: %s%s.", self.engine, self.reason, detail)
 
 
-def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 4) -> float:
-    """Return the least seconds of several calls, after one to warm up; random numbers are given back.
+def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 4) -> dict[str, float]:
+    """Return each function's least seconds of several calls, after one to warm up; random numbers are given back.
 
-    The least, because other processes only ever add to the time. Slow calls vary little and are not repeated often.
+    They are called in turn, because a machine's speed changes while one waits, and the least counts, because other
+    processes only ever add to the time. Slow calls vary little and are not repeated often.
     """
     devices = [device] if device.type == "cuda" else []
-    times: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in functions}
     with torch.random.fork_rng(devices=devices):
-        while len(times) < 2 or (len(times) <= repeats and sum(times) < ENOUGH):
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-    return min(times[1:])
+        for repeat in range(repeats + 1):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times[name].append(time.perf_counter() - start)
+            if repeat > 0 and sum(map(sum, times.values())) > ENOUGH:
+                break
+    return {name: min(spent[1:]) for name, spent in times.items()}
 
 
 def expected_compile_seconds(operations: int, recording: float) -> float:
@@ -100,22 +111,28 @@ def expected_compile_seconds(operations: int, recording: float) -> float:
     return (COMPILING + COMPILING_PER_OPERATION * operations) * min(max(slowness, 1.0), 4.0)
 
 
-def expected_step(replayed: float, operations: int) -> float:
-    """Return the seconds that a compiled iteration will take, from the replayed one's and the graph's operations."""
-    return replayed - min(SAVED * replayed + SAVED_PER_OPERATION * operations, MOST_SAVED * replayed)
-
-
-def compiling_pays(steps: Mapping[str, float], operations: int, evaluations: int, expected_compile: float) -> bool:
-    """Whether compiling is expected to save more than it takes.
+def expected_step(replayed: float, light: float, held_bytes: int = 0) -> float:
+    """Return the seconds that a compiled iteration will take.
 
     Args:
-        steps: engine -> seconds an iteration; the compiled one's is expected from the replay's.
-        operations: operations of the recorded graph.
+        replayed: seconds of a replayed one.
+        light: seconds of its operations other than convolutions and matrix products.
+        held_bytes: size of the tensors that the graph holds.
+    """
+    return replayed - min((SAVED if held_bytes <= CACHED else SAVED_UNCACHED) * light, MOST_SAVED * replayed)
+
+
+def compiling_pays(steps: Mapping[str, float], compiled: float, evaluations: int, expected_compile: float) -> bool:
+    """Whether compiling is expected to save more than it takes, or takes so little of the run that it is tried.
+
+    Args:
+        steps: engine -> seconds an iteration.
+        compiled: seconds that a compiled iteration is expected to take.
         evaluations: iterations to do.
         expected_compile: seconds that compiling is expected to take.
     """
-    saved = min(steps.values()) - expected_step(steps["vmap"], operations)
-    return saved * evaluations > expected_compile
+    best = min(steps.values())
+    return max(best - compiled, WORTH_A_TRY * best) * evaluations > expected_compile
 
 
 def choice_file(parts: Sequence[Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.func import grad_and_value, vmap
@@ -55,12 +56,28 @@ class StackedEvaluation:
     @property
     def operations(self) -> int:
         """Operations of the recorded graph; 0 where there is none."""
-        return max((getattr(function, "operations", 0) for function in self._special.values()), default=0)
+        return self._recorded("operations")
+
+    @property
+    def held_bytes(self) -> int:
+        """Size of the tensors that the recorded graph holds: weights, observed gradient; 0 where there is none."""
+        return self._recorded("held_bytes")
 
     @property
     def recording_seconds(self) -> float:
         """Seconds that recording the graph took; 0 where there is none."""
-        return max((getattr(function, "recording_seconds", 0.0) for function in self._special.values()), default=0.0)
+        return self._recorded("recording_seconds")
+
+    def light_seconds(self, stacks: list[torch.Tensor]) -> float:
+        """Return the seconds of everything but convolutions and matrix products, measured; 0 without a graph."""
+        size = self._size(len(stacks[0]))
+        function = self._function([stack[:size] for stack in stacks])
+        if not hasattr(function, "light_seconds"):
+            return 0.0
+        return len(stacks[0]) / size * function.light_seconds(*(stack[:size] for stack in stacks))
+
+    def _recorded(self, name: str) -> Any:
+        return max((getattr(function, name, 0) for function in self._special.values()), default=0)
 
     def __call__(self, *stacks: torch.Tensor) -> tuple:
         """Return gradients (each (N, ...)), objectives (N,) and task losses (N,)."""

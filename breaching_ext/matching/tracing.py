@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluation import Evaluate, first_line
@@ -33,6 +33,11 @@ _VIEWS = (
     torch.ops.aten.permute.default,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.transpose.int,
+)
+#: What compiling does not fuse with anything.
+_HEAVY = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("addmm", "baddbmm", "bmm", "convolution", "convolution_backward", "mm")
 )
 
 
@@ -82,33 +87,68 @@ def operations(graph: GraphModule) -> int:
     return sum(node.op == "call_function" for node in graph.graph.nodes)
 
 
+class Replay:
+    """A recorded evaluation, replayed; autograd's bookkeeping is left out, because derivatives are part of it.
+
+    Attributes:
+        operations: how many operations the graph has.
+        recording_seconds: what recording it took.
+        held_bytes: size of the tensors that it holds, which are not among its arguments.
+    """
+
+    def __init__(self, graph: GraphModule, recording_seconds: float = 0.0) -> None:
+        self._graph, self.recording_seconds = graph, recording_seconds
+        self.operations = operations(graph)
+        held = {id(tensor): tensor for tensor in vars(graph).values() if isinstance(tensor, torch.Tensor)}
+        held.update((id(tensor), tensor) for tensor in [*graph.parameters(), *graph.buffers()])
+        self.held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+    def __call__(self, *stacks: torch.Tensor) -> tuple:
+        """Return what the evaluation returns."""
+        with torch.no_grad():
+            return self._graph(*stacks)
+
+    def light_seconds(self, *stacks: torch.Tensor) -> float:
+        """Return the seconds of everything but convolutions and matrix products, from one call with a clock."""
+        clock = _Clock(self._graph, stacks[0].device)
+        with torch.no_grad():
+            clock.run(*stacks)
+        return clock.light
+
+
+class _Clock(Interpreter):
+    """Runs a graph and adds up the time of its light operations."""
+
+    def __init__(self, graph: GraphModule, device: torch.device) -> None:
+        super().__init__(graph)
+        self.light, self._cuda = 0.0, device.type == "cuda"
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self._cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = super().call_function(target, args, kwargs)
+        if self._cuda:
+            torch.cuda.synchronize()
+        if target not in _HEAVY:
+            self.light += time.perf_counter() - start
+        return result
+
+
 def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
     """Return the replay of `evaluate`'s graph, or `evaluate` itself where the replay's numbers are not the same."""
     start = time.perf_counter()
     try:
         graph = record(evaluate, stacks)
-        seconds = time.perf_counter() - start
-        replay = without_autograd(graph)
+        replay = Replay(graph, time.perf_counter() - start)
         difference = largest_difference(replay, evaluate, stacks)
         if difference > (0 if stacks[0].device.type == "cpu" else TOLERANCE.get(stacks[0].dtype, 1e-2)):
             raise SpecialisationError(f"its replay differs by {difference:.1e}")
     except SpecialisationError as error:
         log.info("The evaluation is not replayed from a graph, because %s.", error)
         return evaluate
-    replay.operations = operations(graph)  # type: ignore[attr-defined]
-    replay.recording_seconds = seconds  # type: ignore[attr-defined]
-    log.debug("Recorded the evaluation (%d operations) in %.1f s.", operations(graph), seconds)
+    log.debug("Recorded the evaluation (%d operations) in %.1f s.", replay.operations, replay.recording_seconds)
     return replay
-
-
-def without_autograd(function: Callable[..., tuple]) -> Evaluate:
-    """Return the function run without autograd's bookkeeping; its derivatives are already part of it."""
-
-    def run(*stacks: torch.Tensor) -> tuple:
-        with torch.no_grad():
-            return function(*stacks)
-
-    return run
 
 
 def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> float:

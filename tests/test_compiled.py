@@ -10,9 +10,10 @@ from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.candidate_choice import Target
-from breaching_ext.matching.compilation import compile_once
+from breaching_ext.matching.compilation import compile_once, compiled
 from breaching_ext.matching.compiled_update import CompiledUpdate
 from breaching_ext.matching.engine import GradientRule
+from breaching_ext.matching.tracing import SpecialisationError
 from breaching_ext.matching.track import Track
 from breaching_ext.matching.update_rules import update_rule
 
@@ -183,6 +184,36 @@ def test_a_compiler_that_fails_gives_way_to_vmap(monkeypatch, caplog):
         _, stats = reconstruct("compile", iterations=1)
     assert stats["engine"] == "vmap"
     assert "no compiler here" in caplog.text
+
+
+def compiled_as(monkeypatch, function):
+    monkeypatch.setattr(torch, "compile", lambda eager, **kwargs: function)
+
+
+def test_a_kink_at_the_start_does_not_speak_against_compiled_code(monkeypatch):
+    """At the start itself the two forms stand on different sides of a kink; a rounding away they agree."""
+
+    def evaluate(stack):
+        return [(stack >= 1).double()], stack.sum(1), stack.sum(1)
+
+    def other_side(stack):
+        return [(stack > 1).double()], stack.sum(1), stack.sum(1)
+
+    compiled_as(monkeypatch, other_side)
+    assert compiled(evaluate, [torch.ones(3, 1, dtype=torch.float64)], "eager") is other_side
+
+
+def test_kinks_everywhere_leave_what_a_rounding_does(monkeypatch):
+    def jumping(stack, phase):  # the last bits of the input decide about one per cent of the gradient
+        noise = (stack * 2**51).sin() * 1e9
+        return [1 + 0.01 * (noise + phase).sin()], stack.sum(1), stack.sum(1)
+
+    stacks = [torch.rand(3, 40, dtype=torch.float64) + 1]
+    compiled_as(monkeypatch, lambda stack: jumping(stack, 0.5))
+    assert compiled(lambda stack: jumping(stack, 0.0), stacks, "eager")
+    compiled_as(monkeypatch, lambda stack: ([1.2 * jumping(stack, 0.5)[0][0]], *jumping(stack, 0.5)[1:]))
+    with pytest.raises(SpecialisationError, match="differs"):
+        compiled(lambda stack: jumping(stack, 0.0), stacks, "eager")
 
 
 def test_compiled_code_with_other_numbers_gives_way_to_vmap(monkeypatch, caplog):

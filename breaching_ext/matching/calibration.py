@@ -38,7 +38,7 @@ RECORDING = 0.001
 #: What compiling is expected to save: the time of everything that is no convolution and no matrix product, because it
 #: is fused; only a part of that where the graph holds more than CACHED bytes (weights and observed gradient), which
 #: have to be read from memory either way. At most MOST_SAVED of an iteration.
-SAVED, SAVED_UNCACHED, CACHED, MOST_SAVED = 1.0, 0.2, 16e6, 0.6
+SAVED, SAVED_UNCACHED, CACHED, MOST_SAVED = 1.0, 0.2, 40e6, 0.6
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
 WORTH_A_TRY = 0.03
 

@@ -26,6 +26,8 @@ Distance = Callable[[Gradient, "Observed"], torch.Tensor]
 
 #: Gradients of at most so many entries are joined into one vector. Copying them costs less than a call each.
 SMALL = 1024
+#: Tensors of at least so many entries are added up row by row.
+LARGE = 2**20
 
 
 class _SquaredNorm(torch.autograd.Function):
@@ -75,11 +77,11 @@ class Observed:
 
     def square(self, gradient: Gradient) -> torch.Tensor:
         """Return the squared Euclidean norm of an arranged gradient."""
-        return total(g.pow(2).sum() if self._plain else _SquaredNorm.apply(g) for g in gradient)
+        return total(_sum(g.pow(2)) if self._plain else _SquaredNorm.apply(g) for g in gradient)
 
     def dot(self, gradient: Gradient) -> torch.Tensor:
         """Return the inner product of an arranged gradient with the observed one."""
-        return total((g * d).sum() for g, d in zip(gradient, self.tensors, strict=True))
+        return total(_sum(g * d) for g, d in zip(gradient, self.tensors, strict=True))
 
 
 def euclidean(rec: Gradient, data: Observed) -> torch.Tensor:
@@ -157,6 +159,14 @@ _EQUIVALENTS: dict[type, Callable[[Any], Distance]] = {
     upstream.AngularSimilarity: lambda o: partial(angular, fudge_factor=o.fudge_factor),
     upstream.EuclideanTag: lambda o: partial(tag, scale_scheme=o.scale_scheme, tag_scale=o.tag_scale),
 }
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all entries, of a large tensor row by row.
+
+    Compiled code adds up in one pass, and loses two digits over millions of entries; rows keep them.
+    """
+    return tensor.sum() if tensor.numel() < LARGE or tensor.dim() < 2 else tensor.flatten(1).sum(1).sum()
 
 
 def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -152,13 +152,20 @@ def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
 
 
 def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> float:
-    """Return the largest relative difference of gradients and objectives, both with the same random numbers."""
+    """Return the largest relative difference of a candidate's gradients and objective; see `differences`."""
+    return differences(evaluate, expected, stacks).max().item()
+
+
+def differences(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> torch.Tensor:
+    """Return each candidate's largest relative difference, (N,), of two evaluations with the same random numbers."""
     results = []
     for function in (evaluate, expected):
         with torch.random.fork_rng(devices=[s.device for s in stacks[:1] if s.device.type == "cuda"]):
             gradients, values, _ = function(*stacks)
-            results.append([*gradients, values])
-    return max(relative_difference(a.detach(), b.detach()) for a, b in zip(*results, strict=True))
+            results.append([result.detach() for result in (*gradients, values)])
+    pairs = list(zip(*results, strict=True))
+    each = [max(relative_difference(a[n], b[n]) for a, b in pairs) for n in range(len(stacks[0]))]
+    return torch.tensor(each, dtype=torch.float64)
 
 
 def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:

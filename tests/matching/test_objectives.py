@@ -71,6 +71,14 @@ def test_small_gradients_are_joined_and_large_ones_are_not_copied():
     assert arranged[0] is gradient[0]
 
 
+def test_large_tensors_are_added_up_row_by_row(monkeypatch):
+    data, rec = gradients([(40, 3, 2), (70,)], 0), gradients([(40, 3, 2), (70,)], 1)
+    whole = gradient_distance(upstream("cosine-similarity"), data, compiled=True)(rec)
+    monkeypatch.setattr(objectives, "LARGE", 60)
+    rows = gradient_distance(upstream("cosine-similarity"), data, compiled=True)(rec)
+    assert torch.allclose(whole, rows, rtol=1e-13)
+
+
 def test_an_objective_that_nobody_knows_has_no_distance():
     class Own(objective_lookup["euclidean"]):
         pass

@@ -166,7 +166,9 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 
     Compiled code adds up in one pass, and loses two digits over millions of entries; rows keep them.
     """
-    return tensor.sum() if tensor.numel() < LARGE or tensor.dim() < 2 else tensor.flatten(1).sum(1).sum()
+    if tensor.numel() < LARGE or tensor.dim() < 2:
+        return tensor.sum()
+    return tensor.sum(tuple(range(1, tensor.dim()))).sum()  # flattened it would be copied: it may be channels-last
 
 
 def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:

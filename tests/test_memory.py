@@ -42,7 +42,7 @@ def test_a_budget_is_kept_and_changes_no_number(monkeypatch, replay):
     assert stats["memory"]["candidates_at_a_time"] is None
     assert stats["memory"]["bytes_per_candidate"] > 1e5
     states = 8 * whole["candidates"].numel() * 8
-    budget = states + int(2.9 * 1.5 * stats["memory"]["bytes_per_candidate"])
+    budget = states + int(2.9 * memory._WORKSPACE * stats["memory"]["bytes_per_candidate"])
     sizes, peaks = [], []
     original = StackedEvaluation._in_chunks
 

@@ -39,8 +39,9 @@ RECORDING = 0.001
 #: is fused; only a part of that where the graph holds more than CACHED bytes (weights and observed gradient), which
 #: have to be read from memory either way. At most MOST_SAVED of an iteration.
 SAVED, SAVED_UNCACHED, CACHED, MOST_SAVED = 1.0, 0.2, 40e6, 0.6
-#: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
-WORTH_A_TRY = 0.03
+#: Estimates are rough: compiling is to save so many times what it takes, and is tried where that is no more than this
+#: share of the run.
+PAYS, WORTH_A_TRY = 1.1, 0.02
 
 
 @dataclass
@@ -132,7 +133,7 @@ def compiling_pays(steps: Mapping[str, float], compiled: float, evaluations: int
         expected_compile: seconds that compiling is expected to take.
     """
     best = min(steps.values())
-    return max(best - compiled, WORTH_A_TRY * best) * evaluations > expected_compile
+    return max((best - compiled) / PAYS, WORTH_A_TRY * best) * evaluations > expected_compile
 
 
 def choice_file(parts: Sequence[Any]) -> Path:

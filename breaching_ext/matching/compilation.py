@@ -13,8 +13,8 @@ from .tracing import TOLERANCE, SpecialisationError, differences
 
 #: Points a rounding away at which compiled and eager results are compared where they differ at the start.
 BESIDE = 3
-#: However much a rounding does, results must agree to this.
-MOST_MOVED = 0.05
+#: How many times what a rounding does results may differ, and to what they must agree however much it does.
+MOVES, MOST_MOVED = 3.0, 0.05
 
 
 def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "inductor") -> Evaluate:
@@ -39,7 +39,8 @@ def _difference(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tenso
 
     Beside a kink of the model (ReLU, maximum) a rounding changes the gradient, and compiled code rounds otherwise.
     Where candidates differ, they are compared at points a rounding away, too, of which the best counts. Models with
-    many activations have kinks everywhere, so the difference may be what such a rounding does to the eager form.
+    many activations have kinks everywhere, so the difference may be a few times what such a rounding does to the
+    eager form: compiled code rounds in every layer.
     """
     tolerance = TOLERANCE.get(stacks[0].dtype, 1e-2)
     least = differences(function, evaluate, stacks)
@@ -50,7 +51,7 @@ def _difference(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tenso
         beside = [_moved(stack, draw) for stack in stacks]
         least = torch.minimum(least, differences(function, evaluate, beside))
         moves = torch.maximum(moves, differences(lambda *_, at=beside: evaluate(*at), evaluate, stacks))
-    return least.max().item(), max(tolerance, min(moves.max().item(), MOST_MOVED))
+    return least.max().item(), max(tolerance, min(MOVES * moves.max().item(), MOST_MOVED))
 
 
 def _moved(stack: torch.Tensor, draw: int) -> torch.Tensor:

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 #: Share of the free memory that a run takes by itself; the rest is for workspaces and for the neighbours.
 SHARE = 0.8
-#: What convolutions take as workspace and for reordered copies, relative to the tensors that can be counted.
-_WORKSPACE = 1.5
+#: What an evaluation takes with workspaces, reordered copies and gaps in the heap, relative to the tensors that can be
+#: counted (benchmarks/results/matching: at most 1.6).
+_WORKSPACE = 1.75
 #: Copies of a candidate that exist besides an evaluation: itself, best, gradient, moments, box, frozen.
 _COPIES = 8
 _UNITS = {"": 1, **{p + u: f**e for u, f in (("B", 1000), ("iB", 1024)) for e, p in enumerate("KMGT", 1)}, "B": 1}

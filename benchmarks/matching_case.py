@@ -19,7 +19,9 @@ from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_candidates import Target
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.matching.build import BuiltEngine, EngineParts, choose_engine
+from breaching_ext.matching.compilation import moved_by_rounding
 from breaching_ext.matching.heap import keeping_freed_memory
+from breaching_ext.matching.tracing import relative_difference
 from breaching_ext.run import seed_everything
 
 RUN = 2000  # iterations of the run whose total time is stated
@@ -102,11 +104,8 @@ class Case:
     def _points(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """The starts, and the starts with every pixel moved by one rounding; with Breaching's gradients at some."""
         parts, (starts,) = self.parts(), self.parts().starts
-        points, checked = [starts], CHECKED_SLOW if self.slow else CHECKED
-        for draw in range(MOVED):
-            generator = torch.Generator().manual_seed(draw)
-            signs = torch.randint(0, 2, starts.shape, generator=generator).to(starts) * 2 - 1
-            points.append(starts * (1 + torch.finfo(starts.dtype).eps * signs))
+        checked = CHECKED_SLOW if self.slow else CHECKED
+        points = [starts, *(moved_by_rounding(starts, draw) for draw in range(MOVED))]
         return [([p], [parts.reference([start])[1][0] for start in p[:checked]]) for p in points]
 
     def agreement(self, built: BuiltEngine) -> dict[str, float] | None:
@@ -120,18 +119,15 @@ class Case:
         found = []
         for stacks, references in self._points:
             (gradients, *_), _, _ = built.engine.evaluation(*stacks)
-            found.append([relative(g, expected) for g, expected in zip(gradients, references, strict=False)])
+            found.append([relative_difference(g, expected) for g, expected in zip(gradients, references, strict=False)])
         return {"at": max(found[0]), "beside": max(min(column) for column in zip(*found, strict=True))}
 
     def sensitivity(self) -> float:
         """Return how much Breaching's own gradient moves at most when every pixel moves by one rounding."""
         (_, expected), *moved = self._points
-        return max(relative(g, e) for _, gradients in moved for g, e in zip(gradients, expected, strict=True))
-
-
-def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the relative Euclidean difference."""
-    return ((value - expected).norm() / expected.norm()).item()
+        return max(
+            relative_difference(g, e) for _, gradients in moved for g, e in zip(gradients, expected, strict=True)
+        )
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -48,13 +48,14 @@ def _difference(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tenso
     for draw in range(BESIDE):
         if bool((least <= tolerance).all()):
             break
-        beside = [_moved(stack, draw) for stack in stacks]
+        beside = [moved_by_rounding(stack, draw) for stack in stacks]
         least = torch.minimum(least, differences(function, evaluate, beside))
         moves = torch.maximum(moves, differences(lambda *_, at=beside: evaluate(*at), evaluate, stacks))
     return least.max().item(), max(tolerance, min(MOVES * moves.max().item(), MOST_MOVED))
 
 
-def _moved(stack: torch.Tensor, draw: int) -> torch.Tensor:
+def moved_by_rounding(stack: torch.Tensor, draw: int) -> torch.Tensor:
+    """Return the stack with every entry moved up or down by one rounding; `draw` seeds the signs."""
     generator = torch.Generator().manual_seed(draw)
     signs = torch.randint(0, 2, stack.shape, generator=generator).to(stack) * 2 - 1
     return stack * (1 + torch.finfo(stack.dtype).eps * signs)

@@ -56,9 +56,9 @@ def record(evaluate: Evaluate, stacks: list[torch.Tensor]) -> GraphModule:
     with torch.random.fork_rng(devices=[]), described:
         try:
             graph = make_fx(evaluate)(*stacks)
+            drop_idle_views(graph.graph)
         except Exception as error:  # whatever a user's model does that a graph cannot hold
             raise SpecialisationError(f"it cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
-    drop_idle_views(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -10,7 +10,7 @@ from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.candidate_choice import Target
-from breaching_ext.matching.compilation import compile_once, compiled
+from breaching_ext.matching.compilation import FirstThatWorks, compile_once, compiled
 from breaching_ext.matching.compiled_update import CompiledUpdate
 from breaching_ext.matching.engine import GradientRule
 from breaching_ext.matching.tracing import SpecialisationError
@@ -184,6 +184,42 @@ def test_a_compiler_that_fails_gives_way_to_vmap(monkeypatch, caplog):
         _, stats = reconstruct("compile", iterations=1)
     assert stats["engine"] == "vmap"
     assert "no compiler here" in caplog.text
+
+
+def test_the_first_form_that_works_stays():
+    calls = []
+
+    def form(name, fails):
+        def call(value):
+            calls.append(name)
+            if fails:
+                raise RuntimeError(f"{name} cannot")
+            return name, value
+
+        return lambda: call
+
+    function = FirstThatWorks([form("a", True), form("b", False), form("c", False)])
+    assert [function(1), function(2)] == [("b", 1), ("b", 2)]
+    assert calls == ["a", "b", "b"]
+    with pytest.raises(RuntimeError, match="d cannot"):
+        FirstThatWorks([form("a", True), form("d", True)])(1)
+
+
+def test_options_that_torch_does_not_know_are_left_out(monkeypatch):
+    """Names of a compiler's options come and go; what is compiled without them is as right."""
+    asked = []
+
+    def fake(function, **kwargs):
+        asked.append(kwargs["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["cpp_wrapper"])
+    assert compile_once(lambda x: x + 1)(1) == 2
+    assert asked[0]["cpp_wrapper"]
+    assert "cpp_wrapper_build_separate" not in asked[0]
+    assert compile_once(lambda x: x + 1, device=torch.device("cuda"))(1) == 2
+    assert "cpp_wrapper" not in asked[1]
 
 
 def compiled_as(monkeypatch, function):

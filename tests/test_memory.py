@@ -106,11 +106,12 @@ class Crowded:
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("aoti_torch_empty_strided(4, int_array_0, int_array_1, 6, 0, 0) API call failed at x.cpp, line 2"),
     MemoryError(),
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "compiled", "python"])
 def test_out_of_memory_halves_the_chunk_and_loses_nothing(monkeypatch, caplog, error):
     whole, whole_stats = reconstruct()
     crowded = Crowded(monkeypatch, 1, error)

@@ -39,7 +39,7 @@ class CompiledUpdate:
         self, stacks: Tensors, rule: UpdateRule, gradient_rule: GradientRule, track: Track, backend: str = "inductor"
     ) -> None:
         self.rule, self._gradient_rule = rule, gradient_rule
-        self._function = compile_once(self._update, backend)
+        self._function = compile_once(self._update, backend, stacks[0].device)
         self._check(stacks, track)
 
     def __call__(

@@ -14,7 +14,8 @@ from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.matching import build, calibration
 from breaching_ext.matching.evaluation import StackedEvaluation
-from breaching_ext.matching.tracing import SpecialisationError, record, replayed
+from breaching_ext.matching.graph_costs import Costs
+from breaching_ext.matching.tracing import SpecialisationError, record, replayed, seconds_an_operation
 from breaching_ext.matching.track import Track, advancing
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -37,7 +38,8 @@ def clock(monkeypatch):
             "seconds",
             lambda functions, device: {name: (function(), times[name])[1] for name, function in functions.items()},
         )
-        monkeypatch.setattr(StackedEvaluation, "light_seconds", lambda self, stacks: times["vmap"] / 2)
+        halved = Costs(light=0.5 / calibration.SAVED_LIGHT * times["vmap"])
+        monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks: halved)
         monkeypatch.setattr(calibration, "SHORT", 1)
 
     return measured
@@ -163,27 +165,29 @@ def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path
 
 
 @given(
-    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.floats(0, 10), st.sampled_from([0, 10**9])),
+    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 10)] * 3)),
     *(st.integers(1, 10**6), st.floats(0.1, 1000)),
 )
-def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, light, held, evaluations, expected):
+def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs, evaluations, expected):
     steps = {"list": listed, "vmap": vmap}
-    compiled = calibration.expected_step(vmap, light, held)
+    compiled = calibration.expected_step(vmap, Costs(*costs))
     assert 0 < compiled <= vmap
     if calibration.compiling_pays(steps, compiled, evaluations, expected):
         assert expected < min(steps.values()) * evaluations  # never longer than the run itself
         assert calibration.compiling_pays(steps, compiled, 2 * evaluations, expected)
 
 
-def test_what_compiling_may_save_depends_on_the_weights_and_is_tried_in_a_long_run():
-    small, large = (calibration.expected_step(0.2, 0.05, size) for size in (10**6, 10**9))
-    assert small < large < 0.2  # weights that no cache holds come from memory either way
+def test_what_compiling_may_save_depends_on_where_the_time_goes_and_is_tried_in_a_long_run():
+    light, large, layout = (
+        calibration.expected_step(0.2, Costs(**{name: 0.05})) for name in ("light", "large", "layout")
+    )
+    assert light < layout < large < 0.2  # what no cache holds comes from memory either way
     steps, saved = {"list": 0.4, "vmap": 0.2}, 0.2 - large
     assert calibration.compiling_pays(steps, large, 1000, 0.8 * 1000 * saved)
     assert not calibration.compiling_pays(steps, large, 1000, 1.0 * 1000 * saved)
     steps = {"list": 0.01, "vmap": 0.2}  # compiling will not be faster than `list`: tried for a small share only
-    assert not calibration.compiling_pays(steps, small, 1000, 0.03 * 0.01 * 1000)
-    assert calibration.compiling_pays(steps, small, 1000, 0.015 * 0.01 * 1000)
+    assert not calibration.compiling_pays(steps, light, 1000, 0.03 * 0.01 * 1000)
+    assert calibration.compiling_pays(steps, light, 1000, 0.015 * 0.01 * 1000)
 
 
 def test_engines_are_timed_in_turn():
@@ -193,12 +197,13 @@ def test_engines_are_timed_in_turn():
     assert calls == 5 * ["list", "vmap"]
 
 
-def test_a_busy_machine_expects_to_compile_longer():
-    usual = calibration.RECORDING * 1000
-    expected = [calibration.expected_compile_seconds(1000, usual * f) for f in (0.01, 1, 3, 1000)]
+def test_a_slow_machine_expects_to_compile_longer():
+    usual = calibration.RECORDING
+    expected = [calibration.expected_compile_seconds(1000, usual * factor) for factor in (0.01, 0.5, 1, 3, 1000)]
     assert expected == sorted(expected)
-    assert expected[3] == 4 * expected[1] == 4 * expected[0]
-    assert calibration.expected_compile_seconds(2000, 2 * usual) > expected[1]
+    assert expected[4] == 4 * expected[2] == 8 * expected[1]
+    assert expected[2] == calibration.COMPILING + 1000 * calibration.COMPILING_PER_OPERATION
+    assert 0 < seconds_an_operation() < 1
 
 
 @pytest.mark.parametrize("engine", ["vmap", "compile"])

@@ -17,7 +17,7 @@ from .engine import CandidateEngine, CandidateObjective, ClosureFactory, Gradien
 from .list_engine import ListEngine
 from .memory import MemoryPlan, plan_memory
 from .randomness import CandidateStreams
-from .tracing import SpecialisationError, replayed
+from .tracing import SpecialisationError, replayed, seconds_an_operation
 from .track import Box, Track, advancing
 from .vmap_engine import Augmentation, VmapEngine
 
@@ -224,10 +224,8 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration) -> bool:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
         return False
     found.recording_seconds, found.operations = evaluation.recording_seconds, evaluation.operations
-    # recording evaluates once, too, with autograd's bookkeeping, which takes at most as long again
-    expected = calibration.expected_compile_seconds(evaluation.operations, evaluation.recording_seconds - 2 * replayed)
-    light = evaluation.light_seconds(engine.parameters)
-    step = calibration.expected_step(replayed, light, evaluation.held_bytes)
+    expected = calibration.expected_compile_seconds(evaluation.operations, seconds_an_operation())
+    step = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
     found.expected_compile_seconds, found.expected_step_seconds = expected, step
     if calibration.compiling_pays(found.step_seconds, step, found.evaluations, expected):
         return True

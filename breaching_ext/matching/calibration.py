@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..files import write_json
+from .graph_costs import Costs
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +32,12 @@ ENOUGH = 2.0
 SHORT_ALONE = 500
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
 CLEARLY = 0.97
-#: What compiling takes from scratch: so many seconds, and so many for each operation of the recorded graph, on a
-#: machine that records an operation in RECORDING seconds (benchmarks/results/matching).
-COMPILING, COMPILING_PER_OPERATION = 7.0, 0.019
+#: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
+#: so many for each operation of the recorded graph (docs/speed.md).
+COMPILING, COMPILING_PER_OPERATION = 12.0, 0.043
 RECORDING = 0.001
-#: What compiling is expected to save: the time of everything that is no convolution and no matrix product, because it
-#: is fused; only a part of that where the graph holds more than CACHED bytes (weights and observed gradient), which
-#: have to be read from memory either way. At most MOST_SAVED of an iteration.
-SAVED, SAVED_UNCACHED, CACHED, MOST_SAVED = 1.0, 0.2, 40e6, 0.6
+#: What of `Costs` compiling is expected to save; at most MOST_SAVED of an iteration.
+SAVED_LIGHT, SAVED_LARGE, SAVED_LAYOUT, MOST_SAVED = 0.75, 0.25, 0.6, 0.6
 #: Estimates are rough: compiling is to save so many times what it takes, and is tried where that is no more than this
 #: share of the run.
 PAYS, WORTH_A_TRY = 1.1, 0.02
@@ -55,8 +54,7 @@ class Calibration:
         step_seconds: engine -> measured seconds for one iteration of all candidates.
         compile_seconds: measured, if the evaluation was compiled.
         expected_compile_seconds: the estimate that the decision went by.
-        recording_seconds, operations: what recording the graph took and how many operations it has, from which that is
-            estimated.
+        recording_seconds, operations: what recording the graph took, and how many operations it has.
         expected_step_seconds: what a compiled iteration was expected to take.
     """
 
@@ -103,24 +101,25 @@ def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, re
 
 
 def expected_compile_seconds(operations: int, recording: float) -> float:
-    """Return what compiling a graph will take, from its operations and the seconds that recording them took.
+    """Return what compiling a graph will take.
 
-    A slower, or a busy, machine is slower at both. Within the noise of so short a measurement nothing is corrected,
-    and a quick recording promises nothing: compiling for nothing costs more than not compiling.
+    Args:
+        operations: of the recorded graph.
+        recording: seconds that recording an operation takes here. A slower, or a busy, machine is slower at both.
     """
-    slowness = recording / max(1, operations) / RECORDING
-    return (COMPILING + COMPILING_PER_OPERATION * operations) * min(max(slowness, 1.0), 4.0)
+    slowness = min(max(recording / RECORDING, 0.25), 4.0)
+    return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness
 
 
-def expected_step(replayed: float, light: float, held_bytes: int = 0) -> float:
+def expected_step(replayed: float, costs: Costs) -> float:
     """Return the seconds that a compiled iteration will take.
 
     Args:
         replayed: seconds of a replayed one.
-        light: seconds of its operations other than convolutions and matrix products.
-        held_bytes: size of the tensors that the graph holds.
+        costs: where they go.
     """
-    return replayed - min((SAVED if held_bytes <= CACHED else SAVED_UNCACHED) * light, MOST_SAVED * replayed)
+    saved = SAVED_LIGHT * costs.light + SAVED_LARGE * costs.large + SAVED_LAYOUT * costs.layout
+    return replayed - min(saved, MOST_SAVED * replayed)
 
 
 def compiling_pays(steps: Mapping[str, float], compiled: float, evaluations: int, expected_compile: float) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.func import grad_and_value, vmap
 
 from .engine import CandidateObjective
+from .graph_costs import Costs
 from .memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -59,22 +60,16 @@ class StackedEvaluation:
         return self._recorded("operations")
 
     @property
-    def held_bytes(self) -> int:
-        """Size of the tensors that the recorded graph holds: weights, observed gradient; 0 where there is none."""
-        return self._recorded("held_bytes")
-
-    @property
     def recording_seconds(self) -> float:
         """Seconds that recording the graph took; 0 where there is none."""
         return self._recorded("recording_seconds")
 
-    def light_seconds(self, stacks: list[torch.Tensor]) -> float:
-        """Return the seconds of everything but convolutions and matrix products, measured; 0 without a graph."""
+    def costs(self, stacks: list[torch.Tensor]) -> Costs:
+        """Return where the time of an evaluation of these stacks goes, measured; nothing without a graph."""
         size = self._size(len(stacks[0]))
-        function = self._function([stack[:size] for stack in stacks])
-        if not hasattr(function, "light_seconds"):
-            return 0.0
-        return len(stacks[0]) / size * function.light_seconds(*(stack[:size] for stack in stacks))
+        part = [stack[:size] for stack in stacks]
+        function = self._function(part)
+        return function.costs(*part) * (len(stacks[0]) / size) if hasattr(function, "costs") else Costs()
 
     def _recorded(self, name: str) -> Any:
         return max((getattr(function, name, 0) for function in self._special.values()), default=0)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluation import Evaluate, first_line
+from .graph_costs import Costs, measure_costs
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,6 @@ _VIEWS = (
     torch.ops.aten.permute.default,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.transpose.int,
-)
-#: What compiling does not fuse with anything.
-_HEAVY = frozenset(
-    getattr(torch.ops.aten, name).default
-    for name in ("addmm", "baddbmm", "bmm", "convolution", "convolution_backward", "mm")
 )
 
 
@@ -93,46 +88,37 @@ class Replay:
     Attributes:
         operations: how many operations the graph has.
         recording_seconds: what recording it took.
-        held_bytes: size of the tensors that it holds, which are not among its arguments.
     """
 
     def __init__(self, graph: GraphModule, recording_seconds: float = 0.0) -> None:
         self._graph, self.recording_seconds = graph, recording_seconds
         self.operations = operations(graph)
-        held = {id(tensor): tensor for tensor in vars(graph).values() if isinstance(tensor, torch.Tensor)}
-        held.update((id(tensor), tensor) for tensor in [*graph.parameters(), *graph.buffers()])
-        self.held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def __call__(self, *stacks: torch.Tensor) -> tuple:
         """Return what the evaluation returns."""
         with torch.no_grad():
             return self._graph(*stacks)
 
-    def light_seconds(self, *stacks: torch.Tensor) -> float:
-        """Return the seconds of everything but convolutions and matrix products, from one call with a clock."""
-        clock = _Clock(self._graph, stacks[0].device)
-        with torch.no_grad():
-            clock.run(*stacks)
-        return clock.light
+    def costs(self, *stacks: torch.Tensor) -> Costs:
+        """Return where one call's time goes, measured."""
+        return measure_costs(self._graph, list(stacks))
 
 
-class _Clock(Interpreter):
-    """Runs a graph and adds up the time of its light operations."""
+def seconds_an_operation(length: int = 50, repeats: int = 3) -> float:
+    """Return what recording an operation takes here at the least, as a measure of how fast this machine traces."""
 
-    def __init__(self, graph: GraphModule, device: torch.device) -> None:
-        super().__init__(graph)
-        self.light, self._cuda = 0.0, device.type == "cuda"
+    def chain(stack: torch.Tensor) -> tuple:
+        value = stack
+        for _ in range(length):
+            value = value.sin()
+        return [value], stack, stack
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self._cuda:
-            torch.cuda.synchronize()
+    spent = []
+    for _ in range(repeats):
         start = time.perf_counter()
-        result = super().call_function(target, args, kwargs)
-        if self._cuda:
-            torch.cuda.synchronize()
-        if target not in _HEAVY:
-            self.light += time.perf_counter() - start
-        return result
+        record(chain, [torch.zeros(1)])
+        spent.append(time.perf_counter() - start)
+    return min(spent) / length
 
 
 def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:

@@ -48,7 +48,7 @@ def _machine(machine: dict[str, Any]) -> list[str]:
         return []
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in machine.get("gflops", {}).items())
     memory = f"{(machine['memory_bytes'] or 0) / 2**30:.0f} GiB"
-    wide = ", AVX-512" if machine.get("avx512") else ""
+    wide = ", AVX-512" if machine.get("avx512") else ", no AVX-512"
     torch = machine["versions"]["torch"]
     text = f"{machine['cpu']}, {machine['cores']} cores{wide}, {memory}, {machine['threads']} threads, torch {torch}"
     return [f"Machine: {text}; {machine['device']}; measured Gflop/s: {rates}.", ""]

@@ -34,7 +34,7 @@ SHORT_ALONE = 500
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
 #: so many for each operation of the recorded graph (docs/speed.md).
-COMPILING, COMPILING_PER_OPERATION = 12.0, 0.043
+COMPILING, COMPILING_PER_OPERATION = 16.0, 0.055
 RECORDING = 0.001
 #: What of `Costs` compiling is expected to save; at most MOST_SAVED of an iteration.
 SAVED_LIGHT, SAVED_LARGE, SAVED_LAYOUT, MOST_SAVED = 0.75, 0.25, 0.6, 0.6

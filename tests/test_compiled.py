@@ -205,6 +205,16 @@ def test_the_first_form_that_works_stays():
         FirstThatWorks([form("a", True), form("d", True)])(1)
 
 
+def test_compiling_for_a_cpu_does_not_advise_about_cuda(caplog):
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before = logger.level
+    function = FirstThatWorks([lambda: lambda: logger.warning("No CUDA runtime is found")])
+    with caplog.at_level(logging.DEBUG):
+        function()
+    assert "CUDA" not in caplog.text
+    assert logger.level == before
+
+
 def test_options_that_torch_does_not_know_are_left_out(monkeypatch):
     """Names of a compiler's options come and go; what is compiled without them is as right."""
     asked = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -114,7 +115,8 @@ class FirstThatWorks:
         while True:
             function = self._forms.pop(0)()
             try:
-                result = function(*arguments)
+                with _without_advice():
+                    result = function(*arguments)
             except Exception as error:
                 if not self._forms:
                     raise
@@ -122,6 +124,18 @@ class FirstThatWorks:
             else:
                 self._function = function
                 return result
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep to itself that no CUDA was found, which torch says when it compiles for a CPU where it expected a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

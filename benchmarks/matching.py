@@ -42,7 +42,7 @@ SLOW = 1.0  # seconds from which a step is repeated as little as possible
 Runner = Callable[[int], tuple[float, int]]
 
 
-class NotMeasured(Exception):  # noqa: N818
+class NotMeasuredError(Exception):
     """Why a row is left out."""
 
 
@@ -58,7 +58,7 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         case = Case(model, batch, candidates, args.device)
         alone = seconds_each(case.breaching_trial, 2)
         if alone * candidates > args.row_at_most:
-            raise NotMeasured(f"one iteration of all candidates takes Breaching {alone * candidates:.0f} s")
+            raise NotMeasuredError(f"one iteration of all candidates takes Breaching {alone * candidates:.0f} s")
         case.slow = alone * candidates > SLOW
         row: dict[str, Any] = row_key(model, batch, candidates, args)
         auto, auto_seconds = case.build("auto")
@@ -245,7 +245,7 @@ def one_row(content: dict[str, Any], model: str, batch: int, candidates: int, ar
             return
         try:
             content["rows"] = [*others("rows"), measure_row(model, batch, candidates, args)]
-        except NotMeasured as reason:
+        except NotMeasuredError as reason:
             content["missing"].append({**key, "reason": str(reason)})
 
 

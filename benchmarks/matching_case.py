@@ -140,6 +140,5 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def quiet() -> None:
-    """Keep log lines of torch and of the attacks out of the table."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    """Keep log lines of the attacks out of the table."""
     logging.getLogger("breaching_ext").setLevel(logging.ERROR)

@@ -105,25 +105,27 @@ class FirstThatWorks:
     """
 
     def __init__(self, forms: Sequence[Callable[[], Callable[..., Any]]]) -> None:
-        self._forms = list(forms)
+        self._forms = forms
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it; the last form's error is raised where all fail."""
         if self._function is not None:
             return self._function(*arguments)
-        while True:
-            function = self._forms.pop(0)()
+        *others, last = self._forms
+        for form in others:
             try:
-                with _without_advice():
-                    result = function(*arguments)
+                return self._tried(form, arguments)
             except Exception as error:
-                if not self._forms:
-                    raise
                 log.debug("Compiling in another way (%s: %s).", type(error).__name__, first_line(error))
-            else:
-                self._function = function
-                return result
+        return self._tried(last, arguments)
+
+    def _tried(self, form: Callable[[], Callable[..., Any]], arguments: tuple) -> Any:
+        function = form()
+        with _without_advice():
+            result = function(*arguments)
+        self._function = function
+        return result
 
 
 @contextlib.contextmanager

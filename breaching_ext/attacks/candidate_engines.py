@@ -1,4 +1,4 @@
-"""What an engine needs to know of Breaching's attack, and which engine a run takes."""
+"""What an engine needs to know of Breaching's attack, where it starts, and which engine a run takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..matching.randomness import CandidateStreams
 from ..ranks import Ranks
 from .candidate_choice import Target
 from .candidate_objective import pure_objective
-from .checkpoint import saved_engine
+from .checkpoint import Checkpoint, fingerprint, saved_engine
 
 _LBFGS_OPTIONS = (
     "lr",
@@ -31,7 +31,7 @@ _LBFGS_OPTIONS = (
 
 
 class CandidateEngines:
-    """The part of a joint attack that describes one candidate to the engines: how it is evaluated and stepped.
+    """The part of a joint attack that describes one candidate to the engines: how it starts, is evaluated and stepped.
 
     Mixed into a Breaching attacker, of which it uses the objective, the regularizers, the optimizer and the closure.
     """
@@ -46,6 +46,39 @@ class CandidateEngines:
     _compute_objective: Callable[..., Callable[[], torch.Tensor]]
     _init_optimizer: Callable[..., Any]
     _box: Callable[[], Any]
+    _initialize_data: Callable[[list[int]], torch.Tensor]
+
+    def _seed(self) -> int:
+        seed = self.cfg.restarts.get("seed")
+        return (torch.initial_seed() if seed is None else int(seed)) % 2**63
+
+    def _streams(self, own: range | None = None) -> CandidateStreams:
+        """Return the random streams of the candidates `own` (all by default); candidate i's depends on i alone."""
+        own = range(self.cfg.restarts.num_trials) if own is None else own
+        return CandidateStreams(self._seed() + own.start, len(own), torch.device(self.setup["device"]))
+
+    def _starts(
+        self, target: Target, streams: CandidateStreams, initial_data: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Return start values, each (N, ...). Streams advance as in Breaching, which draws before it looks for data."""
+        starts = []
+        for index in range(len(streams.states)):
+            with streams.use(index):
+                starts.append(self._initialize_data(target.shape).detach())
+        stack = torch.stack(starts)  # (N, B, C, H, W)
+        if initial_data is not None:
+            stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
+        return [stack]
+
+    def _checkpoint(
+        self, target: Target, starts: list[torch.Tensor], engine: str, ranks: Ranks | None = None
+    ) -> Checkpoint | None:
+        ranks = ranks or Ranks()
+        every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
+        if not every or not path:
+            return None
+        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}")
+        return Checkpoint(path, every, run, engine, ranks)
 
     def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
         """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""

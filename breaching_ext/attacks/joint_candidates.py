@@ -20,7 +20,6 @@ from omegaconf import OmegaConf, open_dict
 
 from ..errors import SharedDataError
 from ..matching.heap import keeping_freed_memory
-from ..matching.randomness import CandidateStreams
 from ..ranks import Ranks
 from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
@@ -29,7 +28,6 @@ from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
-from .checkpoint import Checkpoint, fingerprint
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 
@@ -165,16 +163,6 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         record_choice(stats, built)
         return result.best[0]
 
-    def _checkpoint(
-        self, target: Target, starts: list[torch.Tensor], engine: str, ranks: Ranks | None = None
-    ) -> Checkpoint | None:
-        ranks = ranks or Ranks()
-        every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
-        if not every or not path:
-            return None
-        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}")
-        return Checkpoint(path, every, run, engine, ranks)
-
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
     ) -> torch.Tensor:
@@ -219,30 +207,6 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
             return closure()
 
         return counted
-
-    # -- what the engine needs -----------------------------------------------------------------------------------
-
-    def _seed(self) -> int:
-        seed = self.cfg.restarts.get("seed")
-        return (torch.initial_seed() if seed is None else int(seed)) % 2**63
-
-    def _streams(self, own: range | None = None) -> CandidateStreams:
-        """Return the random streams of the candidates `own` (all by default); candidate i's depends on i alone."""
-        own = range(self.cfg.restarts.num_trials) if own is None else own
-        return CandidateStreams(self._seed() + own.start, len(own), torch.device(self.setup["device"]))
-
-    def _starts(
-        self, target: Target, streams: CandidateStreams, initial_data: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Return start values, each (N, ...). Streams advance as in Breaching, which draws before it looks for data."""
-        starts = []
-        for index in range(len(streams.states)):
-            with streams.use(index):
-                starts.append(self._initialize_data(target.shape).detach())
-        stack = torch.stack(starts)  # (N, B, C, H, W)
-        if initial_data is not None:
-            stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
-        return [stack]
 
     # -- small things --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SharedDataError
-from ..matching.candidate_order import GroupAnyOrder, aligned_to
+from ..matching.candidate_order import GroupAnyOrder
 from ..matching.client import matched_parameters, unscripted
 from ..matching.heap import keeping_freed_memory
 from ..matching.magia_engine import MagiaEngine
@@ -29,13 +29,14 @@ from . import checks
 from .candidate_choice import Target
 from .joint_candidates import JointCandidateAttacker
 from .joint_loop import JointLoop, LoopResult
+from .magia_choice import MagiaChoice
 from .magia_options import MagiaOptions
 from .observation import own_copy
 
 log = logging.getLogger(__name__)
 
 
-class MagiaAttacker(JointCandidateAttacker):
+class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
     """MAGIA on N candidates at once; labels are never inferred, never taken from the client, only optimised.
 
     Pixels are optimised in [0, 1] and normalised for the model, so that the start and the image prior mean the same
@@ -245,41 +246,6 @@ class MagiaAttacker(JointCandidateAttacker):
         evaluations = sum(engine.gradient_evaluations for engine in engines)
         self._record(stats, merged, engines[0].name, evaluations)
         stats["full_gradients"] = sum(engine.full_gradients for engine in engines)
-
-    # -- choosing ------------------------------------------------------------------------------------------------
-
-    def _finish(
-        self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target, stats: dict[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        """Score with each candidate's own labels, and choose; the ground truth plays no part in it."""
-        scores = self._scores(candidates, probabilities, target)
-        best = int(scores.argmin())
-        data = self._select_optimal_reconstruction(list(candidates), scores, stats)
-        chosen = probabilities[best]
-        if self.cfg.restarts.get("output", "best") == "consensus":
-            finite = [n for n in range(len(candidates)) if bool(scores[n].isfinite())] or [best]
-            orders = {n: aligned_to(candidates[best], candidates[n]) for n in finite}
-            data = self._consensus(torch.stack([candidates[n][orders[n]] for n in finite]))
-            chosen = torch.stack([probabilities[n][orders[n]] for n in finite]).mean(dim=0)
-        return {
-            "data": data,
-            "labels": chosen.argmax(dim=-1),
-            "label_probabilities": chosen,
-            "candidates": candidates,
-            "candidate_labels": probabilities.argmax(dim=-1),
-            "candidate_scores": scores,
-        }
-
-    def _scores(self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target) -> torch.Tensor:
-        if self.cfg.restarts.scoring == "registered-group-regularization":
-            best = candidates[0]
-            return self._score_candidates(torch.stack([c[aligned_to(best, c)] for c in candidates]), target)
-        scores = [
-            torch.as_tensor(self._score_trial(c, p, target.models, target.shared_data)).float().reshape(())
-            for c, p in zip(candidates, probabilities, strict=True)
-        ]
-        stacked = torch.stack(scores).detach().cpu()
-        return torch.where(stacked.isfinite(), stacked, float("inf"))
 
     def __repr__(self) -> str:
         return f"Attacker (of type {type(self).__name__}) with settings for {self.cfg.type}: {self.options}"

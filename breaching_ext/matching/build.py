@@ -17,7 +17,7 @@ from .engine import CandidateEngine, CandidateObjective, ClosureFactory, Gradien
 from .list_engine import ListEngine
 from .memory import MemoryPlan, plan_memory
 from .randomness import CandidateStreams
-from .tracing import SpecialisationError, replayed, seconds_an_operation
+from .tracing import LITTLE, SpecialisationError, record_a_little, replayed
 from .track import Box, Track, advancing
 from .vmap_engine import Augmentation, VmapEngine
 
@@ -191,13 +191,19 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     alone = replace(parts, starts=[start[:1] for start in parts.starts])  # of `list`, one candidate says all
     engine, device = _vmap_engine(parts, memory), parts.starts[0].device
     times = calibration.seconds(
-        {"list": _iteration(_list_engine(alone), alone), "vmap": _iteration(engine, parts)}, device
+        {
+            "list": _iteration(_list_engine(alone), alone),
+            "vmap": _iteration(engine, parts),
+            "recording": record_a_little,
+        },
+        device,
     )
     times["list"] *= len(parts.starts[0])
+    recording = times.pop("recording") / LITTLE
     best = "list" if times["list"] < calibration.CLEARLY * times["vmap"] else "vmap"
     found = Calibration(best, "it is the fastest", parts.evaluations, times)
     chosen: CandidateEngine = engine
-    if _is_worth_compiling(engine, found):
+    if _is_worth_compiling(engine, found, recording):
         try:
             compiled = _compiled_engine(parts, memory)
         except SpecialisationError as error:
@@ -217,14 +223,17 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     return chosen, found
 
 
-def _is_worth_compiling(engine: VmapEngine, found: Calibration) -> bool:
-    """Estimate what compiling takes and saves, from the recorded graph; says the reason where it is not worth it."""
+def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float) -> bool:
+    """Estimate what compiling takes and saves, from the recorded graph; says the reason where it is not worth it.
+
+    `recording` is what recording an operation takes on this machine, in seconds.
+    """
     evaluation, replayed = engine.evaluation, found.step_seconds["vmap"]
     if not evaluation.operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
         return False
     found.recording_seconds, found.operations = evaluation.recording_seconds, evaluation.operations
-    expected = calibration.expected_compile_seconds(evaluation.operations, seconds_an_operation())
+    expected = calibration.expected_compile_seconds(evaluation.operations, recording)
     step = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
     found.expected_compile_seconds, found.expected_step_seconds = expected, step
     if calibration.compiling_pays(found.step_seconds, step, found.evaluations, expected):

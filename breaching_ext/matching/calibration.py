@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,13 +35,12 @@ SHORT_ALONE = 500
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
 #: so many for each operation of the recorded graph (docs/speed.md).
-COMPILING, COMPILING_PER_OPERATION = 16.0, 0.055
-RECORDING = 0.001
+COMPILING, COMPILING_PER_OPERATION = 13.0, 0.05
+RECORDING = 0.0013
 #: What of `Costs` compiling is expected to save; at most MOST_SAVED of an iteration.
-SAVED_LIGHT, SAVED_LARGE, SAVED_LAYOUT, MOST_SAVED = 0.75, 0.25, 0.6, 0.6
-#: Estimates are rough: compiling is to save so many times what it takes, and is tried where that is no more than this
-#: share of the run.
-PAYS, WORTH_A_TRY = 1.1, 0.02
+SAVED_LIGHT, SAVED_LAYOUT, MOST_SAVED = 0.8, 0.7, 0.6
+#: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
+WORTH_A_TRY = 0.02
 
 
 @dataclass
@@ -79,11 +79,12 @@ class Calibration:
         log.info("candidate_batching=auto takes %s: %s%s.", self.engine, self.reason, detail)
 
 
-def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 4) -> dict[str, float]:
-    """Return each function's least seconds of several calls, after one to warm up; random numbers are given back.
+def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 11) -> dict[str, float]:
+    """Return each function's median seconds of several calls, after one to warm up; random numbers are given back.
 
-    They are called in turn, because a machine's speed changes while one waits, and the least counts, because other
-    processes only ever add to the time. Slow calls vary little and are not repeated often.
+    They are called in turn, because a machine's speed changes while one waits, and the median counts, because it
+    changes from call to call, too: the least is that of a lucky moment, which not every function has. Slow calls vary
+    little and are not repeated often.
     """
     devices = [device] if device.type == "cuda" else []
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -97,7 +98,7 @@ def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, re
                 times[name].append(time.perf_counter() - start)
             if repeat > 0 and sum(map(sum, times.values())) > ENOUGH:
                 break
-    return {name: min(spent[1:]) for name, spent in times.items()}
+    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
 
 
 def expected_compile_seconds(operations: int, recording: float) -> float:
@@ -118,7 +119,7 @@ def expected_step(replayed: float, costs: Costs) -> float:
         replayed: seconds of a replayed one.
         costs: where they go.
     """
-    saved = SAVED_LIGHT * costs.light + SAVED_LARGE * costs.large + SAVED_LAYOUT * costs.layout
+    saved = SAVED_LIGHT * costs.light + SAVED_LAYOUT * costs.layout
     return replayed - min(saved, MOST_SAVED * replayed)
 
 
@@ -132,7 +133,7 @@ def compiling_pays(steps: Mapping[str, float], compiled: float, evaluations: int
         expected_compile: seconds that compiling is expected to take.
     """
     best = min(steps.values())
-    return max((best - compiled) / PAYS, WORTH_A_TRY * best) * evaluations > expected_compile
+    return max(best - compiled, WORTH_A_TRY * best) * evaluations > expected_compile
 
 
 def choice_file(parts: Sequence[Any]) -> Path:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_leaves
 
-#: Tensors of more bytes than this come from memory at every operation, not from a cache.
+#: Operations on tensors of more bytes than this read and write memory, not a cache, fused or not.
 LARGE = 2**20
+#: A graph is run so many times, or until so many seconds have passed.
+REPEATS, ENOUGH = 5, 1.0
 _CONVOLUTIONS = frozenset(getattr(torch.ops.aten, name).default for name in ("convolution", "convolution_backward"))
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in ("addmm", "baddbmm", "bmm", "mm"))
 
@@ -21,53 +24,55 @@ class Costs:
     """Seconds of one evaluation.
 
     Attributes:
-        light: of everything but convolutions and matrix products on tensors that a cache holds. What they cost is
-            mostly the call, which a compiler saves where it fuses them.
-        large: the same on tensors of more than `LARGE` bytes, which are read and written, fused or not.
+        light: of everything but convolutions, matrix products and operations on tensors of more than `LARGE` bytes.
+            What they cost is mostly the call, which a compiler saves where it fuses them.
         layout: what convolutions would take less with their tensors laid out channels-last, as compilers do.
     """
 
     light: float = 0.0
-    large: float = 0.0
     layout: float = 0.0
 
     def __mul__(self, factor: float) -> Costs:
         """Return the costs of so many evaluations."""
-        return Costs(self.light * factor, self.large * factor, self.layout * factor)
+        return Costs(self.light * factor, self.layout * factor)
 
 
 def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
-    """Run a graph once with a clock beside every operation, and its convolutions in the other layout as well."""
-    clock = _Clock(graph, stacks[0].device)
-    with torch.no_grad():
-        clock.run(*stacks)
-    return Costs(clock.light, clock.large, max(clock.layout, 0.0))
+    """Run a graph with a clock beside every operation, and its convolutions in the other layout as well.
+
+    It is run `REPEATS` times, or as often as `ENOUGH` seconds hold; of every operation the median counts.
+    """
+    start, runs = time.perf_counter(), []
+    while len(runs) < REPEATS and (not runs or time.perf_counter() - start < ENOUGH):
+        clock = _Clock(graph, stacks[0].device)
+        with torch.no_grad():
+            clock.run(*stacks)
+        runs.append(clock.spent)
+    spent = {kind: sum(map(median, zip(*(run[kind] for run in runs), strict=True))) for kind in runs[0]}
+    return Costs(spent["light"], max(spent["as it is"] - spent["laid out"], 0.0))
 
 
 class _Clock(Interpreter):
-    """Runs a graph and adds up the time of its operations."""
+    """Runs a graph and keeps the seconds of its operations, by kind."""
 
     def __init__(self, graph: GraphModule, device: torch.device) -> None:
         super().__init__(graph)
-        self.light = self.large = self.layout = 0.0
+        self.spent: dict[str, list[float]] = {"light": [], "as it is": [], "laid out": []}
         self._cuda = device.type == "cuda"
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         result, spent = self._timed(target, args, kwargs)
         if target in _CONVOLUTIONS:
-            self.layout += self._saved_by_layout(target, args, kwargs)
-        elif target not in _PRODUCTS:
-            if _largest((args, result)) > LARGE:
-                self.large += spent
-            else:
-                self.light += spent
+            self._in_both_layouts(target, args, kwargs)
+        elif target not in _PRODUCTS and _largest((args, result)) <= LARGE:
+            self.spent["light"].append(spent)
         return result
 
-    def _saved_by_layout(self, target: Any, args: Any, kwargs: Any) -> float:
+    def _in_both_layouts(self, target: Any, args: Any, kwargs: Any) -> None:
         laid_out = [_channels_last(value) for value in args]
         self._timed(target, laid_out, kwargs)  # a library prepares itself for shapes and layouts that are new to it
-        plain = self._timed(target, args, kwargs)[1]  # results are dropped at once: a stack may fill the memory
-        return plain - self._timed(target, laid_out, kwargs)[1]
+        for name, values in (("as it is", args), ("laid out", laid_out)):
+            self.spent[name].append(self._timed(target, values, kwargs)[1])  # no result is kept: it may fill the memory
 
     def _timed(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, float]:
         if self._cuda:

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 #: What a specialised evaluation may differ from the plain one by where bits are not asked for, relative.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
+#: Operations of `record_a_little`.
+LITTLE = 20
+
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _VIEWS = (
     *_RESHAPES,
@@ -104,21 +107,16 @@ class Replay:
         return measure_costs(self._graph, list(stacks))
 
 
-def seconds_an_operation(length: int = 50, repeats: int = 3) -> float:
-    """Return what recording an operation takes here at the least, as a measure of how fast this machine traces."""
+def record_a_little() -> None:
+    """Record `LITTLE` operations: how long it takes says how fast this machine traces."""
 
     def chain(stack: torch.Tensor) -> tuple:
         value = stack
-        for _ in range(length):
+        for _ in range(LITTLE):
             value = value.sin()
         return [value], stack, stack
 
-    spent = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        record(chain, [torch.zeros(1)])
-        spent.append(time.perf_counter() - start)
-    return min(spent) / length
+    record(chain, [torch.zeros(1)])
 
 
 def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:

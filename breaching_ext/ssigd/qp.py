@@ -1,21 +1,20 @@
 """Certified parametric QP: ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and its derivative.
 
-daqp (Arnström, Bemporad, Axehill: "A dual active-set solver for embedded quadratic programming using
-recursive LDLᵀ updates", IEEE TAC 2022) finds the active set from a warm start. The point is then polished:
-one KKT solve on that set, whose signs and residual are checked again and whose set is corrected where they
-fail. Everything that depends on Q and G alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ, R being the rows of
-G in two-sided form.
+daqp finds the active set from a warm start (see `active_set`). The point is then polished: one KKT solve on
+that set, whose signs and residual are checked again and whose set is corrected where they fail. Everything
+that depends on Q and G alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ, R being the rows of G in two-sided
+form.
 """
 
 from __future__ import annotations
 
 import logging
 
-import daqp
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 
+from breaching_ext.ssigd.active_set import WarmStartedSides
 from breaching_ext.ssigd.checks import (
     SIGN_TOLERANCE,
     check_condition,
@@ -81,9 +80,8 @@ class ParametricQP:
         if self._refine:
             self._Q_long, self._R_long = self.Q.astype(np.longdouble), R.astype(np.longdouble)
         self._has_pairs = bool(self.rows.paired.any())
-        self._model: daqp.Model | None = None
+        self._sides_by_daqp = WarmStartedSides(self.Q, R, self.rows.simple_bounds)
         self._h: Array | None = None  # the last right-hand side that was checked
-        self._bounds_changed = True
         self._last_side: Array | None = None
         self._warned = False
 
@@ -219,22 +217,10 @@ class ParametricQP:
         """Return the active sides that daqp finds: 1 upper, -1 lower, 0 not active, (p,)."""
         if not len(upper):
             return upper
-        if self._model is None:
-            self._model = daqp.Model()
-            self._model.settings = {"primal_tol": 1e-10, "dual_tol": 1e-12}
-            A = self.R[self.n :] if self.rows.simple_bounds else self.R
-            flag, _ = self._model.setup(self.Q, c, np.ascontiguousarray(A), upper, lower)
-            self._model.settings = {"primal_tol": 1e-10, "dual_tol": 1e-12}
-        else:
-            bounds = {"bupper": upper, "blower": lower} if self._bounds_changed else {}
-            flag = self._model.update(f=c, **bounds)
-        self._bounds_changed = False
-        if flag >= 0:
-            _, _, flag, info = self._model.solve()
-            if flag == 1:
-                return np.sign(info["lam"])
-        self._model, self._h = None, None  # a failed solve must not be the next one's warm start
-        raise unsolved_error(self.G, h, flag)
+        side, flag = self._sides_by_daqp.find(c, lower, upper)
+        if flag != 1:
+            raise unsolved_error(self.G, h, flag)
+        return side
 
     def _stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
         """Return ‖Qy + c + R_Wᵀλ‖∞, or raise where the polish left it large."""
@@ -294,5 +280,5 @@ class ParametricQP:
             self._width = (upper - lower) / self._norms
             if self._has_pairs:
                 check_gap(self.rows, lower, upper, self._width)
-            self._h, self._bounds, self._bounds_changed = h.copy(), (lower, upper), True
+            self._h, self._bounds = h.copy(), (lower, upper)
         return self._bounds

@@ -42,7 +42,8 @@ def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
 
     It is run `REPEATS` times, or as often as `ENOUGH` seconds hold; of every operation the median counts.
     """
-    start, runs = time.perf_counter(), []
+    runs: list[dict[str, list[float]]] = []
+    start = time.perf_counter()
     while len(runs) < REPEATS and (not runs or time.perf_counter() - start < ENOUGH):
         clock = _Clock(graph, stacks[0].device)
         with torch.no_grad():

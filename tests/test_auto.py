@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
-from breaching_ext.matching import build, calibration
+from breaching_ext.matching import build, calibration, tracing
 from breaching_ext.matching.evaluation import StackedEvaluation
 from breaching_ext.matching.graph_costs import Costs
-from breaching_ext.matching.tracing import SpecialisationError, record, record_a_little, replayed
+from breaching_ext.matching.tracing import LITTLE, SpecialisationError, record, record_a_little, replayed
 from breaching_ext.matching.track import Track, advancing
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -182,11 +182,23 @@ def test_what_compiling_may_save_depends_on_where_the_time_goes_and_is_tried_in_
     light, layout = (calibration.expected_step(0.2, Costs(**{name: 0.05})) for name in ("light", "layout"))
     assert light < layout < 0.2
     steps, saved = {"list": 0.4, "vmap": 0.2}, 0.2 - layout
-    assert calibration.compiling_pays(steps, layout, 1000, 0.9 * 1000 * saved)
-    assert not calibration.compiling_pays(steps, layout, 1000, 1.1 * 1000 * saved)
+    assert calibration.compiling_pays(steps, layout, 1000, 0.99 * 1000 * saved)
+    assert not calibration.compiling_pays(steps, layout, 1000, 1.01 * 1000 * saved)
     steps = {"list": 0.01, "vmap": 0.2}  # compiling will not be faster than `list`: tried for a small share only
     assert not calibration.compiling_pays(steps, light, 1000, 0.03 * 0.01 * 1000)
     assert calibration.compiling_pays(steps, light, 1000, 0.015 * 0.01 * 1000)
+
+
+def test_where_nothing_can_be_recorded_the_fastest_that_works_is_taken(monkeypatch):
+    def refuse(function):
+        raise NotImplementedError("no tracing here")
+
+    monkeypatch.setattr(tracing, "make_fx", refuse)
+    monkeypatch.setattr(calibration, "SHORT", 1)
+    monkeypatch.setattr(calibration, "CLEARLY", 0.0)  # never `list`
+    _, stats = reconstruct(candidates=2)
+    assert stats["engine"] == "vmap"
+    assert "no graph can be recorded" in stats["calibration"]["reason"]
 
 
 def test_engines_are_timed_in_turn():
@@ -218,7 +230,7 @@ def test_a_slow_machine_expects_to_compile_longer():
     assert expected == sorted(expected)
     assert expected[4] == 4 * expected[2] == 8 * expected[1]
     assert expected[2] == calibration.COMPILING + 1000 * calibration.COMPILING_PER_OPERATION
-    assert len(calibration.seconds({"recording": record_a_little}, torch.device("cpu"))) == 1
+    assert 0 < calibration.seconds({"recording": record_a_little}, torch.device("cpu"))["recording"] / LITTLE < 1
 
 
 @pytest.mark.parametrize("engine", ["vmap", "compile"])

@@ -8,6 +8,7 @@ results are equal to the last bit; that is checked before a graph is used.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -108,7 +109,10 @@ class Replay:
 
 
 def record_a_little() -> None:
-    """Record `LITTLE` operations: how long it takes says how fast this machine traces."""
+    """Record `LITTLE` operations: how long it takes says how fast this machine traces.
+
+    Where nothing can be recorded it fails in silence: then there is no graph either, and nothing is compiled.
+    """
 
     def chain(stack: torch.Tensor) -> tuple:
         value = stack
@@ -116,7 +120,8 @@ def record_a_little() -> None:
             value = value.sin()
         return [value], stack, stack
 
-    record(chain, [torch.zeros(1)])
+    with contextlib.suppress(SpecialisationError):
+        record(chain, [torch.zeros(1)])
 
 
 def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:

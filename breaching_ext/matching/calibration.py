@@ -37,8 +37,11 @@ CLEARLY = 0.97
 #: so many for each operation of the recorded graph (docs/speed.md).
 COMPILING, COMPILING_PER_OPERATION = 13.0, 0.05
 RECORDING = 0.0013
+#: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
+#: What is beyond it is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
+PASSING, MOST_DIFFERENT = 1.4, 4.0
 #: What of `Costs` compiling is expected to save; at most MOST_SAVED of an iteration.
-SAVED_LIGHT, SAVED_LAYOUT, MOST_SAVED = 0.8, 0.7, 0.6
+SAVED_LIGHT, SAVED_LAYOUT, MOST_SAVED = 0.85, 0.65, 0.6
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
 WORTH_A_TRY = 0.02
 
@@ -106,10 +109,11 @@ def expected_compile_seconds(operations: int, recording: float) -> float:
 
     Args:
         operations: of the recorded graph.
-        recording: seconds that recording an operation takes here. A slower, or a busy, machine is slower at both.
+        recording: seconds that recording an operation takes here, now. A slower machine is slower at both.
     """
-    slowness = min(max(recording / RECORDING, 0.25), 4.0)
-    return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness
+    slowness = recording / RECORDING
+    slowness /= min(max(slowness, 1 / PASSING), PASSING)
+    return (COMPILING + COMPILING_PER_OPERATION * operations) * min(max(slowness, 1 / MOST_DIFFERENT), MOST_DIFFERENT)
 
 
 def expected_step(replayed: float, costs: Costs) -> float:
@@ -117,10 +121,10 @@ def expected_step(replayed: float, costs: Costs) -> float:
 
     Args:
         replayed: seconds of a replayed one.
-        costs: where they go.
+        costs: the shares of it that compiling makes smaller.
     """
     saved = SAVED_LIGHT * costs.light + SAVED_LAYOUT * costs.layout
-    return replayed - min(saved, MOST_SAVED * replayed)
+    return replayed * (1 - min(saved, MOST_SAVED))
 
 
 def compiling_pays(steps: Mapping[str, float], compiled: float, evaluations: int, expected_compile: float) -> bool:

@@ -16,8 +16,8 @@ from .tracing import TOLERANCE, SpecialisationError, differences
 
 log = logging.getLogger(__name__)
 
-#: Compiled code calls torch's operators from C++, not from Python, and is one file instead of one a kernel: a step of
-#: ResNet20 takes a tenth less, and compiling it a third less. Entry and kernels are compiled at the same time.
+#: Compiled code calls torch's operators from C++, not from Python, and is two files instead of one a kernel: a step of
+#: ResNet20 takes a tenth less, and compiling it a third less. The file with the calls is optimised less: quick.
 _FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 #: Points a rounding away at which compiled and eager results are compared where they differ at the start.
 BESIDE = 3

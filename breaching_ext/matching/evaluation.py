@@ -65,11 +65,10 @@ class StackedEvaluation:
         return self._recorded("recording_seconds")
 
     def costs(self, stacks: list[torch.Tensor]) -> Costs:
-        """Return where the time of an evaluation of these stacks goes, measured; nothing without a graph."""
-        size = self._size(len(stacks[0]))
-        part = [stack[:size] for stack in stacks]
+        """Return where the time of an evaluation of these stacks goes, by its first chunk; nothing without a graph."""
+        part = [stack[: self._size(len(stacks[0]))] for stack in stacks]
         function = self._function(part)
-        return function.costs(*part) * (len(stacks[0]) / size) if hasattr(function, "costs") else Costs()
+        return function.costs(*part) if hasattr(function, "costs") else Costs()
 
     def _recorded(self, name: str) -> Any:
         return max((getattr(function, name, 0) for function in self._special.values()), default=0)

@@ -21,7 +21,7 @@ _PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in ("addmm"
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one evaluation.
+    """Shares of an evaluation's time, of one run, so that they hold however fast the machine is at the moment.
 
     Attributes:
         light: of everything but convolutions, matrix products and operations on tensors of more than `LARGE` bytes.
@@ -31,10 +31,6 @@ class Costs:
 
     light: float = 0.0
     layout: float = 0.0
-
-    def __mul__(self, factor: float) -> Costs:
-        """Return the costs of so many evaluations."""
-        return Costs(self.light * factor, self.layout * factor)
 
 
 def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
@@ -50,7 +46,8 @@ def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
             clock.run(*stacks)
         runs.append(clock.spent)
     spent = {kind: sum(map(median, zip(*(run[kind] for run in runs), strict=True))) for kind in runs[0]}
-    return Costs(spent["light"], max(spent["as it is"] - spent["laid out"], 0.0))
+    everything = spent["all"] or 1.0
+    return Costs(spent["light"] / everything, max(spent["as it is"] - spent["laid out"], 0.0) / everything)
 
 
 class _Clock(Interpreter):
@@ -58,11 +55,12 @@ class _Clock(Interpreter):
 
     def __init__(self, graph: GraphModule, device: torch.device) -> None:
         super().__init__(graph)
-        self.spent: dict[str, list[float]] = {"light": [], "as it is": [], "laid out": []}
+        self.spent: dict[str, list[float]] = {"all": [], "light": [], "as it is": [], "laid out": []}
         self._cuda = device.type == "cuda"
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         result, spent = self._timed(target, args, kwargs)
+        self.spent["all"].append(spent)
         if target in _CONVOLUTIONS:
             self._in_both_layouts(target, args, kwargs)
         elif target not in _PRODUCTS and _largest((args, result)) <= LARGE:

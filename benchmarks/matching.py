@@ -16,21 +16,18 @@ measured is listed with the reason.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import OtherProcesses, compute_rates, describe_machine, flops, operation_shares, peak_rss
-from matching_case import Case, quiet, timed
+from matching_case import Case, Runner, fresh_caches, quiet, seconds_each, timed
 from matching_report import KEYS, load_rows, save_report
+from matching_runs import measure_growth, measure_total
 
 from breaching_ext.matching.build import BuiltEngine
 from breaching_ext.matching.heap import keeping_freed_memory
@@ -38,18 +35,10 @@ from breaching_ext.registration import register
 
 ENGINES = ("list", "vmap", "compile")
 SLOW = 1.0  # seconds from which a step is repeated as little as possible
-#: iterations -> (seconds, candidate-iterations)
-Runner = Callable[[int], tuple[float, int]]
 
 
 class NotMeasuredError(Exception):
     """Why a row is left out."""
-
-
-def seconds_each(runner: Runner, iterations: int) -> float:
-    """Return the seconds a candidate-iteration of one call."""
-    seconds, steps = runner(iterations)
-    return seconds / steps
 
 
 def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -166,61 +155,6 @@ def profile(
     return found
 
 
-def measure_total(model: str, batch: int, candidates: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Run everything to the end, compilation included, and return the seconds."""
-    seconds: dict[str, Any] = {"iterations": args.total, "candidates": candidates}
-    with fresh_caches():
-        case, others = Case(model, batch, candidates, args.device), OtherProcesses()
-        for name in ("compile", "auto", "vmap"):
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=os.environ["BREACHING_EXT_CACHE"])
-            torch._dynamo.reset()
-            start = time.perf_counter()
-            built, _ = case.build(name)
-            case.joint_run(built)(args.total)
-            seconds[name] = time.perf_counter() - start
-            seconds[f"{name}_engine"] = built.engine.name
-        start = time.perf_counter()
-        for _ in range(candidates):
-            case.breaching_trial(args.total)
-        seconds["breaching"] = time.perf_counter() - start
-        seconds["other_processes"] = others.share()
-    return seconds
-
-
-def measure_growth(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return time and memory of the vmap engine against N, in one stack and in chunks of 8 candidates."""
-    points = []
-    for candidates in (1, 2, 4, 8, 16, 32, 64):
-        for chunk in (None, 8):
-            case = Case(model, 1, candidates, args.device)
-            built, _ = case.build("vmap")
-            built.engine.evaluation.chunk = chunk
-            runner = case.joint_run(built)
-            runner(2)  # records the graph of a chunk
-            memory = peak_rss(lambda runner=runner: runner(5), args.device)
-            spent = statistics.median(seconds_each(runner, 10) for _ in range(args.rounds))
-            points.append({"model": model, "candidates": candidates, "chunk": chunk, "peak_rss_bytes": memory})
-            points[-1]["ms"] = 1000 * spent
-    return points
-
-
-@contextlib.contextmanager
-def fresh_caches() -> Iterator[None]:
-    """Compile from scratch, and remember no choice of an engine."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "BREACHING_EXT_CACHE")
-    before = {name: os.environ.get(name) for name in names}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ.update(dict.fromkeys(names, folder))
-        torch._dynamo.reset()
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
-
-
 def row_key(model: str, batch: int, candidates: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return what names a row."""
     return dict(zip(KEYS, (model, batch, candidates, str(args.device), args.threads), strict=True))
@@ -234,7 +168,10 @@ def one_row(content: dict[str, Any], model: str, batch: int, candidates: int, ar
         return [entry for entry in content[name] if {k: entry[k] for k in KEYS} != key]
 
     if args.total:
-        content["totals"] = [*others("totals"), {**key, **measure_total(model, batch, candidates, args)}]
+        content["totals"] = [
+            *others("totals"),
+            {**key, **measure_total(model, batch, candidates, args.device, args.total)},
+        ]
     elif args.auto:
         for row in (row for row in content["rows"] if {k: row[k] for k in KEYS} == key):
             row["auto"] = measure_auto(model, batch, candidates, args)
@@ -282,7 +219,7 @@ def main() -> None:
     if args.growth:
         for model in args.models:
             points = [p for p in content["growth"] if p["model"] != model]
-            content["growth"] = points + measure_growth(model, args)
+            content["growth"] = points + measure_growth(model, args.device, args.rounds)
         rows = []
     for model, batch, candidates in rows:
         one_row(content, model, batch, candidates, args)

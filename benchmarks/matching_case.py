@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import breaching
@@ -28,6 +30,8 @@ RUN = 2000  # iterations of the run whose total time is stated
 CHECKED, CHECKED_SLOW = 8, 2  # candidates whose gradients are compared, at most
 MOVED = 3  # points beside each start at which they are compared, too, where they differ by more than
 ASKED = 1e-5  # what is asked for, relative
+#: iterations -> (seconds, candidate-iterations)
+Runner = Callable[[int], tuple[float, int]]
 
 
 class Case:
@@ -75,11 +79,11 @@ class Case:
         self.theirs.cfg.optim.max_iterations = iterations
         return timed(lambda: self.theirs._run_trial(models, self.shared, labels, defaultdict(list), 0)), iterations
 
-    def parts(self, evaluations: int = RUN) -> EngineParts:
-        """Return what an engine is built from, for a run of that many evaluations."""
+    def parts(self, iterations: int = RUN) -> EngineParts:
+        """Return what an engine is built from, for a run of that many iterations."""
         streams = self.ours._streams()
         parts = self.ours._engine_parts(self.target, self.ours._starts(self.target, streams, None), streams)
-        parts.evaluations, parts.identity = evaluations, None  # nothing is remembered between rows
+        parts.iterations, parts.identity = iterations, None  # nothing is remembered between rows
         return parts
 
     def build(self, mode: str) -> tuple[BuiltEngine, float]:
@@ -91,7 +95,7 @@ class Case:
                 built.engine.evaluation(*built.engine.parameters)
         return built, time.perf_counter() - start
 
-    def joint_run(self, built: BuiltEngine) -> Callable[[int], tuple[float, int]]:
+    def joint_run(self, built: BuiltEngine) -> Runner:
         """Return a function that runs some iterations and returns their seconds and candidate-iterations."""
 
         def run(iterations: int) -> tuple[float, int]:
@@ -140,6 +144,29 @@ def timed(function: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def seconds_each(runner: Runner, iterations: int) -> float:
+    """Return the seconds a candidate-iteration of one call."""
+    seconds, steps = runner(iterations)
+    return seconds / steps
+
+
+@contextlib.contextmanager
+def fresh_caches() -> Iterator[None]:
+    """Compile from scratch, and remember no choice of an engine."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "BREACHING_EXT_CACHE")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ.update(dict.fromkeys(names, folder))
+        torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def quiet() -> None:

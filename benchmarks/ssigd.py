@@ -11,25 +11,22 @@ benchmarks/results/ssigd.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import mpmath
 import numpy as np
 import torch
+from ssigd_bad_inputs import bad_inputs
+from ssigd_references import exact_implicit_part, near_degenerate
 from tqdm import tqdm
 
 from breaching_ext.ssigd import (
     BatchedQP,
-    ParametricQP,
-    QPLayer,
     StronglyConvexBilevelProblem,
     batched_implicit_gradient,
     coupling_free_gradient,
@@ -100,34 +97,6 @@ def scaling_row(dim: int) -> dict[str, Any]:
     }
 
 
-def exact_implicit_part(
-    problem: StronglyConvexBilevelProblem, x: torch.Tensor, rows: list[int]
-) -> tuple[torch.Tensor, bool]:
-    """Return (∂y*/∂x)ᵀ∇ᵧf in 60 digits for the active rows, and whether these pass the KKT signs.
-
-    The signs are checked here again, so a wrong active set cannot pass for a reference.
-    """
-    n, k = problem.dim_lower, len(rows)
-    names = ("P", "A", "B", "c_lower", "c_upper", "b")
-    with mpmath.workdps(60):
-        P, A, B, c_lower, c_upper, b = (mpmath.matrix(getattr(problem, name).tolist()) for name in names)
-        point = mpmath.matrix(x.tolist())
-        bound = b - A * point
-        kkt = mpmath.zeros(n + k)
-        kkt[:n, :n] = mpmath.matrix(problem.solver.Q.tolist())
-        for i, row in enumerate(rows):
-            for j in range(n):
-                kkt[n + i, j] = kkt[j, n + i] = B[row, j]
-        z = mpmath.lu_solve(kkt, mpmath.matrix([*(-(c_lower + P.T * point)), *(bound[row] for row in rows)]))
-        slack = bound - B * z[:n]
-        signs = [z[n + i] for i in range(k)] + [slack[i] for i in range(len(bound)) if i not in rows]
-        adjoint = mpmath.lu_solve(kkt, mpmath.matrix([*c_upper, *([0] * k)]))
-        part = -(P * adjoint[:n])
-        for i, row in enumerate(rows):
-            part -= A[row, :].T * adjoint[n + i]
-        return torch.tensor([float(value) for value in part], dtype=torch.float64), min(signs) > 0
-
-
 def accuracy(dims: list[int]) -> list[dict[str, Any]]:
     """Compare kkt to 60-digit arithmetic: the whole gradient, and the implicit part alone."""
     rows = []
@@ -175,104 +144,6 @@ def margins(dims: list[int], trials: int = 100) -> list[dict[str, Any]]:
                 batched_right += set(problem.solver.rows.row_of(index, side[index]).tolist()) == expected
         rows.append({"margin": margin, "trials": total, "right": right, "right_batched": batched_right})
     return rows
-
-
-def near_degenerate(
-    qp: ParametricQP, rng: np.random.Generator, margin: float, *, active: bool
-) -> tuple[np.ndarray, np.ndarray, set[int]]:
-    """Return c, h and the active set of a box QP in which one constraint is decided by `margin` alone."""
-    n = qp.n
-    order = rng.permutation(n)
-    bounded, doubtful = order[: n // 2], order[n // 2]
-    y = rng.uniform(-0.8, 0.8, n)
-    sign = rng.choice([-1.0, 1.0], n)
-    force = np.zeros(n)
-    y[bounded], force[bounded] = sign[bounded], rng.uniform(0.1, 2.0, len(bounded))
-    y[doubtful] = sign[doubtful] * (1.0 if active else 1.0 - margin)
-    force[doubtful] = margin if active else 0.0
-    c = -qp.Q @ y - sign * force
-    chosen = [*bounded, doubtful] if active else list(bounded)
-    return c, np.ones(2 * n), {int(i if sign[i] > 0 else n + i) for i in chosen}
-
-
-BOX = np.vstack([np.eye(2), -np.eye(2)])
-BAD_INPUTS: dict[str, tuple[Any, Any, Any, Any]] = {
-    "infeasible": (np.eye(2), [[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], [0.0, 0.0], [-1.0, 0.0, 0.0]),
-    "crossed bounds": (np.eye(2), BOX, [0.0, 0.0], [-1.0, 1.0, -1.0, 1.0]),
-    "indefinite Q": (np.diag([1.0, -1.0]), BOX, [0.3, 0.2], np.ones(4)),
-    "singular Q": (np.diag([1.0, 0.0]), BOX, [0.3, 0.2], np.ones(4)),
-    "NaN in c": (np.eye(2), BOX, [np.nan, 0.0], np.ones(4)),
-    "infinite c": (np.eye(2), BOX, [np.inf, 0.0], np.ones(4)),
-    "NaN in h": (np.eye(2), BOX, [0.0, 0.0], [np.nan, 1.0, 1.0, 1.0]),
-    "duplicate active rows": (np.eye(2), np.vstack([BOX, BOX[:1]]), [-3.0, 0.2], np.ones(5)),
-    "redundant vertex": (np.eye(2), [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [-5.0, -5.0], [1.0, 1.0, 2.0]),
-    "equal bounds": (np.eye(2), BOX, [0.3, 0.2], [0.5, 1.0, -0.5, 1.0]),
-    "weakly active": (np.eye(2), BOX, [-1.0, 0.2], np.ones(4)),
-}
-
-
-class _Messages(logging.Handler):
-    """Collects log messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-def bad_inputs() -> list[dict[str, str]]:
-    """Say what the layer, its batch and cvxpylayers do with each: an error, a logged warning, or silence."""
-    rows = []
-    for name, data in BAD_INPUTS.items():
-        arrays = [np.array(value, dtype=float) for value in data]
-        rows.append({
-            "input": name,
-            "QPLayer": outcome(lambda a=arrays: layer_gradient(*a)),
-            "QPLayer, batch": outcome(lambda a=arrays: layer_gradient(*a, batch=True)),
-            "cvxpylayers": outcome(lambda a=arrays: cvxpylayers_gradient(*a)),
-        })  # fmt: skip
-    return rows
-
-
-def outcome(call: Callable[[], torch.Tensor]) -> str:
-    handler = _Messages()
-    logger = logging.getLogger("breaching_ext.ssigd")
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            value = call()
-    except Exception as error:
-        return type(error).__name__
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
-    told_by_library = any(not issubclass(item.category, DeprecationWarning) for item in caught)
-    told = "logged warning, " if handler.messages else "warning, " if told_by_library else "SILENT, "
-    return told + f"gradient {np.array2string(value.numpy(), precision=3)}"
-
-
-def layer_gradient(Q: np.ndarray, G: np.ndarray, c: np.ndarray, h: np.ndarray, *, batch: bool = False) -> torch.Tensor:
-    layer = QPLayer(torch.from_numpy(Q), torch.from_numpy(G))
-    linear = torch.from_numpy(c).requires_grad_()
-    right = torch.from_numpy(h)
-    y = layer(linear.expand(2, -1), right.expand(2, -1))[0] if batch else layer(linear, right)
-    return torch.autograd.grad(y.sum(), linear)[0]
-
-
-def cvxpylayers_gradient(Q: np.ndarray, G: np.ndarray, c: np.ndarray, h: np.ndarray) -> torch.Tensor:
-    import cvxpy as cp
-    from cvxpylayers.torch import CvxpyLayer
-
-    y, linear, right = cp.Variable(len(c)), cp.Parameter(len(c)), cp.Parameter(len(h))
-    objective = cp.Minimize(0.5 * cp.quad_form(y, Q) + linear @ y)
-    layer = CvxpyLayer(cp.Problem(objective, [G @ y <= right]), parameters=[linear, right], variables=[y])
-    value = torch.from_numpy(c).requires_grad_()
-    (solution,) = layer(value, torch.from_numpy(h))
-    return torch.autograd.grad(solution.sum(), value)[0]
 
 
 def coupling_free(dims: list[int], count: int = 50) -> list[dict[str, Any]]:

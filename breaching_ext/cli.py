@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -45,7 +46,7 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
     try:
         result = run(cfg, folder)
     except Exception as error:
-        write_json(folder / "metrics.json", {"error": f"{type(error).__name__}: {error}", "seed": cfg.get("seed")})
+        _note_failure(folder / "metrics.json", error, cfg.get("seed"))
         if not isinstance(error, BreachingExtError) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         log.error("%s", error)
@@ -53,6 +54,18 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
     print(summary(result.record))
     print(f"\nSaved to {folder}: reconstruction.png, candidates.png, metrics.json, candidates.pt, config.yaml")
     return result.record["psnr"]
+
+
+def _note_failure(path: Path, error: Exception, seed: Any) -> None:
+    """Write why a run failed; the metrics of a run that did not, in the same folder, stay."""
+    try:
+        kept = "error" not in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = False
+    if kept:
+        log.warning("%s is left as it is.", path)
+    else:
+        write_json(path, {"error": f"{type(error).__name__}: {error}", "seed": seed})
 
 
 def summary(record: dict[str, Any]) -> str:

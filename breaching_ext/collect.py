@@ -30,14 +30,23 @@ COLUMNS = (
     "ssim", "lpips", "mse", "label_acc", "opt_value", "seconds", "gradient_evaluations", "engine", "device",
     "overrides", "error",
 )  # fmt: skip
+CONFIG_NAME = "breaching_ext"  # of the application, see cli.py
 _REPEATS = ("seed", "case.user.user_idx", "attack.restarts.seed")
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
     """Return one row a run found below `folder`, in path order, with the keys of :data:`COLUMNS`."""
     homes = {path.parent for path in folder.rglob("metrics.json")}
-    homes |= {path.parent for path in folder.rglob(".hydra")}
+    homes |= {path.parent for path in folder.rglob(".hydra") if _is_of_a_run(path)}
     return [_row(home, folder) for home in sorted(homes)]
+
+
+def _is_of_a_run(hydra: Path) -> bool:
+    """Whether Hydra made a folder for a run of ours; studies and other programs write no metrics.json."""
+    try:
+        return f"config_name: {CONFIG_NAME}\n" in (hydra / "hydra.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True  # killed before it was written
 
 
 def _row(home: Path, root: Path) -> dict[str, Any]:

@@ -120,6 +120,29 @@ class Ranks:
         self._handlers = {}
 
 
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Yield a list that gets an entry for every Ctrl-C within the block, which is raised as ever.
+
+    It tells what code that swallows KeyboardInterrupt does not. Outside the main thread there are no signals to note.
+    """
+    noted: list[int] = []
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 _joined: list[Ranks] = []
 
 

@@ -69,9 +69,12 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     shared_data, payloads, true_data = server.run_protocol(user)
     log.info(_what_is_attacked(cfg))
 
+    attacker.keep_checkpoint = True  # until everything is written
     start = time.perf_counter()
     reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
     seconds = time.perf_counter() - start
+    if output_dir is not None:  # before the evaluation, which may fail
+        save_tensors(reconstruction, true_data, output_dir)
 
     mean, std = (cfg.case.data.mean, cfg.case.data.std) if cfg.case.data.normalize else (None, None)
     evaluation = evaluate(
@@ -85,21 +88,26 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     result = RunResult(reconstruction, true_data, evaluation, dict(stats), record)
     if output_dir is not None:
         save(result, cfg, output_dir, mean, std)
+    if hasattr(attacker, "forget_checkpoint"):
+        attacker.forget_checkpoint()
     return result
 
 
-def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, std: Any = None) -> None:
-    """Write metrics.json, candidates.pt, config.yaml and the two pictures, each atomically."""
-    folder = Path(output_dir)
-    write_json(folder / "metrics.json", result.record)
-    tensors = {
-        **result.reconstruction,
-        "true_data": result.true_data["data"],
-        "true_labels": result.true_data["labels"],
-    }
+def save_tensors(reconstruction: dict[str, Any], true_data: dict[str, Any], output_dir: str | Path) -> dict[str, Any]:
+    """Write candidates.pt and return its content; the metrics of an earlier run in that folder go."""
+    tensors = {**reconstruction, "true_data": true_data["data"], "true_labels": true_data["labels"]}
     tensors = {k: v.detach().cpu() for k, v in tensors.items() if v is not None}
-    write_atomically(folder / "candidates.pt", lambda target: torch.save(tensors, target))
+    (Path(output_dir) / "metrics.json").unlink(missing_ok=True)
+    write_atomically(Path(output_dir) / "candidates.pt", lambda target: torch.save(tensors, target))
+    return tensors
+
+
+def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, std: Any = None) -> None:
+    """Write candidates.pt, config.yaml, metrics.json and the two pictures, each atomically."""
+    folder = Path(output_dir)
+    tensors = save_tensors(result.reconstruction, result.true_data, folder)
     write_atomically(folder / "config.yaml", lambda target: OmegaConf.save(cfg, target))
+    write_json(folder / "metrics.json", result.record)
 
     true, data = (to_images(x, mean, std) for x in (tensors["true_data"], tensors["data"]))
     means = result.evaluation.means

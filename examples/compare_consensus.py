@@ -137,7 +137,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     register()
     file = args.out / "rows.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    known = json.loads(file.read_text()) if file.exists() else {"iterations": args.iterations, "rows": []}
+    if known["iterations"] != args.iterations:
+        parser.error(f"{file} has runs of {known['iterations']} iterations; choose another --out")
+    rows = known["rows"]
     done = {(r["arm"], r["batch"], r["seed"]) for r in rows}
     jobs = [(arm, b, s) for b in args.batch_sizes for s in range(args.seeds) for arm in ARMS if (arm, b, s) not in done]
     for job in tqdm(jobs, desc="runs"):

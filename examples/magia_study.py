@@ -341,8 +341,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no further run after that time (for sharing a machine)")
     parser.add_argument("--report", action="store_true", help="only write table and figures")
     args = parser.parse_args()
-    args.classes = args.classes or {"uniform": 100, "photo": len(PHOTOS)}[args.labels]
-    args.out = args.out or RESULTS / ("" if args.labels == "uniform" else "photo_labels")
+    usual = {"uniform": 100, "photo": len(PHOTOS)}[args.labels]
+    args.classes = args.classes or usual
+    folder = "" if args.labels == "uniform" else "photo_labels"
+    if args.classes != usual:  # another network: its runs are not those that are there
+        folder = f"{args.labels}_labels_{args.classes}_classes"
+    args.out = args.out or RESULTS / folder
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     runs = list(dict.fromkeys(chosen(args)))

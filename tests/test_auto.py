@@ -295,3 +295,13 @@ def test_an_evaluation_that_looks_at_its_numbers_cannot_be_recorded():
 
     with pytest.raises(SpecialisationError, match="cannot be recorded"):
         record(looking, [torch.rand(2, 3)])
+
+
+def test_lbfgs_counts_its_iterations_and_evaluations(monkeypatch, own_cache, clock):
+    """Timed is an iteration of up to twenty evaluations: there are as many to do as the config says."""
+    clock(list=1.0, vmap=2.0)
+    monkeypatch.setattr(calibration, "SHORT", 200)
+    options = ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"]
+    _, stats = reconstruct(*options, iterations=10)
+    assert stats["calibration"]["iterations"] == 10
+    assert stats["calibration"]["step_seconds"] == {"list": 2.0, "vmap": 2.0}  # measured, as 200 evaluations

@@ -9,6 +9,7 @@ from cases import attack_config, build_model, loss, observed
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import ConfigError
+from breaching_ext.matching.state import on_device
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -22,7 +23,7 @@ CASES = {
 }
 
 
-def attack(path, every, batching, overrides):
+def attack(path, every, batching, overrides, **more):
     model = build_model("own")
     payload, shared, *_ = observed(model)
     options = [
@@ -37,7 +38,7 @@ def attack(path, every, batching, overrides):
         *overrides,
     ]
     cfg = attack_config("joint_candidates", options, 11)
-    return JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
+    return JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared, **more)
 
 
 class Killed(BaseException):
@@ -88,3 +89,57 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
 def test_bad_interval(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint_every=0"):
         attack(tmp_path / "c.pt", "0", "vmap", [])
+
+
+def test_one_step_to_try_leaves_the_checkpoint_of_the_long_run(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(JointCandidateAttacker, "keep_checkpoint", True)
+    attack(path, 3, "vmap", CASES["adam"])
+    kept = path.read_bytes()
+    monkeypatch.setattr(JointCandidateAttacker, "keep_checkpoint", False)
+    _, stats = attack(path, 3, "vmap", CASES["adam"], dryrun=True)
+    assert len(stats["Trial_0_Val"]) == 1
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("batching", ["list", "vmap"])
+def test_a_run_whose_results_were_lost_is_not_run_again(tmp_path, monkeypatch, batching):
+    """Killed between the loop and the files: the checkpoint has the end of the run."""
+    path = tmp_path / "checkpoint.pt"
+    choose = JointCandidateAttacker._conclude
+
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr(JointCandidateAttacker, "_conclude", killed)
+    with pytest.raises(Killed):
+        attack(path, 4, batching, CASES["signed"])
+    monkeypatch.setattr(JointCandidateAttacker, "_conclude", choose)
+    monkeypatch.setattr(JointLoop, "_iterate", lambda *args: pytest.fail("run again"))
+    resumed, stats = attack(path, 4, batching, CASES["signed"])
+    assert not path.exists()
+    monkeypatch.undo()
+    whole, whole_stats = attack(path, None, batching, CASES["signed"])
+    assert torch.equal(resumed["candidates"], whole["candidates"])
+    assert stats["Trial_1_Val"] == whole_stats["Trial_1_Val"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, caplog, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr("breaching_ext.attacks.checkpoint.torch.save", full)
+    found, stats = attack(tmp_path / "checkpoint.pt", 3, "vmap", CASES["signed"])
+    assert "could not be written" in caplog.text
+    assert not stats["interrupted"]
+    assert found["data"].isfinite().all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizers_tensors_go_where_its_parameters_are():
+    meta = torch.device("meta")
+    moved = on_device([torch.zeros(2), [torch.zeros(3, dtype=torch.float64)], 4, None], meta)
+    assert moved[0].device == moved[1][0].device == meta
+    assert moved[1][0].dtype == torch.float64
+    assert moved[2:] == [4, None]

@@ -53,6 +53,14 @@ def test_every_run_is_a_row_and_failures_say_why(sweep):
     assert (sweep / "psnr.png").stat().st_size > 1000
 
 
+def test_studies_in_the_same_folder_are_no_failed_runs(sweep):
+    """A study's Hydra folder has no metrics.json; its program is another."""
+    for name, program in (("study", "optimizer_study"), ("own", "breaching_ext")):
+        make_run(sweep / name)
+        (sweep / name / ".hydra" / "hydra.yaml").write_text(f"hydra:\n  job:\n    config_name: {program}\n")
+    assert [row["folder"] for row in read_runs(sweep)] == ["0", "1", "2", "3", "4", "5", "own"]
+
+
 def test_runs_that_differ_in_seed_and_client_form_a_group(sweep):
     found = groups(read_runs(sweep))
     assert sorted(len(members) for members in found.values()) == [1, 2]

@@ -10,7 +10,7 @@ from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.candidate_choice import Target
-from breaching_ext.matching.compilation import FirstThatWorks, compile_once, compiled
+from breaching_ext.matching.compilation import FirstThatWorks, compile_once, compiled, moved_by_rounding
 from breaching_ext.matching.compiled_update import CompiledUpdate
 from breaching_ext.matching.engine import GradientRule
 from breaching_ext.matching.tracing import SpecialisationError
@@ -277,3 +277,9 @@ def test_compiled_code_with_other_numbers_gives_way_to_vmap(monkeypatch, caplog)
         _, stats = reconstruct("compile", iterations=1)
     assert stats["engine"] == "vmap"
     assert "differs from the eager one" in caplog.text
+
+
+def test_indices_have_no_rounding():
+    """MAGIA's subsets are among what is evaluated."""
+    index = torch.tensor([[3, 1]])
+    assert moved_by_rounding(index, 0) is index

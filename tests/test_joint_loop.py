@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 
 import pytest
 import torch
@@ -20,14 +22,14 @@ def attack(model, payload, shared, overrides=(), iterations=8, loss_fn=None, **m
 
 
 class Fragile(torch.nn.Module):
-    """A model whose output is NaN for images with a value above 50."""
+    """A model whose output is NaN for images with a value above a limit."""
 
-    def __init__(self):
+    def __init__(self, limit: float = 50.0):
         super().__init__()
-        self.inner = build_model("own")
+        self.inner, self.limit = build_model("own"), limit
 
     def forward(self, x):
-        return self.inner(x) * torch.where(x.amax() > 50, torch.nan, 1.0)
+        return self.inner(x) * torch.where(x.amax() > self.limit, torch.nan, 1.0)
 
 
 @pytest.mark.parametrize("batching", ["list", "vmap", "compile"])
@@ -55,8 +57,88 @@ def test_a_failing_candidate_is_frozen_and_named_and_the_others_go_on(batching, 
     assert result["data"].isfinite().all()
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-def test_ctrl_c_returns_the_best_so_far(sequential, monkeypatch):
+class Steep(torch.nn.Module):
+    """A model whose output is finite and whose gradient is NaN where a pixel is 7."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build_model("own")
+
+    def forward(self, x):
+        return self.inner(x) + 0 * (x[:, 0, 0, 0] - 7).abs().sqrt().unsqueeze(1)
+
+
+@pytest.mark.parametrize("batching", ["list", "vmap"])
+def test_a_candidate_that_turns_nan_in_a_step_does_not_take_the_group_along(batching):
+    model = Steep()
+    payload, shared, images, _ = observed(model)
+    starts = torch.stack([images * 0, images * 0.1, images * 0.5])
+    starts[1, :, 0, 0, 0] = 7
+    options = ["regularization.group_regularization.scale=0.1", "optim.boxed=false", "optim.signed=null"]
+    options += ["regularization.group_regularization.warmup_iters=0", f"restarts.candidate_batching={batching}"]
+    result, stats = attack(model, payload, shared, options, initial_data=starts)
+    assert stats["engine"] == batching
+    assert stats["candidate_failures"] == {1: 1}  # named where its next value is asked for
+    assert [len(stats[f"Trial_{n}_Val"]) for n in range(3)] == [8, 1, 8]
+    assert result["candidates"].isfinite().all()
+
+
+@pytest.mark.parametrize("batching", ["list", "vmap"])
+def test_lbfgs_names_a_candidate_that_fails_within_a_step(batching):
+    """Candidate 1 starts beside the region where the model is NaN, and its first step leads there."""
+    images, _ = photos(2)
+    model = Fragile(limit=0.5 * images.amax().item() + 1e-9)
+    payload, shared, *_ = observed(model.inner)
+    starts = torch.stack([images * 0, images.clamp_max(0) + 0.5 * images.clamp_min(0), images * 0.3])
+    options = ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean", "optim.boxed=false"]
+    options.append(f"restarts.candidate_batching={batching}")
+    result, stats = attack(model, payload, shared, options, initial_data=starts, iterations=2)
+    assert stats["engine"] == batching
+    assert stats["candidate_failures"] == {1: 1}
+    assert result["candidates"].isfinite().all()
+
+
+def test_lbfgs_with_noise_goes_one_by_one(caplog):
+    """Stacked candidates would draw as often as the one that evaluates most."""
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    options = ["optim.optimizer=l-bfgs", "optim.langevin_noise=0.1", "restarts.candidate_batching=vmap"]
+    _, stats = attack(model, payload, shared, options, iterations=1)
+    assert stats["engine"] == "list"
+    assert "L-BFGS draws noise" in caplog.text
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_ctrl_c_ends_the_sequential_loop(monkeypatch, caplog):
+    """Breaching's trial swallows the interrupt; the next trial must not begin."""
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    calls = {"n": 0}
+    original = JointCandidateAttacker._compute_objective
+
+    def interrupted(self, *args, **kwargs):
+        closure = original(self, *args, **kwargs)
+
+        def counted():
+            calls["n"] += 1
+            if calls["n"] == 8 + 4:  # in the second of three trials
+                signal.raise_signal(signal.SIGINT)
+            return closure()
+
+        return counted
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(JointCandidateAttacker, "_compute_objective", interrupted)
+    result, stats = attack(model, payload, shared, ["restarts.parallel_candidates=false", "impl.checkpoint_every=2"])
+    assert signal.getsignal(signal.SIGINT) is before
+    assert stats["interrupted"]
+    assert result["candidates"].shape[0] == 2
+    assert [len(stats[f"Trial_{n}_Val"]) for n in range(2)] == [8, 3]
+    assert "Interrupted in candidate 2 of 3" in caplog.text
+    assert "checkpoint_every has no effect" in caplog.text
+
+
+def test_ctrl_c_returns_the_best_so_far(monkeypatch):
     model = build_model("own")
     payload, shared, *_ = observed(model)
     calls = {"n": 0}

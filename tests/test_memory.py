@@ -162,3 +162,19 @@ def test_counted_memory_is_linear_in_the_candidates(count):
     _, one = memory.peak_memory(lambda: evaluate(stack[:1]), CPU)
     _, several = memory.peak_memory(lambda: evaluate(stack), CPU)
     assert several == pytest.approx(count * one, rel=0.1)
+
+
+def test_the_history_of_lbfgs_counts():
+    """A budget that Adam is content with has no room for two hundred copies of every candidate."""
+    _, stats = reconstruct()
+    images = 5 * 2 * 3 * 32 * 32 * 8
+    budget = 100 * images + int(5.1 * memory._WORKSPACE * stats["memory"]["bytes_per_candidate"])
+    _, stats = reconstruct(f"impl.memory_budget={budget}", iterations=1)
+    assert stats["memory"]["candidates_at_a_time"] is None
+    lbfgs = ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"]
+    starts = [torch.zeros(5, 2, 3, 32, 32, dtype=torch.float64)]
+    assert memory.plan_memory(starts, 10, 8 * images + 100, 0).chunk is None
+    with pytest.raises(ConfigError, match=f"valid: {208 * images + 18}"):
+        memory.plan_memory(starts, 10, 8 * images + 100, 200)
+    with pytest.raises(ConfigError, match="memory_budget"):
+        reconstruct(f"impl.memory_budget={budget}", *lbfgs, iterations=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,9 @@ from ..matching.randomness import CandidateStreams
 from ..ranks import Ranks
 from .candidate_choice import Target
 from .candidate_objective import pure_objective
-from .checkpoint import Checkpoint, fingerprint, saved_engine
+from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint, saved_engine
+
+log = logging.getLogger(__name__)
 
 _LBFGS_OPTIONS = (
     "lr",
@@ -28,9 +31,14 @@ _LBFGS_OPTIONS = (
     "history_size",
     "line_search_fn",
 )
+#: torch's defaults, which Breaching leaves: evaluations an iteration, about, and pairs of vectors in the history.
+_LBFGS_EVALUATIONS, _LBFGS_HISTORY = 20, 100
+_DRAWS_AT_EVERY_CALL = (
+    "L-BFGS draws noise or augmentations at every evaluation, of which candidates need different numbers"
+)
 
 
-class CandidateEngines:
+class CandidateEngines(KeepsCheckpoint):
     """The part of a joint attack that describes one candidate to the engines: how it starts, is evaluated and stepped.
 
     Mixed into a Breaching attacker, of which it uses the objective, the regularizers, the optimizer and the closure.
@@ -71,14 +79,20 @@ class CandidateEngines:
         return [stack]
 
     def _checkpoint(
-        self, target: Target, starts: list[torch.Tensor], engine: str, ranks: Ranks | None = None
+        self, target: Target, starts: list[torch.Tensor], engine: str, dryrun: bool, ranks: Ranks | None = None
     ) -> Checkpoint | None:
-        ranks = ranks or Ranks()
+        """Return where the run keeps its state; None where the config does not ask for it, or for a single step."""
+        ranks, self._kept = ranks or Ranks(), None
         every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
-        if not every or not path:
+        if not every or not path or dryrun:
             return None
         run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}")
-        return Checkpoint(path, every, run, engine, ranks)
+        self._kept = Checkpoint(path, every, run, engine, ranks)
+        return self._kept
+
+    def _say_no_checkpoint(self) -> None:
+        if self.cfg.impl.get("checkpoint_every"):
+            log.warning("restarts.parallel_candidates=False: impl.checkpoint_every has no effect.")
 
     def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
         """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
@@ -97,6 +111,7 @@ class CandidateEngines:
         signed = optim.signed if optim.signed in ("hard", "soft") else None
         rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
         objective, why_not = self._pure_objective(target)
+        random = rule.random or len(self.augmentations) > 0
         models, shared_data, labels = target[:3]
 
         def make_closure(
@@ -115,26 +130,28 @@ class CandidateEngines:
             objective=objective,
             compiled_objective=self._pure_objective(target, compiled=True)[0],
             make_stack_optimizer=self._init_stack_optimizer,
-            why_not=why_not,
+            why_not=why_not or (_DRAWS_AT_EVERY_CALL if random and self._by_lbfgs else ""),
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
-            random_steps=rule.random or len(self.augmentations) > 0,
+            random_steps=random,
             box=self._box(),
-            evaluations=1 if dryrun else self._evaluations(),
+            iterations=1 if dryrun else optim.max_iterations,
+            evaluations_each=_LBFGS_EVALUATIONS if self._by_lbfgs else 1,
+            copies=2 * _LBFGS_HISTORY if self._by_lbfgs else 0,
             memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
             identity=self._identity(target),
         )
 
-    def _evaluations(self) -> int:
-        """Return how often the run evaluates a candidate, about: L-BFGS asks up to 20 times an iteration."""
-        often = str(self.cfg.optim.optimizer).lower() == "l-bfgs"
-        return self.cfg.optim.max_iterations * (20 if often else 1)
+    @property
+    def _by_lbfgs(self) -> bool:
+        return str(self.cfg.optim.optimizer).lower() == "l-bfgs"
 
     def _identity(self, target: Target) -> str:
-        """Return text that says what is evaluated: the models' structure, the objective, the regularizers."""
+        """Return text that says what a step is: the models' structure, objective, regularizers, optimizer."""
         sizes = [[tuple(p.shape) for p in model.parameters()] for model in target.models]
         names = [repr(model) for model in target.models]
-        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams}"
+        optimizer = str(self.cfg.optim.optimizer).lower()
+        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams} {optimizer}"
 
     def _init_stack_optimizer(
         self, stacks: list[torch.Tensor]

@@ -71,15 +71,46 @@ class Checkpoint:
         return (iteration + 1) % self.every == 0
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state; a run that is killed meanwhile leaves the previous checkpoint whole."""
+        """Write the state; a run that is killed meanwhile leaves the previous checkpoint whole.
+
+        A file that cannot be written is an error in the log, not the end of the run.
+        """
         content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": self.ranks.gather(state)}
-        if self.ranks.first:
+        if not self.ranks.first:
+            return
+        try:
             write_atomically(self.path, lambda target: torch.save(content, target))
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+            log.error("The checkpoint %s could not be written (%s); the run goes on.", self.path, error)
 
     def remove(self) -> None:
         """Forget the checkpoint of a run that is finished."""
         if self.ranks.first:
             self.path.unlink(missing_ok=True)
+
+
+class KeepsCheckpoint:
+    """An attack whose checkpoint stays until its results are safe: returned, or, for `run`, written.
+
+    Attributes:
+        keep_checkpoint: leave it there when `reconstruct` returns; the caller calls :meth:`forget_checkpoint`.
+    """
+
+    keep_checkpoint = False
+    _kept: Checkpoint | None = None
+
+    def forget_checkpoint(self) -> None:
+        """Remove the checkpoint of the run that is finished."""
+        if self._kept is not None:
+            self._kept.remove()
+        self._kept = None
+
+    def _finished(self, interrupted: bool) -> None:
+        """Call where `reconstruct` returns; the checkpoint of an interrupted run stays, for the next one to go on."""
+        if interrupted:
+            self._kept = None
+        elif not self.keep_checkpoint:
+            self.forget_checkpoint()
 
 
 def fingerprint(cfg: Any, shared_data: Sequence[dict[str, Any]], starts: Sequence[torch.Tensor], engine: str) -> str:

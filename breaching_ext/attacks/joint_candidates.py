@@ -20,7 +20,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ..errors import SharedDataError
 from ..matching.heap import keeping_freed_memory
-from ..ranks import Ranks
+from ..ranks import Ranks, interrupts
 from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation
@@ -124,6 +124,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         reconstruction = self._conclude(candidates, target, stats)
         if modality == "text":
             reconstruction = self._postprocess_text_data(reconstruction, rec_models)
+        self._finished(stats["interrupted"])
         return _fill_in_class_attack(reconstruction, server_secrets or {}), stats
 
     def prepare_attack(self, server_payload: list[dict], shared_data: list[dict]) -> tuple[Any, Any, Any]:
@@ -156,7 +157,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         parts = self._engine_parts(target, starts, streams, dryrun)
         built = self._choose_engine(parts, ranks)
         engine = built.engine
-        checkpoint = self._checkpoint(target, starts, engine.name, ranks)
+        checkpoint = self._checkpoint(target, starts, engine.name, dryrun, ranks)
         result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint, ranks, own.start).run(dryrun)
         result = result.of_all(ranks, trials)
         self._record(stats, result, engine.name, ranks.number(engine.gradient_evaluations), ranks)
@@ -169,19 +170,25 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         """Breaching's loop: one trial after the other, each in its own random stream."""
         if self.group is not None:
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
+        self._say_no_checkpoint()
         self._closure_calls = 0
         streams, trials = self._streams(), self.cfg.restarts.num_trials
         starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
         candidates: list[torch.Tensor] = []
-        try:
-            for trial, start in enumerate(starts):
-                with streams.use(trial):
-                    candidates.append(self._run_trial(*target[:3], stats, trial, start, dryrun).detach())
-        except KeyboardInterrupt:
-            log.warning("Interrupted: %d of %d candidates are done.", len(candidates), trials)
-            if not candidates:
-                raise
+        with interrupts() as interrupted:  # Breaching's trial ends with its best so far, and does not tell
+            try:
+                for trial, start in enumerate(starts):
+                    with streams.use(trial):
+                        candidates.append(self._run_trial(*target[:3], stats, trial, start, dryrun).detach())
+                    if interrupted:
+                        break
+            except KeyboardInterrupt:
+                if not candidates:
+                    raise
+        if interrupted:
+            log.warning("Interrupted in candidate %d of %d: the others were not run.", len(candidates), trials)
         stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=self._closure_calls)
+        stats["interrupted"] = bool(interrupted)
         return torch.stack(candidates)
 
     def _run_trial(self, rec_model: Any, shared_data: Any, labels: Any, stats: Any, *args: Any, **kwargs: Any) -> Any:

@@ -101,8 +101,8 @@ class JointLoop:
                         break
                     if self.ranks.size > 1 and self.ranks.number(self.ranks.interrupted):
                         raise KeyboardInterrupt
-            if self.checkpoint is not None:
-                self.checkpoint.remove()
+            if self.checkpoint is not None:  # what follows, choosing and saving, may take long or fail
+                self.checkpoint.save(self._state(self.optim.max_iterations))
         except KeyboardInterrupt:
             log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
             self.result.interrupted = True

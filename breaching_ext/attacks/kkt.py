@@ -24,14 +24,14 @@ from ..kkt.extraction import Extracted, Extraction, ExtractionOptions
 from ..kkt.models import HomogeneousNetwork
 from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
 
 log = logging.getLogger(__name__)
 
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
-class KKTAttacker(OptimizationBasedAttacker):
+class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
     """Search images and multipliers that satisfy the stationarity conditions of a trained network.
 
     Args:
@@ -105,7 +105,9 @@ class KKTAttacker(OptimizationBasedAttacker):
             starts = problem.coordinates_of(_checked_start(initial_data, problem, starts)).clone()
         search = Extraction(problem, labels, starts, self.options, generators)
         found = self._search(search, model, dryrun)
-        return self._conclude(found, problem, labels, number), self._statistics(found, search, problem, seed)
+        reconstruction, stats = self._conclude(found, problem, labels, number), self._statistics(found, search, seed)
+        self._finished(found.interrupted)
+        return reconstruction, stats
 
     def report(self, reconstruction: dict[str, Tensor], true: Tensor, unseen: Tensor | None) -> dict[str, Any]:
         """Return the paper's metrics for metrics.json: nearest candidates of training and of unseen images.
@@ -164,11 +166,11 @@ class KKTAttacker(OptimizationBasedAttacker):
     def _search(self, search: Extraction, model: HomogeneousNetwork, dryrun: bool) -> Extracted:
         impl = self.cfg.impl
         progress = None if impl.get("progress", "auto") == "auto" else bool(impl.progress)
-        checkpoint = None
-        if impl.get("checkpoint_every") and impl.get("checkpoint_path"):
+        checkpoint = self._kept = None
+        if impl.get("checkpoint_every") and impl.get("checkpoint_path") and not dryrun:
             released = [{"gradients": list(model.parameters())}]
             key = fingerprint(self.cfg, released, [search.x, search.lam], "kkt")
-            checkpoint = Checkpoint(impl.checkpoint_path, impl.checkpoint_every, key)
+            checkpoint = self._kept = Checkpoint(impl.checkpoint_path, impl.checkpoint_every, key)
             state = checkpoint.load()
             if state is not None:
                 search.load_state_dict(state)
@@ -178,8 +180,8 @@ class KKTAttacker(OptimizationBasedAttacker):
                 checkpoint.save(search.state_dict())
 
         found = search.run(progress, search.step_count + 1 if dryrun else None, save)
-        if checkpoint is not None and not found.interrupted:
-            checkpoint.remove()
+        if checkpoint is not None and not found.interrupted:  # choosing and saving may take long, or fail
+            checkpoint.save(search.state_dict())
         return found
 
     def _conclude(self, found: Extracted, problem: Problem, labels: Tensor, number: int) -> dict[str, Tensor]:
@@ -202,7 +204,8 @@ class KKTAttacker(OptimizationBasedAttacker):
             "mean_image": problem.mean,
         }
 
-    def _statistics(self, found: Extracted, search: Extraction, problem: Problem, seed: int) -> dict[str, Any]:
+    def _statistics(self, found: Extracted, search: Extraction, seed: int) -> dict[str, Any]:
+        problem = search.problem
         stats: dict[str, Any] = defaultdict(list)
         for index, history in enumerate(found.histories):
             stats[f"Trial_{index}_Val"] = history

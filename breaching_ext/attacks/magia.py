@@ -114,7 +114,9 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         starts = self._starts(target, streams, initial_data)
         starts = [self._to_pixels(starts[0]), self._label_starts(streams, target.shape[0], classes)]
         candidates, probabilities = self._run(target, starts, stats, dryrun)
-        return self._finish(candidates, probabilities, target, stats), stats
+        reconstruction = self._finish(candidates, probabilities, target, stats)
+        self._finished(stats["interrupted"])
+        return reconstruction, stats
 
     # -- what is attacked ----------------------------------------------------------------------------------------
 
@@ -189,15 +191,20 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             group.prepare(starts[0])
         elif self.group is not None:
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
+        if not jointly:
+            self._say_no_checkpoint()
         matching = self._matching(target, group)
         blocks = [slice(None)] if jointly else [slice(n, n + 1) for n in range(len(starts[0]))]
         results, engines = [], []
         for block in blocks:
             seeds = range(self._seed(), self._seed() + len(starts[0]))[block]
             engine = self._engine(matching, [start[block] for start in starts], list(seeds))
-            checkpoint = self._checkpoint(target, starts, engine.name) if jointly else None
-            results.append(JointLoop(engine, self.cfg, self._pixel_box(), group, checkpoint).run(dryrun))
+            checkpoint = self._checkpoint(target, starts, engine.name, dryrun) if jointly else None
+            loop = JointLoop(engine, self.cfg, self._pixel_box(), group, checkpoint, offset=block.start or 0)
+            results.append(loop.run(dryrun))
             engines.append(engine)
+            if results[-1].interrupted:
+                break  # of the candidates that were not run there is nothing to choose
         self._record_all(stats, results, engines)
         pixels = torch.cat([result.best[0] for result in results])
         logits = torch.cat([result.best[1] for result in results])

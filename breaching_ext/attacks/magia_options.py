@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from ..errors import ConfigError
 from ..matching.magia_engine import Annealing, OptimizerOptions, Pyramid, Schedule
@@ -15,6 +16,18 @@ from ..regularizers.color_tv import anisotropic_total_variation, color_total_var
 
 __all__ = ["PRIORS", "MagiaOptions"]
 
+#: Breaching's keys that this attack does not use, and the only value that says so.
+_UNUSED: dict[str, Any] = {
+    "objective.type": "euclidean",
+    "objective.scale": 1.0,
+    "objective.task_regularization": 0.0,
+    "optim.signed": None,
+    "optim.step_size_decay": None,
+    "optim.langevin_noise": 0.0,
+    "optim.warmup": 0,
+    "optim.grad_clip": None,
+    "augmentations": None,
+}
 #: Valid values of image_prior.kind.
 PRIORS = ("color", "anisotropic")
 
@@ -50,6 +63,7 @@ class MagiaOptions:
         Raises:
             ConfigError: naming the key, its value and the valid ones.
         """
+        _check_unused(cfg)
         subset, prior, optim, grids = (cfg.get(key) or {} for key in ("subset", "image_prior", "optim", "pyramid"))
         kind = str(prior.get("kind", "color"))
         if kind not in PRIORS:
@@ -82,6 +96,15 @@ class MagiaOptions:
         if self.prior_kind == "anisotropic":
             return anisotropic_total_variation(pixels)
         return color_total_variation(pixels, self.chroma, self.eps)
+
+
+def _check_unused(cfg: Any) -> None:
+    for key, only in _UNUSED.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value != only:
+            raise ConfigError(
+                f"attack.{key}={value} has no effect on magia; valid: {'empty' if only is None else only}."
+            )
 
 
 def _optional(value: Any) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ class Recipe:
         if self.dtype not in ("auto", "float", "float32", "double", "float64"):
             raise ConfigError(f"training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
 
+    def seeded(self) -> Recipe:
+        """Return the recipe with the seed that it takes now."""
+        return replace(self, seed=torch.initial_seed() % 2**63) if self.seed is None else self
+
 
 @dataclass
 class TrainingReport:
@@ -70,7 +74,9 @@ class TrainingReport:
 def initialise(model: HomogeneousNetwork, recipe: Recipe) -> None:
     """Draw the start: a small first layer without bias, the others from torch's default, scaled."""
     generator = torch.Generator()
-    generator.manual_seed(torch.initial_seed() % 2**63 if recipe.seed is None else recipe.seed)
+    seed = recipe.seeded().seed
+    assert seed is not None
+    generator.manual_seed(seed)
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
             draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

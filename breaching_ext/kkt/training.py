@@ -50,6 +50,7 @@ def train(
         SharedDataError: for labels other than ±1, no images, or images that do not fit the network.
     """
     check_training_set(model, images, labels)
+    recipe = recipe.seeded()
     device = model.mean.device
     final = next(model.parameters()).dtype
     model.to(_dtype(recipe.dtype, device))
@@ -75,14 +76,17 @@ def train_or_load(
     """Train as :func:`train` does and keep the result in a file, or take it from there: several attacks on one network.
 
     Raises:
-        ConfigError: when the file holds a network of another recipe or other images.
+        ConfigError: when the file holds a network of other shape, recipe, seed or images.
     """
-    path = Path(path)
-    key = repr((recipe, tuple(model.state_dict()), float(images.cpu().double().sum()), labels.tolist()))
+    path, recipe = Path(path), recipe.seeded()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    key = repr((recipe, shapes, float(images.cpu().double().sum()), labels.tolist()))
     if path.exists():
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["key"] != key:
-            raise ConfigError(f"{path} holds a network of another recipe or other images; remove it or choose another.")
+            raise ConfigError(
+                f"{path} holds a network of other shape, recipe, seed or images; remove it or choose another."
+            )
         model.load_state_dict(content["state_dict"])
         return TrainingReport(**content["report"])
     report = train(model, images, labels, recipe, path.with_suffix(".part.pt"))
@@ -116,7 +120,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _loop(descent: Descent, recipe: Recipe, checkpoint: Path | None, progress: bool | None) -> TrainingReport:
-    key = repr((asdict(recipe), float(descent.images.cpu().double().sum()), descent.labels.tolist()))
+    shapes = [tuple(p.shape) for p in descent.model.parameters()]
+    key = repr((asdict(recipe), shapes, float(descent.images.cpu().double().sum()), descent.labels.tolist()))
     start = _resume(descent, checkpoint, key)
     report = TrainingReport(start, math.nan, math.nan, 0.0, False)
     bar = tqdm(

@@ -79,7 +79,8 @@ class Case:
         thirds, of which the right ones are held out.
         """
         photos = _photos(range(self.public), training=True).images
-        batches = torch.stack([photos.roll(-shift, dims=0) for shift in range(self.batch)], dim=1)  # (n, B, C, H, W)
+        held_out = torch.arange(self.public) // len(PHOTOS) % 2 == 1
+        batches = photos[_batches(held_out, self.batch)]  # (n, B, C, H, W)
         model = only_weights_of(self.model, self.adapted_layers)
         update = client_update(model, torch.nn.functional.cross_entropy)
         labels = self.client.labels
@@ -88,8 +89,7 @@ class Case:
         stacks = [torch.cat(column).detach() for column in zip(*blocks, strict=True)]
         named = dict(zip(matched_parameters(model), stacks, strict=True))
         gradients = {name: named[f"{name}.weight"].flatten(2) for name in self.adapted_layers}
-        crops = torch.arange(self.public) // len(PHOTOS)
-        return gradients, crops % 2 == 1
+        return gradients, held_out
 
     def ranks(self, rank: int | str) -> dict[str, int]:
         """Rank of each layer for a rank of the ladder, where `full` means max(o, i)."""
@@ -101,6 +101,15 @@ class Case:
         """Draw the factors for a rank; the same A for both starts."""
         shapes = layer_shapes(self.model, self.adapted_layers)
         return random_factors(shapes, self.ranks(rank), scale, start, 1000 + self.seed)
+
+
+def _batches(held_out: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the photos of each public batch, (n, size): a photo and those that follow it on its side of the split."""
+    batches = torch.empty(len(held_out), size, dtype=torch.long)
+    for side in (held_out, ~held_out):
+        members = side.nonzero().flatten()
+        batches[members] = torch.stack([members.roll(-shift) for shift in range(size)], dim=1)
+    return batches
 
 
 def _photos(indices: Sequence[int], training: bool) -> Batch:

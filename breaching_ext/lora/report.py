@@ -45,7 +45,7 @@ def write_report(
     """
     text = table(rows, ceiling) + "\n"
     files = [write_atomically(Path(folder) / "table.md", lambda target: target.write_text(text, encoding="utf-8"))]
-    if any(row["phase"] > 0 for row in rows):
+    if any(row["rank"] != "-" for row in rows):
         files.append(plot(rows, Path(folder) / "ladder.png"))
         if images:
             files.append(pictures(rows, images, Path(folder) / "pictures.png"))

@@ -88,7 +88,7 @@ class Settings:
         """
         settings = cls(
             model=str(cfg.model),
-            layers=tuple(cfg.layers or ()),
+            layers=tuple(_list(cfg.layers or ())),
             phases=tuple(_list(cfg.phases)),
             ranks=tuple(_list(cfg.ranks)),
             starts=tuple(_list(cfg.starts)),

@@ -46,7 +46,9 @@ class EngineParts:
         augmentation, differentiable: see `VmapEngine`.
         random_steps: whether a step draws random numbers.
         box: least and largest valid image values, or None.
-        evaluations: evaluations of a candidate that the run will make, about.
+        iterations: iterations that the run will make.
+        evaluations_each: evaluations of a candidate in one of them, about; more than one with a line search.
+        copies: of a candidate, that its optimizer keeps besides the usual ones (see `plan_memory`).
         memory_budget: most bytes that the run may take; None: what the device has.
         identity: what `auto` remembers its choice by, with shapes, device and versions; None: it does not.
     """
@@ -66,9 +68,16 @@ class EngineParts:
     differentiable: bool = False
     random_steps: bool = False
     box: Box | None = None
-    evaluations: int = 1
+    iterations: int = 1
+    evaluations_each: int = 1
+    copies: int = 0
     memory_budget: int | None = None
     identity: str | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a candidate that the run will make, about."""
+        return self.iterations * self.evaluations_each
 
 
 @dataclass
@@ -106,7 +115,7 @@ def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
         level = logging.INFO if mode == "auto" else logging.WARNING
         log.log(level, "candidate_batching=%s: stepping the candidates one by one (list), because %s.", mode, reason)
         return BuiltEngine(_list_engine(parts))
-    memory = plan_memory(parts.starts, per_candidate, parts.memory_budget)
+    memory = plan_memory(parts.starts, per_candidate, parts.memory_budget, parts.copies)
     if mode == "auto":
         engine, calibrated = _fastest(parts, memory)
         calibrated.log()
@@ -160,9 +169,8 @@ def _stacked_arguments(parts: EngineParts, memory: MemoryPlan) -> dict[str, Any]
 
 
 def _fastest(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
-    evaluations = parts.evaluations
-    if evaluations < calibration.SHORT:
-        return _vmap_engine(parts, memory), Calibration("vmap", "the run is too short to measure", evaluations)
+    if parts.evaluations < calibration.SHORT:
+        return _vmap_engine(parts, memory), Calibration("vmap", "the run is too short to measure", parts.iterations)
     path = calibration.choice_file(_identity(parts, memory)) if parts.identity is not None else None
     known = calibration.remembered(path, BATCHING_MODES[1:]) if path is not None else None
     if known is not None:
@@ -183,7 +191,7 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
     start = parts.starts[0]
     device = torch.cuda.get_device_name(start.device) if start.device.type == "cuda" else start.device
     threads = torch.get_num_threads()
-    return [parts.identity, shapes, start.dtype, device, threads, parts.evaluations, memory.chunk, torch.__version__]
+    return [parts.identity, shapes, start.dtype, device, threads, parts.iterations, memory.chunk, torch.__version__]
 
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
@@ -201,7 +209,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     times["list"] *= len(parts.starts[0])
     recording = times.pop("recording") / LITTLE
     best = "list" if times["list"] < calibration.CLEARLY * times["vmap"] else "vmap"
-    found = Calibration(best, "it is the fastest", parts.evaluations, times)
+    found = Calibration(best, "it is the fastest", parts.iterations, times)
     chosen: CandidateEngine = engine
     if _is_worth_compiling(engine, found, recording):
         try:
@@ -236,7 +244,7 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float
     expected = calibration.expected_compile_seconds(evaluation.operations, recording)
     step = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
     found.expected_compile_seconds, found.expected_step_seconds = expected, step
-    if calibration.compiling_pays(found.step_seconds, step, found.evaluations, expected):
+    if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
         return True
     found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
     return False

@@ -53,7 +53,7 @@ class Calibration:
     Attributes:
         engine: the engine taken.
         reason: why, in words.
-        evaluations: evaluations of the whole stack that were still to do.
+        iterations: how many were still to do.
         step_seconds: engine -> measured seconds for one iteration of all candidates.
         compile_seconds: measured, if the evaluation was compiled.
         expected_compile_seconds: the estimate that the decision went by.
@@ -63,7 +63,7 @@ class Calibration:
 
     engine: str
     reason: str
-    evaluations: int
+    iterations: int
     step_seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: float | None = None
     expected_compile_seconds: float | None = None
@@ -78,7 +78,7 @@ class Calibration:
     def log(self) -> None:
         """Say the decision in one line."""
         times = ", ".join(f"{name} {1000 * value:.3g} ms" for name, value in self.step_seconds.items())
-        detail = f" ({times} a step, {self.evaluations} to do)" if times else ""
+        detail = f" ({times} a step, {self.iterations} to do)" if times else ""
         log.info("candidate_batching=auto takes %s: %s%s.", self.engine, self.reason, detail)
 
 
@@ -127,17 +127,17 @@ def expected_step(replayed: float, costs: Costs) -> float:
     return replayed * (1 - min(saved, MOST_SAVED))
 
 
-def compiling_pays(steps: Mapping[str, float], compiled: float, evaluations: int, expected_compile: float) -> bool:
+def compiling_pays(steps: Mapping[str, float], compiled: float, iterations: int, expected_compile: float) -> bool:
     """Whether compiling is expected to save more than it takes, or takes so little of the run that it is tried.
 
     Args:
         steps: engine -> seconds an iteration.
         compiled: seconds that a compiled iteration is expected to take.
-        evaluations: iterations to do.
+        iterations: how many there are to do.
         expected_compile: seconds that compiling is expected to take.
     """
     best = min(steps.values())
-    return max(best - compiled, WORTH_A_TRY * best) * evaluations > expected_compile
+    return max(best - compiled, WORTH_A_TRY * best) * iterations > expected_compile
 
 
 def choice_file(parts: Sequence[Any]) -> Path:

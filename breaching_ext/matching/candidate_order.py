@@ -32,14 +32,15 @@ def aligned_to(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor
 class GroupAnyOrder(GroupRegularization):
     """Group consistency for candidates whose images stand in different orders.
 
-    The consensus stands in the order of the first live candidate; each candidate is compared with it image by
+    The consensus stands in the order of the first finite candidate; each candidate is compared with it image by
     image, after matching. Arguments are those of `GroupRegularization`.
     """
 
     def update(self, candidates: torch.Tensor, iteration: int) -> None:
         """Recompute the consensus if it is due; candidates (N, B, C, H, W)."""
         if len(candidates):
-            ordered = [candidate[aligned_to(candidates[0], candidate)] for candidate in candidates]
+            reference = next((c for c in candidates if bool(c.isfinite().all())), candidates[0])
+            ordered = [candidate[aligned_to(reference, candidate)] for candidate in candidates]
             super().update(torch.stack(ordered), iteration)
 
     def forward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -63,7 +63,9 @@ def _difference(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tenso
 
 
 def moved_by_rounding(stack: torch.Tensor, draw: int) -> torch.Tensor:
-    """Return the stack with every entry moved up or down by one rounding; `draw` seeds the signs."""
+    """Return the stack with every entry moved up or down by one rounding; `draw` seeds the signs. Indices stay."""
+    if not stack.is_floating_point():
+        return stack
     generator = torch.Generator().manual_seed(draw)
     signs = torch.randint(0, 2, stack.shape, generator=generator).to(stack) * 2 - 1
     return stack * (1 + torch.finfo(stack.dtype).eps * signs)

@@ -176,13 +176,14 @@ class MemoryPlan:
     chunk: int | None = None
 
 
-def plan_memory(starts: Sequence[torch.Tensor], per_candidate: int, given: int | None) -> MemoryPlan:
+def plan_memory(starts: Sequence[torch.Tensor], per_candidate: int, given: int | None, copies: int = 0) -> MemoryPlan:
     """Return how many candidates fit at a time into a given budget, or into what the device has.
 
     Args:
         starts: the candidates, each (N, ...).
         per_candidate: bytes that one candidate's evaluation takes.
-        given: the config's budget in bytes; None: :data:`SHARE` of what is free.
+        given: the config's budget in bytes, for this process; None: :data:`SHARE` of what is free.
+        copies: copies of every candidate that its optimizer keeps beyond Adam's two moments: L-BFGS's history.
 
     Raises:
         ConfigError: when one candidate alone is above the config's budget.
@@ -191,7 +192,7 @@ def plan_memory(starts: Sequence[torch.Tensor], per_candidate: int, given: int |
     budget = given if given is not None else (None if free is None else int(SHARE * free))
     if budget is None:
         return MemoryPlan(per_candidate)
-    states = _COPIES * sum(s.numel() * s.element_size() for s in starts)
+    states = (_COPIES + copies) * sum(s.numel() * s.element_size() for s in starts)
     fitting = int((budget - states) / max(1.0, _WORKSPACE * per_candidate))
     if fitting < 1 and given is not None:
         needed = int(states + _WORKSPACE * per_candidate) + 1

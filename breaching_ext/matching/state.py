@@ -30,6 +30,18 @@ def restore_optimizer(
     state = copy.deepcopy(state)
     optimizer.load_state_dict(state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, value in state["state"].items():
+    for index, slots in state["state"].items():
         if isinstance(index, int):
-            optimizer.state[parameters[index]] = value
+            device = parameters[index].device
+            kept = {name: on_device(value, device) for name, value in slots.items() if name != "step"}
+            optimizer.state[parameters[index]].update(kept)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Return a value with its tensors, in lists too, on a device; nothing is cast, and other values stay.
+
+    Checkpoints are read onto the CPU. A step count (`step`) belongs where `load_state_dict` puts it.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [on_device(entry, device) for entry in value] if isinstance(value, list) else value

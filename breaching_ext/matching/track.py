@@ -68,15 +68,23 @@ def advance(engine: CandidateEngine, iteration: int, track: Track) -> Advance:
     """Step the living candidates, project them into the box, keep what improved, freeze what failed at its best."""
     values, task_losses = engine.step(iteration, track.alive)
     if track.box is not None:
-        images, *others = engine.parameters
-        moving = None if track.whole else track.alive  # None: all, which needs no mask
-        engine.overwrite([torch.clamp(images, *track.box), *others], moving)
+        _project(engine, track.box, None if track.whole else track.alive)  # None: all, which needs no mask
     _keep_best(engine, values, track)
     failed = track.alive & ~values.isfinite()
     if bool(failed.any()):
         track.alive, track.whole = track.alive & ~failed, False
         engine.overwrite(track.best, failed)
     return Advance(values, task_losses, failed)
+
+
+def _project(engine: CandidateEngine, box: Box, where: torch.Tensor | None) -> None:
+    """Put the images into the box: by the engine itself where its variables are not the pixels."""
+    project = getattr(engine, "project", None)
+    if project is not None:
+        project(box, where)
+        return
+    images, *others = engine.parameters
+    engine.overwrite([torch.clamp(images, *box), *others], where)
 
 
 def _keep_best(engine: CandidateEngine, values: torch.Tensor, track: Track) -> None:

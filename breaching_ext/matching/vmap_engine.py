@@ -84,12 +84,16 @@ class VmapEngine:
     def step(self, iteration: int, alive: torch.Tensor) -> StepResult:
         """See `CandidateEngine`."""
         frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
+        failed = getattr(self._optimizer, "failed", None)  # L-BFGS: within an earlier step
         # torch's optimizers hand through whatever the closure returns; here one value per candidate
         values = cast(torch.Tensor, self._optimizer.step(lambda: cast(float, self._closure(iteration, alive))))
         self._scheduler.step()
         if frozen is not None:
             self.overwrite(frozen, ~alive)
-        return StepResult(values.detach(), self._task_losses)
+        values = values.detach()
+        if failed is not None and any(failed):
+            values = torch.where(torch.tensor(failed, device=values.device), float("nan"), values)
+        return StepResult(values, self._task_losses)
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
         """See `CandidateEngine`."""

@@ -127,7 +127,12 @@ def _measure(
     fast = min(stacked, sequential or stacked)
     if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS):
         chunk = min(n for n, ms in times.items() if ms <= _COMPILED_TOLERANCE * stacked)
-        return _measure_compiled(task, cells, chunk, sequential, times[chunk])
+        try:
+            return _measure_compiled(task, cells, chunk, sequential, times[chunk])
+        except Exception as error:  # no working C++ compiler; inductor raises what it likes
+            if compiled is True:
+                raise
+            log.info("The stacked step is not compiled (%s: %s).", type(error).__name__, str(error).split("\n")[0])
     choice = "sequential" if sequential is not None and sequential < stacked else "stacked"
     return Plan(choice, False, chunk if choice == "stacked" else 1, sequential, stacked)
 

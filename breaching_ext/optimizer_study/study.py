@@ -3,6 +3,7 @@ a table."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -167,7 +168,7 @@ def _run_one(
         "schedule_options": protocol.schedule_options.get(name),
         "settings": {k: v for k, v in protocol.settings.items() if hasattr(VARIANTS[variant_id].config, k)},
     }
-    wanted = run_grid_key(variant_id, protocol, arguments)
+    wanted = json.loads(json.dumps(run_grid_key(variant_id, protocol, arguments)))  # as it will be read: lists
     if path.exists():
         made_with = read_json(path)["config"].get("study")
         require(made_with == wanted, "out", str(path), "a folder without results of other settings")
@@ -213,7 +214,7 @@ def load_results(folders: Iterable[str | Path], beyond: bool = False) -> list[Op
     found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(Path(folder).rglob("*_seed*.json")):
-            if (path.parent.name == BEYOND) == beyond:
+            if (path.parent.name == BEYOND) == beyond and not path.name.startswith("."):  # being written, or left so
                 found.setdefault(path.name, path)
     if not found and not beyond:
         raise FileNotFoundError(f"no results (*_seed*.json) below {', '.join(map(str, folders))}.")

@@ -23,7 +23,8 @@ def registered_consensus(
     """Return the mean of candidates after aligning each image to the candidates' pixel mean.
 
     Args:
-        candidates: (N, B, C, H, W).
+        candidates: (N, B, C, H, W). One that is not finite, or whose squares are not, is left out: it has diverged, its
+            next evaluation will say so, and the others must not follow it.
         aligner: a key of :data:`~breaching_ext.regularizers.aligners.ALIGNERS`.
         ranks: the processes over which the mean goes, each with candidates of its own; None: this one.
 
@@ -31,13 +32,11 @@ def registered_consensus(
         The consensus (B, C, H, W), without gradient, and the number of images whose alignment failed and which
         entered the mean as they are.
     """
-    candidates = candidates.detach()
-    shared = ranks is not None and ranks.size > 1
-    everybody = ranks.number(len(candidates)) if ranks is not None and shared else len(candidates)
-    if ranks is not None and shared:
-        mean = ranks.total(candidates.sum(dim=0)) / everybody
-    else:
-        mean = candidates.mean(dim=0)  # (B, C, H, W)
+    candidates, ranks = candidates.detach(), ranks or Ranks()
+    mean, everybody = _mean(candidates, ranks)
+    if not bool(mean.square().sum().isfinite()):  # the mean is the same for all processes
+        candidates = candidates[candidates.flatten(1).square().sum(dim=1).isfinite()]
+        mean, everybody = _mean(candidates, ranks)
     if aligner == "none":
         return mean, 0
     total, failures = torch.zeros_like(mean), 0
@@ -46,7 +45,15 @@ def registered_consensus(
             aligned, found = align(image, mean[index], aligner)
             total[index] += aligned
             failures += not found
-    return (ranks.total(total) if ranks is not None else total) / everybody, failures
+    return ranks.total(total) / max(everybody, 1), failures
+
+
+def _mean(candidates: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int]:
+    """Return the mean over all processes' candidates, (B, C, H, W), and how many they are."""
+    if ranks.size == 1 and len(candidates):
+        return candidates.mean(dim=0), len(candidates)
+    everybody = ranks.number(len(candidates))
+    return ranks.total(candidates.sum(dim=0)) / max(everybody, 1), everybody
 
 
 class GroupRegularization(torch.nn.Module):

@@ -1,9 +1,9 @@
 """The certified QP for a batch of (c, h) with Q and G shared: many x, or many perturbations q, at once.
 
-Pure torch, on any device: a short ADMM run (Stellato et al., "OSQP", Math. Prog. Comp. 2020) guesses the
-active sets, a primal-dual active-set method (Hintermüller, Ito, Kunisch, SIAM J. Optim. 2002) settles them
-with exact KKT solves, and members that are not certified after that are solved one by one by `ParametricQP`,
-which raises the named error where a member has no solution.
+Pure torch, on any device: a short ADMM run guesses the active sets (see `admm_guess`), a primal-dual
+active-set method (Hintermüller, Ito, Kunisch, SIAM J. Optim. 2002) settles them with exact KKT solves, and
+members that are not certified after that are solved one by one by `ParametricQP`, which raises the named
+error where a member has no solution.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from breaching_ext.ssigd.active_factor import ActiveFactor
+from breaching_ext.ssigd.admm_guess import ADMMGuess
 from breaching_ext.ssigd.checks import SIGN_TOLERANCE
 from breaching_ext.ssigd.errors import DegenerateError, NonFiniteError, SSIGDError
-from breaching_ext.ssigd.qp import REFINE_ABOVE, ParametricQP
+from breaching_ext.ssigd.kkt_system import REFINE_ABOVE
+from breaching_ext.ssigd.qp import ParametricQP
 from breaching_ext.ssigd.rows import Array
 from breaching_ext.ssigd.solution import QPSolution
-
-RELAXATION = 1.6  # over-relaxation of ADMM, the usual value
-CHECK_EVERY = 5  # ADMM steps between looks at the active sets
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ class BatchedQP:
     ) -> None:
         """See the class."""
         self.single, self.device = single, torch.device(device)
-        self.admm_steps, self.polish_steps = admm_steps, polish_steps
+        self.polish_steps = polish_steps
         for name in ("Q", "Q_inverse", "R", "T", "K"):
-            setattr(self, name, torch.from_numpy(getattr(single, name)).to(self.device))
+            setattr(self, name, torch.from_numpy(getattr(single.kkt, name)).to(self.device))
         self.Q: Tensor
         self.Q_inverse: Tensor
         self.R: Tensor
@@ -80,10 +79,7 @@ class BatchedQP:
         self.upper_of = torch.from_numpy(rows.upper_of).to(self.device)
         self.lower_of = torch.from_numpy(rows.lower_of).to(self.device)
         self.pairs = torch.from_numpy(rows.paired.nonzero()[0]).to(self.device)
-        self.step = _admm_step_size(self.K)
-        inverse = torch.linalg.inv(self.Q + self.step * self.R.T @ self.R)
-        self.admm_T = inverse @ self.R.T  # (n, p)
-        self.admm_M = self.R @ self.admm_T  # (p, p)
+        self._guess = ADMMGuess(self.Q, self.R, self.K, admm_steps)
 
     def solve(self, c: Tensor, h: Tensor) -> BatchedSolution:
         """Solve and certify all members.
@@ -99,7 +95,7 @@ class BatchedQP:
         lower, upper = self._sides(h)
         self._check_gaps(c, h, lower, upper)
         free = -(c @ self.T)  # R y without constraints, (N, p)
-        side = self._guess(c, free, lower, upper)
+        side = self._guess.sides(c, free, lower, upper)
         side, factor, settled = self._settle(free, lower, upper, side, c)
         solution = self._assemble(c, lower, upper, side, factor)
         certified = settled & self._certified(c, solution)
@@ -147,24 +143,6 @@ class BatchedQP:
         if bool(narrow.any()):
             member = int(narrow.nonzero()[0, 0])
             self._solve_one(member, c, h)
-
-    def _guess(self, c: Tensor, free: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """Run ADMM on R y until the active sets stop changing; return them, (N, p)."""
-        rho = self.step
-        base = -(c @ self.admm_T)
-        z = torch.clamp(free, lower, upper)
-        w = torch.zeros_like(z)
-        side = torch.sign(free - z)
-        for step in range(1, self.admm_steps + 1):
-            s = RELAXATION * (base + (rho * z - w) @ self.admm_M) + (1 - RELAXATION) * z
-            shifted = s + w / rho
-            z = torch.clamp(shifted, lower, upper)
-            w = rho * (shifted - z)
-            if step % CHECK_EVERY == 0:
-                previous, side = side, torch.sign(w)
-                if torch.equal(previous, side):
-                    break
-        return side
 
     def _settle(
         self, free: Tensor, lower: Tensor, upper: Tensor, side: Tensor, c: Tensor
@@ -273,12 +251,3 @@ class BatchedQP:
 
 def _most(values: Tensor) -> Tensor:
     return values.amax(dim=1) if values.shape[1] else values.new_zeros(len(values))
-
-
-def _admm_step_size(K: Tensor) -> float:
-    """Return ρ = 1/√(λ_min λ_max) of R Q⁻¹ Rᵀ (Ghadimi et al., IEEE TAC 2015), guarded for dependent rows."""
-    if not len(K):
-        return 1.0
-    values = torch.linalg.eigvalsh(K)
-    high = float(values[-1])
-    return 1.0 / (high * max(float(values[0]), 1e-4 * high)) ** 0.5

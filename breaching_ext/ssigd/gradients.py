@@ -75,7 +75,8 @@ def batched_implicit_gradient(
     """
     device = torch.device(device)
     count = x.shape[0] if x.ndim == 2 else (q.shape[0] if q is not None and q.ndim == 2 else 1)
-    x = x.detach().to(torch.float64).expand(count, problem.dim)
+    x = x.detach().cpu().to(torch.float64).expand(count, problem.dim)
+    q = None if q is None else q.detach().cpu()
     batched = problem.layer.batched(device)
     linear, right = problem.linear_term(x, q).to(device), problem.right_hand_side(x).to(device)
     solution = batched.solve(linear, right)

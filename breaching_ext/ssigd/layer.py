@@ -75,12 +75,18 @@ class _BatchedQP(torch.autograd.Function):
         return grad_Q, grad_G, -a if wanted[2] else None, grad_h, None
 
 
+def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
 class QPLayer(nn.Module):
     """y(c, h) = argmin over y of ½ yᵀQy + cᵀy subject to G y ≤ h, differentiable in Q, G, c and h.
 
     Float64 throughout: inputs in float32 are converted, the result is float64. Second derivatives are not
-    defined (they raise). Factors of constant Q and G are cached; they are rebuilt when Q or G change in
-    place, so both may be parameters under training.
+    defined (they raise). Factors of constant Q and G are cached; they are rebuilt when a value in Q or G
+    changes, so both may be parameters under training.
 
     Args:
         Q: (n, n), positive definite; its symmetric part counts.
@@ -111,18 +117,18 @@ class QPLayer(nn.Module):
             else:
                 self.register_buffer(name, value.to(torch.float64))
         self.last_solution: QPSolution | BatchedSolution | None = None
-        self._key: tuple[object, ...] | None = None
+        self._made_for: tuple[Tensor, Tensor] | None = None
         self._single: ParametricQP | None = None
         self._batched: BatchedQP | None = None
         self.single()  # bad matrices raise here, not at the first call
 
     def single(self) -> ParametricQP:
         """Return the solver of one QP for the present Q and G."""
-        key = (id(self.Q), self.Q._version, id(self.G), self.G._version)
-        if self._single is None or key != self._key:
+        # by value: fused optimizers and `.data` change tensors without a new version, and an id may come again
+        if self._single is None or self._made_for is None or not _same(self._made_for, (self.Q, self.G)):
             arrays = (value.detach().cpu().numpy() for value in (self.Q, self.G))
             self._single = ParametricQP(*arrays, min_margin=self.min_margin)
-            self._batched, self._key = None, key
+            self._batched, self._made_for = None, (self.Q.detach().clone(), self.G.detach().clone())
         return self._single
 
     def batched(self, device: torch.device) -> BatchedQP:

@@ -1,9 +1,8 @@
 """Certified parametric QP: ½ yᵀQy + cᵀy, G y ≤ h for many (c, h) with Q and G fixed, and its derivative.
 
 daqp finds the active set from a warm start (see `active_set`). The point is then polished: one KKT solve on
-that set, whose signs and residual are checked again and whose set is corrected where they fail. Everything
-that depends on Q and G alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ, R being the rows of G in two-sided
-form.
+that set (see `kkt_system`), whose signs and residual are checked again and whose set is corrected where they
+fail.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import logging
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import lapack
 
 from breaching_ext.ssigd.active_set import WarmStartedSides
 from breaching_ext.ssigd.checks import (
@@ -29,16 +27,13 @@ from breaching_ext.ssigd.errors import (
     NotCertifiedError,
     SSIGDError,
 )
+from breaching_ext.ssigd.kkt_system import KKTSystem
 from breaching_ext.ssigd.rows import Array, pair_rows
 from breaching_ext.ssigd.solution import Index, QPSolution
 
 logger = logging.getLogger(__name__)
 
 RESIDUAL_TOLERANCE = 1e-9
-# Condition number of Q from which KKT solves are refined with residuals in extended precision. Where long
-# double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
-# grows to about 1e-16 times the condition number.
-REFINE_ABOVE = 1e3
 MAX_CORRECTIONS = 50
 # A dual active-set solver adds rows one by one. From this many rows on, primal-dual active-set steps, which
 # exchange all rows that are on the wrong side at once, reach the set sooner; daqp takes over where they do
@@ -68,19 +63,10 @@ class ParametricQP:
         self.min_margin = min_margin
         self.condition = check_condition(self.Q)
         self.rows = pair_rows(self.G)
-        R = self.R = self.rows.R
-        factor, _ = lapack.dpotrf(self.Q, lower=1)
-        inverse, _ = lapack.dpotri(factor, lower=1)
-        self.Q_inverse = np.tril(inverse) + np.tril(inverse, -1).T
-        self.T = self.Q_inverse @ R.T  # (n, p)
-        self._T_rows = np.ascontiguousarray(self.T.T)
-        self.K = R @ self.T  # (p, p)
-        self._norms = np.linalg.norm(R, axis=1)
-        self._refine = self.condition > REFINE_ABOVE
-        if self._refine:
-            self._Q_long, self._R_long = self.Q.astype(np.longdouble), R.astype(np.longdouble)
+        self.R = self.rows.R
+        self.kkt = KKTSystem(self.Q, self.rows, self.condition)
         self._has_pairs = bool(self.rows.paired.any())
-        self._sides_by_daqp = WarmStartedSides(self.Q, R, self.rows.simple_bounds)
+        self._sides_by_daqp = WarmStartedSides(self.Q, self.R, self.rows.simple_bounds)
         self._h: Array | None = None  # the last right-hand side that was checked
         self._last_side: Array | None = None
         self._warned = False
@@ -117,7 +103,7 @@ class ParametricQP:
             sides = side[index]
             bound = np.where(sides > 0, upper[index], lower[index])
             try:
-                y, signed, factor = self._kkt(index, -c, bound)
+                y, signed, factor = self.kkt.solve(index, -c, bound)
             except (LICQError, NotCertifiedError):
                 if not predicting:
                     raise
@@ -125,8 +111,8 @@ class ParametricQP:
                 predicting, side = False, self._daqp_sides(c, lower, upper, h)
                 continue
             Ry = self.R @ y
-            slack = np.minimum(upper - Ry, Ry - lower) / self._norms
-            force = signed * sides * self._norms[index]
+            slack = np.minimum(upper - Ry, Ry - lower) / self.kkt.norms
+            force = signed * sides * self.kkt.norms[index]
             reach, scale = 1.0 + np.abs(y).max(), 1.0 + np.abs(c).max()
             low_force, low_slack = force.min(initial=0.0), slack.min(initial=0.0)
             if low_force >= -SIGN_TOLERANCE * scale and low_slack >= -SIGN_TOLERANCE * reach:
@@ -162,55 +148,14 @@ class ParametricQP:
         if warn:
             self.warn_kink(solution.margin, SIGN_TOLERANCE * (1.0 + np.abs(solution.y).max()))
         index, side, factor = solution.work
-        a, b, _ = self._kkt(index, v, np.zeros(len(index)), factor)
+        a, b, _ = self.kkt.solve(index, v, np.zeros(len(index)), factor)
         return a, b * side
-
-    def _kkt(self, index: Index, r: Array, e: Array, factor: Array | None = None) -> tuple[Array, Array, Array | None]:
-        """Solve Q y + R_Wᵀ λ = r, R_W y = e; return y, λ and the factor of R_W Q⁻¹ R_Wᵀ."""
-        if factor is None and len(index):
-            factor = self._schur(index)
-        y, signed = self._kkt_once(index, r, e, factor)
-        if self._refine:
-            for _ in range(3):
-                lag = r - self._Q_long @ y - self._R_long[index].T @ signed
-                gap = e - self._R_long[index] @ y
-                dy, ds = self._kkt_once(index, lag.astype(float), gap.astype(float), factor)
-                y, signed = y + dy, signed + ds
-                if np.abs(dy).max() <= 1e-16 * np.abs(y).max():
-                    break
-        return y, signed, factor
-
-    def _kkt_once(self, index: Index, r: Array, e: Array, factor: Array | None) -> tuple[Array, Array]:
-        y = self.Q_inverse @ r
-        if factor is None:
-            return y, np.zeros(0)
-        signed, _ = lapack.dpotrs(factor, self.R.take(index, 0) @ y - e, lower=1)
-        return y - signed @ self._T_rows.take(index, 0), signed
-
-    def _schur(self, index: Index) -> Array:
-        """Return the Cholesky factor of R_W Q⁻¹ R_Wᵀ, or raise LICQError where the rows are dependent."""
-        S = self.K[index[:, None], index]
-        factor, info = lapack.dpotrf(S, lower=1, clean=0)
-        if info or ((factor.diagonal() ** 2) < 1e-8 * S.diagonal()).any():
-            self._check_licq(index)
-        if info:
-            raise NotCertifiedError("the KKT matrix is singular to working precision; rescale Q and G")
-        return factor
-
-    def _check_licq(self, index: Index) -> None:
-        unit = self.R[index] / self._norms[index, None]
-        if len(index) > self.n or np.linalg.svd(unit, compute_uv=False)[-1] < 1e-10:
-            names = self.rows.upper_of[index].tolist()
-            raise LICQError(
-                f"LICQ fails: the active rows {names[:8]} of G (or their opposites) are linearly dependent: "
-                "the multipliers and the gradient are not unique; remove duplicate or redundant rows"
-            )
 
     def _predict(self, c: Array, lower: Array, upper: Array) -> Array:
         """Return the sides of the last solution, or at first the bounds that the free minimiser violates."""
         if self._last_side is not None:
             return self._last_side.copy()
-        free = -(c @ self.T)
+        free = -(c @ self.kkt.T)
         return (free > upper).astype(float) - (free < lower)
 
     def _daqp_sides(self, c: Array, lower: Array, upper: Array, h: Array) -> Array:
@@ -224,7 +169,7 @@ class ParametricQP:
 
     def _stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
         """Return ‖Qy + c + R_Wᵀλ‖∞, or raise where the polish left it large."""
-        error = float(np.abs(self.Q @ y + c + signed @ self.R.take(index, 0)).max())
+        error = self.kkt.stationarity(c, y, index, signed)
         scale = 1.0 + np.abs(c).max() + np.abs(signed).max(initial=0.0)
         if not error <= RESIDUAL_TOLERANCE * scale:
             raise NotCertifiedError(f"KKT residual {error:.3g} after the polish; rescale Q, c, G and h")
@@ -245,7 +190,7 @@ class ParametricQP:
         slack[index] = self._width[index]  # the opposite side of an active row is a constraint too
         margin = max(float(min(force.min(initial=np.inf), slack.min(initial=np.inf))), 0.0)
         if margin <= SIGN_TOLERANCE * reach:
-            self._check_licq(np.flatnonzero((side != 0) | (slack <= SIGN_TOLERANCE * reach)))
+            self.kkt.check_licq(np.flatnonzero((side != 0) | (slack <= SIGN_TOLERANCE * reach)))
         if self.min_margin is not None and margin < self.min_margin:
             raise DegenerateError(
                 f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a "
@@ -277,7 +222,7 @@ class ParametricQP:
             if not np.isfinite(h).all():
                 raise NonFiniteError("h holds NaN or infinity; leave out rows that do not bind instead of h = inf")
             lower, upper = self.rows.sides(h)
-            self._width = (upper - lower) / self._norms
+            self._width = (upper - lower) / self.kkt.norms
             if self._has_pairs:
                 check_gap(self.rows, lower, upper, self._width)
             self._h, self._bounds = h.copy(), (lower, upper)

@@ -373,7 +373,7 @@ def test_one_network_for_several_attacks(tmp_path):
     report = train_or_load(first, images, labels, recipe, tmp_path / "network.pt")
     assert train_or_load(second, images, labels, recipe, tmp_path / "network.pt") == report
     assert torch.equal(first(images), second(images))
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ConfigError, match="other shape, recipe"):
         train_or_load(second, images, -labels, recipe, tmp_path / "network.pt")
 
 

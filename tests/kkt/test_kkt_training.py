@@ -16,6 +16,7 @@ from breaching_ext.kkt.models import SmoothBackwardReLU
 from breaching_ext.kkt.multipliers import kkt_residual
 from breaching_ext.kkt.recipe import initialise
 from breaching_ext.kkt.span import signal_rank, span_of
+from breaching_ext.kkt.training import train_or_load
 
 SHAPE = (1, 6, 6)
 RECIPE = Recipe(first_layer_std=1e-3, lr=0.02, target_loss=1e-8, check_every=200, max_steps=4000, seed=0)
@@ -145,6 +146,37 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     torch.save({"key": "other", "step": 1, "tensors": []}, file)
     with pytest.raises(ConfigError, match="another training run"):
         train(network(), images, labels, RECIPE, file, progress=False)
+
+
+def test_another_seed_or_shape_is_another_run(tmp_path, monkeypatch):
+    """Without a seed in the recipe the start is torch's, and belongs to the run as well."""
+    images, labels = data()
+    recipe, file = replace(RECIPE, seed=None, max_steps=20, check_every=10), tmp_path / "network.pt"
+    torch.manual_seed(0)
+    train_or_load(network(), images, labels, recipe, file)
+    torch.manual_seed(0)
+    train_or_load(network(), images, labels, recipe, file)
+    with pytest.raises(ConfigError, match="other shape"):
+        train_or_load(network((30,)), images, labels, recipe, file)
+    torch.manual_seed(1)
+    with pytest.raises(ConfigError, match="seed"):
+        train_or_load(network(), images, labels, recipe, file)
+
+    step, count, partial = descent.SpanDescent.step, [], tmp_path / "training.pt"
+
+    def interrupted(self):
+        count.append(1)
+        if len(count) > 15:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(descent.SpanDescent, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), images, labels, recipe, partial, progress=False)
+    monkeypatch.setattr(descent.SpanDescent, "step", step)
+    torch.manual_seed(2)
+    with pytest.raises(ConfigError, match="another training run"):
+        train(network(), images, labels, recipe, partial, progress=False)
 
 
 def test_weight_decay_ends_at_a_finite_loss_near_a_kkt_point():

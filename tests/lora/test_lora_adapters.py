@@ -19,7 +19,7 @@ from breaching_ext.lora.adapters import (
     random_factors,
     row_counts,
 )
-from breaching_ext.lora.case import SHAPE, Case
+from breaching_ext.lora.case import SHAPE, Case, _batches
 from breaching_ext.lora.decode import Factors, completed, cosine, factor_gradients, rank
 from breaching_ext.lora.models import MODELS, build_model
 from breaching_ext.lora.observation import Batch, factor_update, full_gradient, local_steps, sent_update
@@ -237,3 +237,13 @@ def test_sent_update_is_of_trainable_parameters_only():
     model.fc2.weight.requires_grad_(True)
     (gradient,) = sent_update(model, case("conv").client)
     assert gradient.shape == model.fc2.weight.shape
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_public_batches_do_not_cross_the_split(size):
+    held_out = torch.arange(40) // 8 % 2 == 1
+    batches = _batches(held_out, size)
+    assert batches.shape == (40, size)
+    assert torch.equal(batches[:, 0], torch.arange(40))
+    assert (held_out[batches] == held_out[:, None]).all()
+    assert all(len(set(row)) == size for row in batches.tolist())

@@ -229,3 +229,26 @@ def test_the_command_ends_with_one_line_for_bad_input(caplog):
         cli._application.__wrapped__(config("ranks=[0]"))
     assert caught.value.code == 1
     assert caplog.messages[-1].startswith("ranks=0 is not possible")
+
+
+def test_one_layer_is_a_list_of_one():
+    assert settings("layers=conv1").layers == ("conv1",)
+
+
+def test_a_report_without_any_rank_has_a_table(tmp_path):
+    """Ctrl-C after the control of phase 2, before its first adapter."""
+    cosines = {"cosine_seen": 0.5, "cosine_matched": 1.0, "cosine_full": 0.9, "cosine_decoded": 0.4, "ssim": 0.5}
+    rows = [
+        {
+            "model": "conv",
+            "phase": phase,
+            "method": method,
+            "rank": "-",
+            "start": "-",
+            "seed": 0,
+            "psnr": 20.0,
+            **cosines,
+        }
+        for phase, method in RANKLESS
+    ]
+    assert [path.name for path in write_report(rows, tmp_path, 20.0, {})] == ["table.md"]

@@ -203,6 +203,11 @@ def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
         ("optim.line_search=armijo", "strong_wolfe"),
         ("pyramid.factors=[4,2]", "end with 1"),
         ("+regularization.total_variation={scale: 0.1}", "image_prior"),
+        ("objective.type=cosine-similarity", "cosine-similarity has no effect on magia; valid: euclidean"),
+        ("optim.signed=hard", r"attack\.optim\.signed=hard has no effect"),
+        ("optim.grad_clip=1.0", "valid: empty"),
+        ("optim.warmup=5", "warmup=5"),
+        ("+augmentations.discrete_shift.lim=2", "augmentations"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_computed(override, text):
@@ -228,3 +233,23 @@ def test_data_that_do_not_fit_are_refused():
     for gradients in (shared[0]["gradients"][1:], [g * float("nan") for g in shared[0]["gradients"]]):
         with pytest.raises(BreachingExtError, match=r"gradient"):
             made.reconstruct(payload, [{**shared[0], "gradients": gradients}])
+
+
+def test_ctrl_c_ends_the_loop_over_candidates(monkeypatch):
+    from breaching_ext.matching.magia_engine import MagiaEngine
+
+    original, calls = MagiaEngine.step, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 3 + 2:  # in the second of three candidates
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(MagiaEngine, "step", interrupted)
+    options = ["restarts.num_trials=3", "restarts.parallel_candidates=false"]
+    result, stats, *_ = reconstruct(*options, iterations=3)
+    assert stats["interrupted"]
+    assert len(calls) == 5
+    assert result["candidates"].shape[0] == 2
+    assert [len(stats[f"Trial_{n}_Val"]) for n in range(2)] == [3, 1]

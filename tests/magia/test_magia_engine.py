@@ -8,6 +8,7 @@ from test_magia_objective import setting
 
 from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Pyramid, Schedule
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm
+from breaching_ext.matching.track import Track, advance
 from breaching_ext.regularizers.color_tv import color_total_variation
 
 ONE_GRID = Pyramid((1,), ())
@@ -180,3 +181,34 @@ def test_a_start_that_is_not_finite_is_refused():
     starts[0][1, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         engine(objective, starts)
+
+
+@pytest.mark.parametrize("grids", [ONE_GRID, Pyramid((2, 1), (0.9,))])
+def test_a_box_changes_what_is_outside_and_nothing_else(grids):
+    """On a coarse grid pixels are not the variables: clipped through pixels and back, it would be blurred."""
+    objective, starts = matching()
+    made = engine(objective, starts, pyramid=grids)
+    box = (torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    before = made.parameters
+    assert all(p.min() >= 0 and p.max() <= 1 for p in before[:1])
+    made.project(box)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters, before, strict=True))
+    with torch.no_grad():
+        made._stacks[0][:2] += 0.7
+    only = torch.tensor([True, False, False])
+    made.project(box, only)
+    assert made.parameters[0][0].max() == 1
+    assert made.parameters[0][1].max() > 1  # not asked for
+    assert torch.equal(made.parameters[0][2], before[0][2])
+
+
+def test_a_boxed_run_that_stays_inside_is_the_run_without_a_box():
+    paths = []
+    for box in (None, (torch.tensor(-9.0, dtype=torch.float64), torch.tensor(9.0, dtype=torch.float64))):
+        objective, starts = matching()
+        made = engine(objective, starts, pyramid=Pyramid((2, 1), (0.5,)))
+        track = Track.start(made.parameters, box)
+        for iteration in range(3):
+            advance(made, iteration, track)
+        paths.append(made.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True))

@@ -139,6 +139,16 @@ def test_a_study_runs_what_is_missing_and_merges(folder, tmp_path, monkeypatch):
     assert [(row["optimizer_id"], row["seeds"]) for row in summary] == [("A1", [1, 2]), ("B3", [1, 2])]
 
 
+def test_a_result_that_was_being_written_is_not_one(folder, tmp_path):
+    run_study(
+        tmp_path, ["A1"], [1], small(folder, model_options={"channels": (4, 8)}, model="autoencoder"), progress=False
+    )
+    (tmp_path / "results" / ".A1_seed1-0123.json").write_text("")
+    assert len(load_results([tmp_path])) == 1
+    again = small(folder, model_options={"channels": (4, 8)}, model="autoencoder")  # a tuple is a list in the file
+    assert len(run_study(tmp_path, ["A1"], [1], again, progress=False)) == 1
+
+
 def test_results_of_many_machines_merge_into_one_sheet(folder, tmp_path):
     """Two folders give the table that one would have given."""
     one, two, both = (tmp_path / name for name in ("one", "two", "both"))

@@ -246,6 +246,21 @@ def test_the_plan_is_the_fastest_way(monkeypatch, sequential, plain, compiled, e
     assert plan.compiled_ms == compiled / 3
 
 
+def test_without_a_compiler_the_study_goes_on(monkeypatch, caplog):
+    def broken(*args):
+        raise OSError("no compiler\nhere")
+
+    executor = "breaching_ext.optimizer_study.executor"
+    monkeypatch.setattr(f"{executor}._measure_compiled", broken)
+    monkeypatch.setattr(f"{executor}.COMPILE_FROM_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        plan = make_plan(make_task(), CELLS)
+    assert not plan.compiled
+    assert "not compiled (OSError: no compiler)" in caplog.text
+    with pytest.raises(OSError, match="no compiler"):
+        make_plan(make_task(), CELLS, compiled=True)
+
+
 def test_short_runs_are_not_compiled(monkeypatch):
     """Compiling is tried only where training takes long against it."""
     tried = []

@@ -135,6 +135,28 @@ def test_factors_follow_in_place_changes():
     assert not torch.allclose(layer(c, h), before)
 
 
+@pytest.mark.parametrize("how", ["data", "functional", "fused", "flat"])
+def test_factors_follow_changes_that_leave_no_trace(how):
+    """`.data`, functional_call, fused optimizers and vector_to_parameters raise no version, or bring an id back."""
+    Q, G, c, h = data(4, 1)
+    layer = QPLayer(nn.Parameter(Q.clone()), G)
+    layer(c, h)
+    if how == "functional":
+        for factor in (2.0, 3.0):
+            found = torch.func.functional_call(layer, {"Q": factor * Q}, (c, h))
+            torch.testing.assert_close(found, QPLayer(factor * Q, G)(c, h))
+        return
+    if how == "data":
+        layer.Q.data.mul_(3.0)
+    elif how == "flat":
+        nn.utils.vector_to_parameters(3.0 * Q.flatten(), [layer.Q])
+    else:
+        optimizer = torch.optim.Adam([layer.Q], lr=0.1, fused=True)
+        layer(c, h).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layer(c, h), QPLayer(layer.Q.detach().clone(), G)(c, h))
+
+
 def test_learning_recovers_a_right_hand_side():
     Q, G, c, h = data(4, 1, 32, "box")
     layer, target = QPLayer(Q, G), QPLayer(Q, G)(c, h * 0.6)

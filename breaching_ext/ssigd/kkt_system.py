@@ -1,0 +1,108 @@
+"""The KKT system of a QP on any set W of its rows: Q y + R_Wᵀ λ = r, R_W y = e, with Q and R fixed.
+
+Everything that depends on Q and R alone is computed once: Q⁻¹, Q⁻¹Rᵀ and R Q⁻¹Rᵀ. A set of rows then costs one
+Cholesky factor of its Schur complement R_W Q⁻¹ R_Wᵀ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import lapack
+
+from breaching_ext.ssigd.errors import LICQError, NotCertifiedError
+from breaching_ext.ssigd.rows import Array, PairedRows
+from breaching_ext.ssigd.solution import Index
+
+# Condition number of Q from which KKT solves are refined with residuals in extended precision. Where long
+# double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
+# grows to about 1e-16 times the condition number.
+REFINE_ABOVE = 1e3
+
+
+class KKTSystem:
+    """Solves the system for one set of rows after another.
+
+    Args:
+        Q: symmetric positive definite, (n, n).
+        rows: the rows of G in two-sided form; their R has shape (p, n).
+        condition: condition number of Q.
+
+    Attributes:
+        Q_inverse: Q⁻¹, (n, n).
+        T: Q⁻¹Rᵀ, (n, p).
+        K: R Q⁻¹Rᵀ, (p, p).
+        norms: of the rows of R, (p,).
+    """
+
+    def __init__(self, Q: Array, rows: PairedRows, condition: float) -> None:
+        """See the class."""
+        self.Q, self.R, self._rows = Q, rows.R, rows
+        factor, _ = lapack.dpotrf(Q, lower=1)
+        inverse, _ = lapack.dpotri(factor, lower=1)
+        self.Q_inverse = np.tril(inverse) + np.tril(inverse, -1).T
+        self.T = self.Q_inverse @ self.R.T
+        self._T_rows = np.ascontiguousarray(self.T.T)
+        self.K = self.R @ self.T
+        self.norms = np.linalg.norm(self.R, axis=1)
+        self._refine = condition > REFINE_ABOVE
+        if self._refine:
+            self._Q_long, self._R_long = Q.astype(np.longdouble), self.R.astype(np.longdouble)
+
+    def solve(self, index: Index, r: Array, e: Array, factor: Array | None = None) -> tuple[Array, Array, Array | None]:
+        """Solve on the rows `index`.
+
+        Args:
+            index: the rows W, (k,).
+            r, e: right-hand sides, (n,) and (k,).
+            factor: what an earlier call returned for the same rows.
+
+        Returns:
+            y (n,), λ (k,), positive on the upper side, and the factor of R_W Q⁻¹ R_Wᵀ.
+
+        Raises:
+            LICQError: the rows are linearly dependent.
+            NotCertifiedError: the system is singular to working precision.
+        """
+        if factor is None and len(index):
+            factor = self._schur(index)
+        y, signed = self._once(index, r, e, factor)
+        if self._refine:
+            for _ in range(3):
+                lag = r - self._Q_long @ y - self._R_long[index].T @ signed
+                gap = e - self._R_long[index] @ y
+                dy, ds = self._once(index, lag.astype(float), gap.astype(float), factor)
+                y, signed = y + dy, signed + ds
+                if np.abs(dy).max() <= 1e-16 * np.abs(y).max():
+                    break
+        return y, signed, factor
+
+    def stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
+        """Return ‖Qy + c + R_Wᵀλ‖∞."""
+        return float(np.abs(self.Q @ y + c + signed @ self.R.take(index, 0)).max())
+
+    def check_licq(self, index: Index) -> None:
+        """Raise LICQError where the rows `index` are linearly dependent."""
+        unit = self.R[index] / self.norms[index, None]
+        if len(index) > len(self.Q) or np.linalg.svd(unit, compute_uv=False)[-1] < 1e-10:
+            names = self._rows.upper_of[index].tolist()
+            raise LICQError(
+                f"LICQ fails: the active rows {names[:8]} of G (or their opposites) are linearly dependent: "
+                "the multipliers and the gradient are not unique; remove duplicate or redundant rows"
+            )
+
+    def _once(self, index: Index, r: Array, e: Array, factor: Array | None) -> tuple[Array, Array]:
+        y = self.Q_inverse @ r
+        if factor is None:
+            return y, np.zeros(0)
+        signed, _ = lapack.dpotrs(factor, self.R.take(index, 0) @ y - e, lower=1)
+        return y - signed @ self._T_rows.take(index, 0), signed
+
+    def _schur(self, index: Index) -> Array:
+        """Return the Cholesky factor of R_W Q⁻¹ R_Wᵀ, or raise LICQError where the rows are dependent."""
+        S = self.K[index[:, None], index]
+        factor, info = lapack.dpotrf(S, lower=1, clean=0)
+        if info or ((factor.diagonal() ** 2) < 1e-8 * S.diagonal()).any():
+            self.check_licq(index)
+        if info:
+            raise NotCertifiedError("the KKT matrix is singular to working precision; rescale Q and G")
+        return factor

@@ -37,7 +37,7 @@ def clock(monkeypatch):
         monkeypatch.setattr(
             calibration,
             "seconds",
-            lambda functions, device: {n: (function(), known[n])[1] for n, function in functions.items()},
+            lambda functions, device, iterations: {n: (function(), known[n])[1] for n, function in functions.items()},
         )
         halved = Costs(light=0.5 / calibration.SAVED_LIGHT)
         monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks: halved)
@@ -222,6 +222,23 @@ def test_the_median_counts_and_slow_calls_are_not_repeated_often(monkeypatch):
     found = calibration.seconds({name: lambda name=name: call(name) for name in lasts}, torch.device("cpu"))
     assert found == {"quick": pytest.approx(0.4), "slow": pytest.approx(1.0)}
     assert {name: len(left) for name, left in lasts.items()} == {"quick": 1, "slow": 1}
+
+
+@pytest.mark.parametrize(("iterations", "calls"), [(0, 2), (1000, 6), (10**6, 12)])
+def test_a_long_run_is_measured_longer(monkeypatch, iterations, calls):
+    """A second a call: 1.5 s hold a warm-up and one call, 5.5 of 1000 s four more; eleven are enough in any case."""
+    now, called = 0.0, []
+
+    def call() -> None:
+        nonlocal now
+        now += 1.0
+        called.append(now)
+
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(calibration, "ENOUGH", 1.5)
+    monkeypatch.setattr(calibration, "ENOUGH_OF_THE_RUN", 0.0055)
+    assert calibration.seconds({"vmap": call}, torch.device("cpu"), iterations) == {"vmap": 1.0}
+    assert len(called) == calls
 
 
 def test_a_slow_machine_expects_to_compile_longer():

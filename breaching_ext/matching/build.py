@@ -205,6 +205,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
             "recording": record_a_little,
         },
         device,
+        parts.iterations,
     )
     times["list"] *= len(parts.starts[0])
     recording = times.pop("recording") / LITTLE
@@ -219,7 +220,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
         else:
             found.compile_seconds = compiled.compile_seconds
             pair = {"vmap": _iteration(engine, parts), "compile": _iteration(compiled, parts)}
-            times.update(calibration.seconds(pair, device))
+            times.update(calibration.seconds(pair, device, parts.iterations))
             if times["compile"] < min(times["list"], times["vmap"]):
                 found.engine = "compile"
                 chosen = compiled

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
-#: Seconds after which a measurement is not repeated any more.
-ENOUGH = 2.0
+#: Seconds after which a measurement is not repeated any more, or in a longer run that share of it.
+ENOUGH, ENOUGH_OF_THE_RUN = 2.0, 0.004
 #: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
 SHORT_ALONE = 500
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
@@ -82,12 +82,19 @@ class Calibration:
         log.info("candidate_batching=auto takes %s: %s%s.", self.engine, self.reason, detail)
 
 
-def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 11) -> dict[str, float]:
+def seconds(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, iterations: int = 0, repeats: int = 11
+) -> dict[str, float]:
     """Return each function's median seconds of several calls, after one to warm up; random numbers are given back.
 
     They are called in turn, because a machine's speed changes while one waits, and the median counts, because it
-    changes from call to call, too: the least is that of a lucky moment, which not every function has. Slow calls vary
-    little and are not repeated often.
+    changes from call to call, too: the least is that of a lucky moment, which not every function has.
+
+    Args:
+        functions: what is timed, by name.
+        device: where it runs.
+        iterations: how often the run will call one of them, which says how long it may be measured.
+        repeats: most calls of each that count.
     """
     devices = [device] if device.type == "cuda" else []
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -99,7 +106,8 @@ def seconds(functions: Mapping[str, Callable[[], Any]], device: torch.device, re
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[name].append(time.perf_counter() - start)
-            if repeat > 0 and sum(map(sum, times.values())) > ENOUGH:
+            run = iterations * max(spent[-1] for spent in times.values())
+            if repeat > 0 and sum(map(sum, times.values())) > max(ENOUGH, ENOUGH_OF_THE_RUN * run):
                 break
     return {name: statistics.median(spent[1:]) for name, spent in times.items()}
 

@@ -46,7 +46,7 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
     try:
         result = run(cfg, folder)
     except Exception as error:
-        _note_failure(folder / "metrics.json", error, cfg.get("seed"))
+        _note_failure(folder, error, cfg.get("seed"))
         if not isinstance(error, BreachingExtError) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         log.error("%s", error)
@@ -56,16 +56,14 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
     return result.record["psnr"]
 
 
-def _note_failure(path: Path, error: Exception, seed: Any) -> None:
-    """Write why a run failed; the metrics of a run that did not, in the same folder, stay."""
+def _note_failure(folder: Path, error: Exception, seed: Any) -> None:
+    """Write why a run failed into metrics.json, or, beside those of an earlier run that did not, into error.json."""
     try:
-        kept = "error" not in json.loads(path.read_text(encoding="utf-8"))
+        finished = "error" not in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        kept = False
-    if kept:
-        log.warning("%s is left as it is.", path)
-    else:
-        write_json(path, {"error": f"{type(error).__name__}: {error}", "seed": seed})
+        finished = False
+    name = "error.json" if finished else "metrics.json"
+    write_json(folder / name, {"error": f"{type(error).__name__}: {error}", "seed": seed})
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
     breaching-ext-collect multirun-or-outputs-folder
 
 A run is a folder with a metrics.json. Runs that differ only in seed and client belong to one group. A run that failed
-is a row that says why, and a folder that Hydra made but that holds no metrics.json is a run that was killed.
+(also where an error.json lies beside the metrics of an earlier run) is a row that says why, and a folder that Hydra
+made but that holds no metrics.json is a run that was killed.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def _row(home: Path, root: Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row["folder"] = str(home.relative_to(root))
     row["overrides"] = " ".join(sorted(_overrides(home)))
+    failure = home / "error.json"
+    file = failure if failure.exists() else home / "metrics.json"
     try:
-        record = json.loads((home / "metrics.json").read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {**row, "error": "no metrics.json: the run was killed or is still running"}
     except json.JSONDecodeError as error:
-        return {**row, "error": f"metrics.json is damaged: {error}"}
+        return {**row, "error": f"{file.name} is damaged: {error}"}
     row.update({key: record[key] for key in COLUMNS if key in record})
     if record.get("per_image", {}).get("psnr"):
         row["worst_psnr"] = min(record["per_image"]["psnr"])

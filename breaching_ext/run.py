@@ -74,7 +74,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
     seconds = time.perf_counter() - start
     if output_dir is not None:  # before the evaluation, which may fail
-        save_tensors(reconstruction, true_data, output_dir)
+        save_tensors(tensors_of(reconstruction, true_data), output_dir)
 
     mean, std = (cfg.case.data.mean, cfg.case.data.std) if cfg.case.data.normalize else (None, None)
     evaluation = evaluate(
@@ -93,21 +93,29 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     return result
 
 
-def save_tensors(reconstruction: dict[str, Any], true_data: dict[str, Any], output_dir: str | Path) -> dict[str, Any]:
-    """Write candidates.pt and return its content; the metrics of an earlier run in that folder go."""
+def tensors_of(reconstruction: dict[str, Any], true_data: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what candidates.pt holds: the reconstruction and the truth, on the CPU."""
     tensors = {**reconstruction, "true_data": true_data["data"], "true_labels": true_data["labels"]}
-    tensors = {k: v.detach().cpu() for k, v in tensors.items() if v is not None}
-    (Path(output_dir) / "metrics.json").unlink(missing_ok=True)
-    write_atomically(Path(output_dir) / "candidates.pt", lambda target: torch.save(tensors, target))
-    return tensors
+    return {k: v.detach().cpu() for k, v in tensors.items() if v is not None}
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], output_dir: str | Path) -> None:
+    """Write candidates.pt; the metrics of an earlier run in that folder go with its candidates."""
+    folder = Path(output_dir)
+
+    def write(target: Path) -> None:
+        torch.save(tensors, target)
+        (folder / "metrics.json").unlink(missing_ok=True)
+
+    write_atomically(folder / "candidates.pt", write)
 
 
 def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, std: Any = None) -> None:
-    """Write candidates.pt, config.yaml, metrics.json and the two pictures, each atomically."""
-    folder = Path(output_dir)
-    tensors = save_tensors(result.reconstruction, result.true_data, folder)
+    """Write config.yaml, metrics.json and the two pictures, each atomically; candidates.pt: :func:`save_tensors`."""
+    folder, tensors = Path(output_dir), tensors_of(result.reconstruction, result.true_data)
     write_atomically(folder / "config.yaml", lambda target: OmegaConf.save(cfg, target))
     write_json(folder / "metrics.json", result.record)
+    (folder / "error.json").unlink(missing_ok=True)  # of an earlier try
 
     true, data = (to_images(x, mean, std) for x in (tensors["true_data"], tensors["data"]))
     means = result.evaluation.means

@@ -1,7 +1,7 @@
 """How much of a full-gradient reconstruction survives LoRA: rank by rank and phase by phase, one command.
 
 python examples/lora_ladder.py out=examples/results/lora/conv
-python examples/lora_ladder.py model=vit_tokens ranks=[1,4,16,full] out=examples/results/lora/vit_tokens
+python examples/lora_ladder.py model=vit_tokens ranks=[4,16,full] out=outputs/lora_vit
 python examples/lora_ladder.py model=vit phases=[0] out=examples/results/lora/vit
 
 A finished cell is on disk before the next one begins: the same command again goes on where it stopped. All keys:

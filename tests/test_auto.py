@@ -268,8 +268,8 @@ def test_an_engine_rewound_is_as_new(traced_only, engine):
     rewinding, plain = (JointCandidateAttacker(module, loss(), cfg, SETUP) for _ in range(2))
     choose = rewinding._choose_engine
 
-    def stepped_and_rewound(parts, ranks):
-        built = choose(parts, ranks)
+    def stepped_and_rewound(parts, *others):
+        built = choose(parts, *others)
         step, track = advancing(built.engine), Track.start(built.engine.parameters, parts.box)
         for iteration in range(3):
             step(iteration, track)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from breaching.attacks.auxiliaries.common import optimizer_lookup
 from cases import attack_config, build_model, loss, observed
+from hydra import compose, initialize_config_module
+from torch.utils._pytree import tree_leaves
 
+from breaching_ext import run as run_module
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import ConfigError
-from breaching_ext.matching.state import on_device
+from breaching_ext.matching.state import on_device, optimizer_state, restore_optimizer
+from breaching_ext.registration import register
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -143,3 +148,47 @@ def test_an_optimizers_tensors_go_where_its_parameters_are():
     assert moved[0].device == moved[1][0].device == meta
     assert moved[1][0].dtype == torch.float64
     assert moved[2:] == [4, None]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momgd", "l-bfgs"])
+def test_an_optimizer_is_restored_where_its_parameters_are(optimizer):
+    """A checkpoint is read onto the CPU. `meta` stands for a GPU: torch refuses to mix it with the CPU, too."""
+
+    def made(parameter):
+        return optimizer_lookup([parameter], optimizer, 0.1, scheduler="linear", max_iterations=9)
+
+    trained = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    before, _ = made(trained)
+    for _ in range(2):
+        before.step(lambda: (setattr(trained, "grad", trained.detach().clone()), trained.sum())[1])
+    after, scheduler = made(torch.empty(3, dtype=torch.float64, device="meta", requires_grad=True))
+    restore_optimizer(after, scheduler, optimizer_state(before), 2)
+    (slots,) = after.state.values()
+    tensors = [t for name, value in slots.items() if name != "step" for t in tree_leaves(value) if torch.is_tensor(t)]
+    assert tensors
+    assert all(t.device.type == "meta" for t in tensors)
+
+
+def test_results_that_could_not_be_evaluated_are_there_and_not_run_again(tmp_path, monkeypatch):
+    """The command's own way: the checkpoint goes when everything is written."""
+    register()
+    overrides = ["attack.optim.max_iterations=3", "attack.restarts.num_trials=2", "attack.impl.checkpoint_every=2"]
+    overrides += ["case.user.num_data_points=1", "case.model=lenet_zhu", "attack.impl.progress=false"]
+
+    def once():
+        with initialize_config_module("breaching.config", version_base="1.3"):
+            cfg = compose("breaching_ext", overrides=overrides)
+        return run_module.run(cfg, tmp_path)
+
+    evaluate = run_module.evaluate
+    monkeypatch.setattr(run_module, "evaluate", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        once()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates.pt", "checkpoint.pt"]
+    found = torch.load(tmp_path / "candidates.pt")["candidates"]
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    monkeypatch.setattr(JointLoop, "_iterate", lambda *args: pytest.fail("run again"))
+    result = once()
+    assert torch.equal(result.reconstruction["candidates"], found)
+    assert {"candidates.pt", "metrics.json", "reconstruction.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "checkpoint.pt").exists()

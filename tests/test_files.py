@@ -9,6 +9,7 @@ import stat
 import pytest
 
 from breaching_ext import cli
+from breaching_ext.collect import read_runs
 from breaching_ext.files import write_atomically, write_json
 
 
@@ -39,11 +40,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_failure_does_not_replace_the_metrics_of_a_finished_run(tmp_path):
     path = tmp_path / "metrics.json"
     for _ in range(2):  # a failure replaces a failure
-        cli._note_failure(path, ValueError("no"), 3)
+        cli._note_failure(tmp_path, ValueError("no"), 3)
         assert json.loads(path.read_text()) == {"error": "ValueError: no", "seed": 3}
-    write_json(path, {"psnr": 20.0})
-    cli._note_failure(path, ValueError("no"), 3)
-    assert json.loads(path.read_text()) == {"psnr": 20.0}
     path.write_text("{half")
-    cli._note_failure(path, ValueError("no"), 3)
-    assert "error" in json.loads(path.read_text())
+    cli._note_failure(tmp_path, ValueError("again"), 3)
+    assert json.loads(path.read_text())["error"] == "ValueError: again"
+    assert [row["error"] for row in read_runs(tmp_path)] == ["ValueError: again"]
+    write_json(path, {"psnr": 20.0})
+    cli._note_failure(tmp_path, ValueError("later"), 3)
+    assert json.loads(path.read_text()) == {"psnr": 20.0}
+    assert [row["error"] for row in read_runs(tmp_path)] == ["ValueError: later"]  # its overrides are the later run's

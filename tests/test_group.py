@@ -182,3 +182,9 @@ def test_a_candidate_that_has_diverged_does_not_enter_the_consensus(bad, aligner
     candidates[1, 0, 0, 0, 0] = bad
     assert torch.equal(registered_consensus(candidates, aligner)[0], expected)
     assert registered_consensus(candidates[1:2], aligner)[0].isfinite().all()
+
+
+def test_many_pixels_in_16_bits_are_no_divergence():
+    """The sum of their squares is more than the type holds, and says nothing about them."""
+    candidates = torch.ones(2, 1, 3, 200, 200, dtype=torch.half)
+    assert torch.equal(registered_consensus(candidates)[0], candidates[0])

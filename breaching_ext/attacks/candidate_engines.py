@@ -94,10 +94,10 @@ class CandidateEngines(KeepsCheckpoint):
         if self.cfg.impl.get("checkpoint_every"):
             log.warning("restarts.parallel_candidates=False: impl.checkpoint_every has no effect.")
 
-    def _choose_engine(self, parts: EngineParts, ranks: Ranks) -> BuiltEngine:
+    def _choose_engine(self, parts: EngineParts, ranks: Ranks, dryrun: bool = False) -> BuiltEngine:
         """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
         mode = self.cfg.restarts.get("candidate_batching", "auto")
-        if mode == "auto" and ranks.first:
+        if mode == "auto" and ranks.first and not dryrun:
             mode = saved_engine(self.cfg.impl.get("checkpoint_path")) or mode
         built = choose_engine(mode, parts) if ranks.first else None
         name = ranks.from_first(built.engine.name if built else None)

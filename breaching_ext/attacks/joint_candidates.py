@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         Returns:
             A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (N, B, C, H, W), `candidate_scores` (N,), lower
             is better, and statistics: Breaching's keys (`Trial_0_Val`, ..., `opt_value`) and `engine`, `seed`,
-            `gradient_evaluations`, `candidate_failures`, `alignment_failures`.
+            `gradient_evaluations`, `interrupted`; where candidates run jointly also `candidate_failures`,
+            `alignment_failures`, `calibration` and `memory`.
 
         Raises:
             SharedDataError: for shared data that do not fit the model, before the loop starts.
@@ -155,7 +157,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
             self.group.prepare(starts[0])
             self.group.ranks = ranks
         parts = self._engine_parts(target, starts, streams, dryrun)
-        built = self._choose_engine(parts, ranks)
+        built = self._choose_engine(parts, ranks, dryrun)
         engine = built.engine
         checkpoint = self._checkpoint(target, starts, engine.name, dryrun, ranks)
         result = JointLoop(engine, self.cfg, self._box(), self.group, checkpoint, ranks, own.start).run(dryrun)
@@ -185,6 +187,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
             except KeyboardInterrupt:
                 if not candidates:
                     raise
+                interrupted.append(signal.SIGINT)
         if interrupted:
             log.warning("Interrupted in candidate %d of %d: the others were not run.", len(candidates), trials)
         stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=self._closure_calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
@@ -101,8 +102,7 @@ class JointLoop:
                         break
                     if self.ranks.size > 1 and self.ranks.number(self.ranks.interrupted):
                         raise KeyboardInterrupt
-            if self.checkpoint is not None:  # what follows, choosing and saving, may take long or fail
-                self.checkpoint.save(self._state(self.optim.max_iterations))
+                self._save_the_end()
         except KeyboardInterrupt:
             log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
             self.result.interrupted = True
@@ -137,6 +137,12 @@ class JointLoop:
             )
 
     # -- going on where another process stopped ------------------------------------------------------------------
+
+    def _save_the_end(self) -> None:
+        """What follows, choosing and saving, may take long or fail; then the loop need not run again."""
+        if self.checkpoint is not None:
+            with contextlib.suppress(KeyboardInterrupt):  # nothing is left to interrupt
+                self.checkpoint.save(self._state(self.optim.max_iterations))
 
     def _state(self, iteration: int) -> dict[str, Any]:
         return {

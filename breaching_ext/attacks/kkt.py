@@ -176,12 +176,12 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 search.load_state_dict(state)
 
         def save(done: int) -> None:
-            if checkpoint is not None and checkpoint.due(done - 1):
-                checkpoint.save(search.state_dict())
+            if checkpoint is not None and (checkpoint.due(done - 1) or done == self.options.steps):
+                checkpoint.save(search.state_dict())  # the end as well: choosing and saving may fail
 
         found = search.run(progress, search.step_count + 1 if dryrun else None, save)
-        if checkpoint is not None and not found.interrupted:  # choosing and saving may take long, or fail
-            checkpoint.save(search.state_dict())
+        if checkpoint is not None and not bool(found.losses.isfinite().any()):
+            checkpoint.remove()  # another step size is needed, and that is another run
         return found
 
     def _conclude(self, found: Extracted, problem: Problem, labels: Tensor, number: int) -> dict[str, Tensor]:

@@ -101,7 +101,8 @@ class MagiaOptions:
 def _check_unused(cfg: Any) -> None:
     for key, only in _UNUSED.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and value != only:
+        off = value in (None, "none") or (OmegaConf.is_config(value) and not value)
+        if not off and value != only:
             raise ConfigError(
                 f"attack.{key}={value} has no effect on magia; valid: {'empty' if only is None else only}."
             )

@@ -85,7 +85,7 @@ def train_or_load(
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["key"] != key:
             raise ConfigError(
-                f"{path} holds a network of other shape, recipe, seed or images; remove it or choose another."
+                f"{path} holds a network of other shape, recipe, seed or images; set training.seed or another file."
             )
         model.load_state_dict(content["state_dict"])
         return TrainingReport(**content["report"])

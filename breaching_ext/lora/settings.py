@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..attacks.checks import check_config
+from ..data.sample_photos import PHOTOS
 from ..errors import ConfigError, unknown
 from .adapters import check_layers
 from .models import MODELS, build_model
@@ -118,6 +119,12 @@ class Settings:
         for key, least in (("batch", 1), ("public", 8), ("local_steps", 1)):
             if not _counts(getattr(self, key), least):
                 raise ConfigError(f"{key}={getattr(self, key)!r} is not possible; valid: {least}, {least + 1}, ...")
+        crops = [index // len(PHOTOS) % 2 for index in range(self.public)]  # as `Case.public_gradients` holds out
+        if any(0 < crops.count(side) < self.batch for side in (0, 1)):
+            raise ConfigError(
+                f"public={self.public} has a side of the split with fewer photos than batch={self.batch}; "
+                f"valid: a multiple of {2 * len(PHOTOS)}, of at least twice the batch."
+            )
         for key in ("scale", "local_lr"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)} is not possible; valid: above 0.")

@@ -56,7 +56,7 @@ def show_bytes(value: float) -> str:
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that this process may still take on a device; None where nobody knows.
 
-    Processes that torchrun started on this machine share its memory equally.
+    On a CPU, processes that torchrun started on this machine share its memory equally.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -26,8 +26,9 @@ METHODS = ("auto", "list", "vmap", "compile")
 #: 0.7 of the loop's time at B = 8 and 1.6 of it at B = 64, where convolutions with a kernel a candidate dominate.
 STACK_UP_TO = 16
 
-#: 'auto' compiles for at least this many candidates and evaluations: compiling takes 10 to 20 s, and saves about a
-#: quarter of a stacked evaluation (benchmarks/magia_batching.py). A fixed rule, so that a run can be repeated.
+#: 'auto' compiles for at least this many candidates and evaluations, where there is no subset term. Compiling takes
+#: 10 to 20 s, and saves about a quarter of a stacked evaluation (benchmarks/magia_batching.py). A fixed rule, so that
+#: a run can be repeated.
 COMPILE_FROM = (4, 3000)
 
 

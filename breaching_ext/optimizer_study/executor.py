@@ -126,9 +126,9 @@ def _measure(
     stacked = times[chunk]
     fast = min(stacked, sequential or stacked)
     if compiled is True or (compiled == "auto" and fast * steps > COMPILE_FROM_SECONDS):
-        chunk = min(n for n, ms in times.items() if ms <= _COMPILED_TOLERANCE * stacked)
+        smaller = min(n for n, ms in times.items() if ms <= _COMPILED_TOLERANCE * stacked)
         try:
-            return _measure_compiled(task, cells, chunk, sequential, times[chunk])
+            return _measure_compiled(task, cells, smaller, sequential, times[smaller])
         except Exception as error:  # no working C++ compiler; inductor raises what it likes
             if compiled is True:
                 raise

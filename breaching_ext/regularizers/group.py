@@ -34,8 +34,8 @@ def registered_consensus(
     """
     candidates, ranks = candidates.detach(), ranks or Ranks()
     mean, everybody = _mean(candidates, ranks)
-    if not bool(mean.square().sum().isfinite()):  # the mean is the same for all processes
-        candidates = candidates[candidates.flatten(1).square().sum(dim=1).isfinite()]
+    if not bool(_sound(mean[None])):  # the mean is the same for all processes
+        candidates = candidates[_sound(candidates)]
         mean, everybody = _mean(candidates, ranks)
     if aligner == "none":
         return mean, 0
@@ -46,6 +46,12 @@ def registered_consensus(
             total[index] += aligned
             failures += not found
     return ranks.total(total) / max(everybody, 1), failures
+
+
+def _sound(images: torch.Tensor) -> torch.Tensor:
+    """Return which of (N, ...) have finite squares, (N,); those of 16-bit numbers would overflow in their own type."""
+    wide = images.float() if images.element_size() == 2 else images
+    return wide.flatten(1).square().sum(dim=1).isfinite()
 
 
 def _mean(candidates: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int]:

@@ -195,6 +195,13 @@ def test_bad_input_is_one_line(override, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_a_public_batch_has_room_on_its_side_of_the_split():
+    with pytest.raises(ConfigError, match=r"public=12 .*batch=8; valid: a multiple of 16"):
+        settings("public=12", "batch=8")
+    settings("public=16", "batch=8")
+    settings("public=8", "batch=8")  # none held out
+
+
 def test_the_table_pairs_seeds_and_says_when_the_ceiling_fails():
     def row(phase, method, rank, start, seed, psnr):
         cosines = {"cosine_seen": 0.5, "cosine_matched": 1.0, "cosine_full": 0.9}

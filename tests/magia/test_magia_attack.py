@@ -215,6 +215,10 @@ def test_bad_options_are_named_before_anything_is_computed(override, text):
         attacker(override)
 
 
+def test_what_is_off_is_not_refused():
+    attacker("optim.signed=none", "optim.step_size_decay=none", "augmentations={}")
+
+
 def test_data_that_do_not_fit_are_refused():
     model = build_model("lenet_zhu")
     payload, shared, images, _ = observed(model)

@@ -256,6 +256,7 @@ def test_without_a_compiler_the_study_goes_on(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         plan = make_plan(make_task(), CELLS)
     assert not plan.compiled
+    assert plan.chunk == make_plan(make_task(), CELLS, compiled=False).chunk == len(CELLS)
     assert "not compiled (OSError: no compiler)" in caplog.text
     with pytest.raises(OSError, match="no compiler"):
         make_plan(make_task(), CELLS, compiled=True)

@@ -133,10 +133,15 @@ def attack_config(arm: Arm, seed: int) -> Any:
         return breaching.get_attack_config("kkt", overrides=[f"restarts.seed={1000 * seed}", *arm.attack])
 
 
-def singular_pool(model: HomogeneousNetwork, count: int) -> torch.Tensor:
-    """The control that needs no attack: right singular vectors of the first layer with either sign, as images."""
+def first_layer(model: HomogeneousNetwork) -> torch.Tensor | None:
+    """Return the first layer's weights over all pixels, (units, pixels); a convolution's are over a patch: None."""
     weight = next(model.parameters()).detach()
-    _, _, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    return weight if weight.ndim == 2 else None
+
+
+def singular_pool(model: HomogeneousNetwork, weight: torch.Tensor, count: int) -> torch.Tensor:
+    """The control that needs no attack: right singular vectors of the first layer with either sign, as images."""
+    _, _, right = torch.linalg.svd(weight, full_matrices=False)
     vectors = right[:count].reshape(-1, *model.shape)
     return torch.cat([vectors, -vectors]) + model.mean
 
@@ -153,17 +158,19 @@ def make(name: str, seed: int, out: Path, cache: Path) -> None:
     scores = nearest(found["pool"], images, mean)
     with torch.no_grad():
         margins = labels * model(images)[:, 0]
-    controls = singular_pool(model, len(found["pool"]))
+    weight, controls, values = first_layer(model), None, None
+    if weight is not None:
+        controls = nearest(singular_pool(model, weight, len(found["pool"])), images, mean).as_dict()
+        values = singular_values_in_span(weight, (images - mean).flatten(1)).tolist()
     record = {
         "arm": name, "text": arm.text, "seed": seed, "n": arm.n, "model": arm.model, "labels": arm.labels,
         "recipe": asdict(arm.recipe), "attack_overrides": arm.attack, "training": training,
         "kkt_loss": stats["kkt_loss"], "kkt_loss_absolute": stats["kkt_loss_absolute"], "rank": stats["rank"],
         "restart_losses": found["candidate_scores"].tolist(), "multipliers": found["multipliers"].tolist(),
         "training_images": scores.as_dict(), "unseen_images": nearest(found["pool"], unseen, mean).as_dict(),
-        "singular_vectors": nearest(controls, images, mean).as_dict(),
+        "singular_vectors": controls,
         "margins": margins.tolist(),
-        "singular_values_in_span": singular_values_in_span(
-            next(model.parameters()).detach(), (images - mean).flatten(1)).tolist(),
+        "singular_values_in_span": values,
         "attack_seconds": seconds, "device": describe_device(torch.device("cpu")), "versions": versions(),
     }  # fmt: skip
     write_json(run_file(out, name, seed), record)

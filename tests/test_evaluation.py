@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio
 
 from breaching_ext.evaluation import assign, evaluate, psnr, ssim, to_images
+from breaching_ext.evaluation.figures import save_reconstruction
 from breaching_ext.files import write_atomically, write_json
 
 
@@ -117,3 +118,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_json_is_strict(tmp_path):
     path = write_json(tmp_path / "a.json", {"x": [math.inf, math.nan, 1.5], "y": float(np.float64(2))})
     assert json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(c)) == {"x": [None, None, 1.5], "y": 2.0}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tiny_images_have_no_similarity_and_all_else(size):
+    true = images(2, 3, size)
+    means = evaluate(true, true).means
+    assert math.isnan(means["ssim"])
+    assert means["psnr"] == 100
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
+def test_a_damaged_backbone_leaves_the_other_metrics(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "alexnet-owt-7be5be79.pth").write_bytes(content)
+    true = images(1, 3, 64)
+    result = evaluate(true, true).as_dict()
+    assert result["lpips"] is None
+    assert "LPIPS failed" in result["lpips_reason"]
+    assert result["ssim"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_any_number_of_channels_can_be_shown(tmp_path, channels):
+    true = images(2, channels, 8)
+    save_reconstruction(tmp_path / "a.png", true, true, [1.0, 2.0], "title")
+    assert (tmp_path / "a.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.errors import ConfigError
-from breaching_ext.regularizers import ALIGNERS, AnyChannelTotalVariation, GroupRegularization, align
+from breaching_ext.regularizers import ALIGNERS, AnyChannelTotalVariation, GroupRegularization, align, aligners
 from breaching_ext.regularizers.group import registered_consensus
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -188,3 +188,16 @@ def test_many_pixels_in_16_bits_are_no_divergence():
     """The sum of their squares is more than the type holds, and says nothing about them."""
     candidates = torch.ones(2, 1, 3, 200, 200, dtype=torch.half)
     assert torch.equal(registered_consensus(candidates)[0], candidates[0])
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_maps_are_estimated_by_older_scikit_image_too(works):
+    """Before 0.26, and so with Python 3.10, a model estimates itself and says whether it could."""
+
+    class Older:
+        def estimate(self, source, target):
+            self.given = source, target
+            return works
+
+    found = aligners._estimated(Older, "source", "target")
+    assert (found.given == ("source", "target")) if works else found is None

@@ -52,6 +52,20 @@ def test_splits_share_no_pixel(photo):
     assert all(right <= low or left >= high for left, right in outer)
 
 
+@pytest.mark.parametrize("window", [0.05, 0.3, 0.3333, 1 / 3])
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_every_window_lies_in_its_strip(photo, window):
+    height, width = _photo(photo).shape[:2]
+    for training in (True, False):
+        dataset = SamplePhotos(training=training, window=window)
+        for number in range(128):
+            top, left, side = dataset._window(height, width, number)
+            low, high = dataset._strip(width, number)
+            assert side > 0
+            assert low <= left < left + side <= high
+            assert 0 <= top < top + side <= height
+
+
 @pytest.mark.parametrize("size", [1, 7, 32, 64, 224])
 def test_any_size(size):
     assert SamplePhotos(size=size)[3][0].size == (size, size)

@@ -68,6 +68,10 @@ class MagiaOptions:
         kind = str(prior.get("kind", "color"))
         if kind not in PRIORS:
             raise ConfigError(f"image_prior.kind={kind!r} is unknown; valid: {', '.join(PRIORS)}.")
+        if not float(prior.get("eps", 0.01)) > 0:  # equal neighbours, as on an enlarged grid, have no gradient at 0
+            raise ConfigError(f"image_prior.eps={prior['eps']} is out of range; valid: above 0.")
+        if not float(prior.get("chroma", 5.0)) >= 0:
+            raise ConfigError(f"image_prior.chroma={prior['chroma']} is out of range; valid: 0 or more.")
         try:
             return cls(
                 term=_term(subset),

@@ -60,7 +60,7 @@ def _build_fashion_mnist(cfg_data: Any, training: bool) -> BinaryFashionMNIST:
             f"case.data.shape={list(cfg_data.shape)} with normalize={cfg_data.normalize} does not fit "
             "fashion_mnist_binary; valid: [1, 28, 28] and False (the network subtracts the mean image)."
         )
-    return BinaryFashionMNIST(training, cfg_data.get("labels", "permuted"), cfg_data.path)
+    return BinaryFashionMNIST(training, cfg_data.get("labels", "permuted"), cfg_data.path, cfg_data.size)
 
 
 def interleaved_partition(dataset: Any, clients: int, user_idx: int | None) -> Any:

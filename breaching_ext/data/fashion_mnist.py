@@ -27,24 +27,31 @@ class BinaryFashionMNIST(torch.utils.data.Dataset):
             'permuted': the five ones of each block are dealt out at random, so that nothing but the image itself
             tells its label. That is the hardest problem to learn, and the one from which most can be reconstructed.
         folder: where the idx files are; None looks where :func:`load_fashion_mnist` says.
+        size: use the first so many images only; None: all.
 
     Raises:
         ConfigError: for another labelling, or where the dataset is not at hand.
     """
 
-    def __init__(self, training: bool = True, labels: str = "permuted", folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        training: bool = True,
+        labels: str = "permuted",
+        folder: str | Path | None = None,
+        size: int | None = None,
+    ) -> None:
         if labels not in LABELINGS:
             raise unknown("case.data.labels", labels, LABELINGS)
-        images, classes = _load(None if folder is None else str(folder))[0 if training else 1]
+        images, classes = _load(None if folder is None else str(Path(folder).expanduser()))[0 if training else 1]
         generator = torch.Generator().manual_seed(0)
         columns = []
         for label in range(_CLASSES):
             own = (classes == label).nonzero().flatten()
             columns.append(own[torch.randperm(len(own), generator=generator)])
         blocks = min(len(column) for column in columns)
-        self._order = torch.stack([column[:blocks] for column in columns], dim=1).flatten()  # (blocks * 10,)
+        self._order = torch.stack([column[:blocks] for column in columns], dim=1).flatten()[:size]  # (blocks * 10,)
         self._images, self._settings = images, (not training, labels, folder)
-        self.targets = _binary(blocks, labels, generator).flatten().tolist()
+        self.targets = _binary(blocks, labels, generator).flatten().tolist()[:size]
         self.lookup = dict(enumerate(self.targets))
         self.classes = ["-1", "+1"]
         self.mean, self.std = [0.0], [1.0]

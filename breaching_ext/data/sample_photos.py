@@ -80,14 +80,17 @@ class SamplePhotos(torch.utils.data.Dataset):
 
     def _crop(self, photo: str, number: int) -> Image.Image:
         image = _photo(photo)
-        height, width = image.shape[:2]
-        side = max(1, round(self.window * min(height, width)))
+        top, left, side = self._window(image.shape[0], image.shape[1], number)
+        window = Image.fromarray(image[top : top + side, left : left + side])
+        return window.resize((self.size, self.size), Image.Resampling.LANCZOS)
+
+    def _window(self, height: int, width: int, number: int) -> tuple[int, int, int]:
+        """Return top, left and side of the square that a crop shows."""
         left, right = self._strip(width, number)
+        side = max(1, min(round(self.window * min(height, width)), right - left))  # never beyond its strip
         y, x = _positions(number + 1)[number]
         top = round(y * (height - side))
-        start = left + round(x * (right - left - side))
-        window = Image.fromarray(image[top : top + side, start : start + side])
-        return window.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        return top, left + round(x * (right - left - side)), side
 
     def _strip(self, width: int, number: int) -> tuple[int, int]:
         """Return the columns this crop is taken from: the middle third, or the outer thirds in turn."""

@@ -114,7 +114,7 @@ def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]
 
 def _show(axis: Axes, image: torch.Tensor, text: str = "", below: bool = False) -> None:
     picture = image.permute(1, 2, 0).float().clamp(0, 1).numpy()
-    axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture[..., :3], cmap="gray", vmin=0, vmax=1)
+    axis.imshow(picture[..., 0] if picture.shape[-1] < 3 else picture[..., :3], cmap="gray", vmin=0, vmax=1)
     if text:
         axis.set_title(text, fontsize=8, y=-0.22 if below else 1.0)
 

@@ -73,9 +73,11 @@ def psnr(reconstructed: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 def ssim(reconstructed: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) of each image, (B,), for values in [0, 1].
 
-    Images of fewer than 7 pixels a side take the largest odd window that fits.
+    Images of fewer than 7 pixels a side take the largest odd window that fits; below 3 there is none: NaN.
     """
     side = min(7, *true.shape[-2:])
+    if side < 3:
+        return torch.full((len(true),), float("nan"), dtype=torch.float64)
     window = side if side % 2 else side - 1
     return torch.tensor(
         [

@@ -31,8 +31,8 @@ def lpips_distances(reconstructed: torch.Tensor, true: torch.Tensor) -> tuple[li
         pair = [x.float().expand(-1, 3, -1, -1) * 2 - 1 for x in (reconstructed, true)]
         with torch.no_grad():
             return scorer(*pair).flatten().double().tolist(), ""
-    except (RuntimeError, OSError) as error:  # a damaged file, or images too small for the backbone's strides
-        return None, f"LPIPS failed: {str(error).splitlines()[0]}"
+    except Exception as error:  # a damaged file, images too small for the backbone's strides: the other metrics remain
+        return None, f"LPIPS failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
 @functools.lru_cache(maxsize=1)

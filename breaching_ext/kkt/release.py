@@ -195,7 +195,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: when there is none.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ConfigError(f"case.training.weights={path} does not exist.")
     content = torch.load(path, map_location="cpu", weights_only=True)
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):

@@ -78,7 +78,7 @@ def train_or_load(
     Raises:
         ConfigError: when the file holds a network of other shape, recipe, seed or images.
     """
-    path, recipe = Path(path), recipe.seeded()
+    path, recipe = Path(path).expanduser(), recipe.seeded()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     key = repr((recipe, shapes, float(images.cpu().double().sum()), labels.tolist()))
     if path.exists():

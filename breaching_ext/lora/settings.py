@@ -120,9 +120,9 @@ class Settings:
             if not _counts(getattr(self, key), least):
                 raise ConfigError(f"{key}={getattr(self, key)!r} is not possible; valid: {least}, {least + 1}, ...")
         crops = [index // len(PHOTOS) % 2 for index in range(self.public)]  # as `Case.public_gradients` holds out
-        if any(0 < crops.count(side) < self.batch for side in (0, 1)):
+        if any(crops.count(side) < max(self.batch, 2) for side in (0, 1)):
             raise ConfigError(
-                f"public={self.public} has a side of the split with fewer photos than batch={self.batch}; "
+                f"public={self.public} leaves a side of the split fewer than two photos, or than batch={self.batch}; "
                 f"valid: a multiple of {2 * len(PHOTOS)}, of at least twice the batch."
             )
         for key in ("scale", "local_lr"):

@@ -21,8 +21,8 @@ def aligned_to(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor
 
     The sum of squared distances is minimised over all one-to-one assignments; images that are not finite cost most.
     """
-    left, right = reference.detach().flatten(1).double(), candidate.detach().flatten(1).double()
-    cost = torch.cdist(left, right).square().cpu()  # (B, B)
+    left, right = (images.detach().flatten(1).cpu().double() for images in (reference, candidate))
+    cost = torch.cdist(left, right).square()  # (B, B)
     finite = cost[cost.isfinite()]
     worst = 1.0 + (float(finite.max()) if len(finite) else 0.0)
     _, columns = linear_sum_assignment(cost.nan_to_num(nan=worst, posinf=worst).numpy())

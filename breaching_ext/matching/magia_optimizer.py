@@ -24,7 +24,7 @@ class OptimizerOptions:
         label_scale: logits are label_scale times the variable that is optimised; above 1 lets labels move earlier.
 
     Raises:
-        ValueError: for an unknown optimizer or line search, or a label_scale that is not positive.
+        ValueError: for an unknown optimizer or line search, or a number that is not positive.
     """
 
     name: str = "l-bfgs"
@@ -39,8 +39,12 @@ class OptimizerOptions:
             raise ValueError(f"optim.optimizer={self.name!r} is unknown; valid: l-bfgs, adam.")
         if self.line_search not in (None, "strong_wolfe"):
             raise ValueError(f"optim.line_search={self.line_search!r} is unknown; valid: empty, strong_wolfe.")
-        if not self.label_scale > 0:
-            raise ValueError(f"optim.label_scale={self.label_scale} is out of range; valid: above 0.")
+        for key in ("label_scale", "step_size"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"optim.{key}={getattr(self, key)} is out of range; valid: above 0.")
+        for key in ("inner_iterations", "history_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"optim.{key}={getattr(self, key)} is out of range; valid: 1, 2, 3, ...")
 
     def build(self, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
         """The optimizer over stacks (N, ...); both kinds keep the candidates apart."""

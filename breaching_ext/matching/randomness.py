@@ -13,11 +13,10 @@ import torch
 
 
 class CandidateStreams:
-    """The random states of N candidates on the CPU and, if the candidates live there, on one CUDA device."""
+    """The random states of N candidates on the CPU and, if the candidates live there, on one GPU (CUDA or MPS)."""
 
     def __init__(self, seed: int, count: int, device: torch.device) -> None:
         self.device = device
-        self._cuda = device.type == "cuda"
         self.states: list[tuple[torch.Tensor, ...]] = []
         with self._restored():
             for index in range(count):
@@ -44,9 +43,13 @@ class CandidateStreams:
 
     def _get(self) -> tuple[torch.Tensor, ...]:
         cpu = torch.get_rng_state()
-        return (cpu, torch.cuda.get_rng_state(self.device)) if self._cuda else (cpu,)
+        if self.device.type == "cuda":
+            return cpu, torch.cuda.get_rng_state(self.device)
+        return (cpu, torch.mps.get_rng_state()) if self.device.type == "mps" else (cpu,)
 
     def _set(self, state: tuple[torch.Tensor, ...]) -> None:
         torch.set_rng_state(state[0])
-        if self._cuda:
+        if self.device.type == "cuda":
             torch.cuda.set_rng_state(state[1], self.device)
+        elif self.device.type == "mps":
+            torch.mps.set_rng_state(state[1])

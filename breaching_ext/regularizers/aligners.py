@@ -111,8 +111,16 @@ def _fit(
         )
     if model is None or inliers is None or inliers.sum() < _MINIMAL_INLIERS:
         return None
-    refined = model_class.from_estimate(source[inliers], target[inliers])
-    return refined if refined else model
+    return _estimated(model_class, source[inliers], target[inliers]) or model
+
+
+def _estimated(
+    model_class: type[transform.ProjectiveTransform], source: np.ndarray, target: np.ndarray
+) -> transform.ProjectiveTransform | None:
+    if hasattr(model_class, "from_estimate"):  # scikit-image 0.26, which needs Python 3.11 and deprecates the other way
+        return model_class.from_estimate(source, target) or None
+    model = model_class()
+    return model if model.estimate(source, target) else None
 
 
 def _plausible(model: transform.ProjectiveTransform, shape: tuple[int, ...]) -> bool:
@@ -188,7 +196,7 @@ def align(moving: torch.Tensor, reference: torch.Tensor, aligner: str) -> tuple[
     moving = moving.detach()
     if aligner == "none":
         return moving, True
-    image, target = (x.permute(1, 2, 0).double().cpu().numpy() for x in (moving, reference.detach()))
+    image, target = (x.permute(1, 2, 0).cpu().double().numpy() for x in (moving, reference.detach()))
     coordinates = ALIGNERS[aligner](image, target)
     if coordinates is None:
         return moving, False

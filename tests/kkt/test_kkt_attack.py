@@ -300,6 +300,16 @@ def test_blocks_are_balanced(folder):
         BinaryFashionMNIST(folder=folder / "nothing")
 
 
+def test_a_part_of_the_images_is_the_first_of_them(folder, monkeypatch):
+    whole = BinaryFashionMNIST(folder=folder)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    part = BinaryFashionMNIST(folder=f"~/{folder.name}", size=20)
+    assert len(part) == len(part.targets) == len(part.lookup) == 20
+    assert all(torch.equal(part[i][0], whole[i][0]) and part[i][1] == whole[i][1] for i in range(20))
+    assert torch.equal(part.mean_image(), whole.mean_image())
+    assert len(part.other_split()) == len(whole.other_split())
+
+
 def command(root, cwd, *overrides: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TORCH_HOME": str(cwd)}
     arguments = [sys.executable, "-m", "breaching_ext", "attack=kkt", "case=kkt_fashion_mnist", *overrides]
@@ -388,6 +398,10 @@ def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):
     quick = ("optim.max_iterations=10", "restarts.num_trials=2")
     arms = {"default": study.Arm("quick", 4, "kkt-mlp-30", recipe=recipe, attack=quick, seeds=2)}
     arms["untrained"] = study.replace(arms["default"], untrained=True, attack=(*quick, "extraction.span=3"))
+    short = Recipe(1e-3, lr=0.05, check_every=5, max_steps=5)
+    arms["conv"] = study.Arm(
+        "quick", 4, "kkt-conv-4-4", recipe=short, attack=(*quick, "extraction.candidates=4"), seeds=1
+    )
     monkeypatch.setattr(study, "ARMS", arms)
     monkeypatch.setattr(
         sys, "argv", ["kkt_study.py", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
@@ -396,7 +410,8 @@ def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):
         study.main()
     assert "default: quick" in printed.getvalue()
     files = sorted((tmp_path / "out" / "runs").iterdir())
-    assert len(files) == 4
+    assert len(files) == 5
+    assert json.loads(files[0].read_text())["singular_vectors"] is None  # of conv: no weights over all pixels
     assert json.loads(files[0].read_text())["training_images"]["ncc"]
     for name in ("table.md", "shares.png", "margins.png", "default_seed0.png"):
         assert (tmp_path / "out" / name).exists()

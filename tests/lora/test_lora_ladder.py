@@ -199,7 +199,9 @@ def test_a_public_batch_has_room_on_its_side_of_the_split():
     with pytest.raises(ConfigError, match=r"public=12 .*batch=8; valid: a multiple of 16"):
         settings("public=12", "batch=8")
     settings("public=16", "batch=8")
-    settings("public=8", "batch=8")  # none held out
+    with pytest.raises(ConfigError, match="fewer than two photos"):
+        settings("public=9", "batch=1")  # a decoder is chosen by what it makes of those held out
+    settings("public=10", "batch=2")
 
 
 def test_the_table_pairs_seeds_and_says_when_the_ceiling_fails():

@@ -247,19 +247,31 @@ def test_the_plan_is_the_fastest_way(monkeypatch, sequential, plain, compiled, e
 
 
 def test_without_a_compiler_the_study_goes_on(monkeypatch, caplog):
+    """As if nobody had thought of compiling, which takes the smallest chunk that is about as fast as the fastest."""
+    cells = [(1.0, float(wd)) for wd in range(32)]
+
     def broken(*args):
         raise OSError("no compiler\nhere")
 
+    def fake_time(build, task, repeats=5):
+        run = build()
+        return 100.0 if isinstance(run, SequentialRun) else {16: 17.0, 32: 32.0}[len(run.lr)]
+
     executor = "breaching_ext.optimizer_study.executor"
-    monkeypatch.setattr(f"{executor}._measure_compiled", broken)
-    monkeypatch.setattr(f"{executor}.COMPILE_FROM_SECONDS", 0)
+    for name, value in (
+        ("_measure_compiled", broken),
+        ("time_step", fake_time),
+        ("_STEP_SECONDS", 1e9),
+        ("COMPILE_FROM_SECONDS", 0),
+    ):
+        monkeypatch.setattr(f"{executor}.{name}", value)
     with caplog.at_level("INFO"):
-        plan = make_plan(make_task(), CELLS)
-    assert not plan.compiled
-    assert plan.chunk == make_plan(make_task(), CELLS, compiled=False).chunk == len(CELLS)
+        plan = make_plan(make_task(), cells)
+    assert plan == make_plan(make_task(), cells, compiled=False)
+    assert (plan.executor, plan.chunk, plan.compiled) == ("stacked", 32, False)
     assert "not compiled (OSError: no compiler)" in caplog.text
     with pytest.raises(OSError, match="no compiler"):
-        make_plan(make_task(), CELLS, compiled=True)
+        make_plan(make_task(), cells, compiled=True)
 
 
 def test_short_runs_are_not_compiled(monkeypatch):

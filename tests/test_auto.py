@@ -33,7 +33,7 @@ def clock(monkeypatch):
 
     def measured(compiling: float = 1e9, **times: float):
         known = {"recording": 0.02, **times}
-        monkeypatch.setattr(calibration, "expected_compile_seconds", lambda operations, recording: compiling)
+        monkeypatch.setattr(calibration, "expected_compile_seconds", lambda *known: compiling)
         monkeypatch.setattr(
             calibration,
             "seconds",
@@ -247,6 +247,8 @@ def test_a_slow_machine_expects_to_compile_longer():
     expected = [calibration.expected_compile_seconds(1000, usual * factor) for factor in factors]
     base = calibration.COMPILING + 1000 * calibration.COMPILING_PER_OPERATION
     assert expected == pytest.approx([base / calibration.MOST_DIFFERENT, base / 2, base, base * 2, base * 4])
+    checked = calibration.expected_compile_seconds(1000, usual, 2.0)
+    assert checked == pytest.approx(base + 2 * calibration.CHECKING)  # evaluations are slow where they are measured so
     assert 0 < calibration.seconds({"recording": record_a_little}, torch.device("cpu"))["recording"] / LITTLE < 1
 
 

@@ -242,7 +242,7 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
         return False
     found.recording_seconds, found.operations = evaluation.recording_seconds, evaluation.operations
-    expected = calibration.expected_compile_seconds(evaluation.operations, recording)
+    expected = calibration.expected_compile_seconds(evaluation.operations, recording, replayed)
     step = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
     found.expected_compile_seconds, found.expected_step_seconds = expected, step
     if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):

@@ -37,6 +37,8 @@ CLEARLY = 0.97
 #: so many for each operation of the recorded graph (docs/speed.md).
 COMPILING, COMPILING_PER_OPERATION = 13.0, 0.05
 RECORDING = 0.0013
+#: Evaluations that checking a compiled form takes: two, and six more where the start lies beside a kink of the model.
+CHECKING = 5
 #: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
 #: What is beyond it is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
 PASSING, MOST_DIFFERENT = 1.4, 4.0
@@ -112,16 +114,18 @@ def seconds(
     return {name: statistics.median(spent[1:]) for name, spent in times.items()}
 
 
-def expected_compile_seconds(operations: int, recording: float) -> float:
-    """Return what compiling a graph will take.
+def expected_compile_seconds(operations: int, recording: float, replayed: float = 0.0) -> float:
+    """Return what compiling a graph, and checking it, will take.
 
     Args:
         operations: of the recorded graph.
         recording: seconds that recording an operation takes here, now. A slower machine is slower at both.
+        replayed: seconds of an iteration.
     """
     slowness = recording / RECORDING
     slowness /= min(max(slowness, 1 / PASSING), PASSING)
-    return (COMPILING + COMPILING_PER_OPERATION * operations) * min(max(slowness, 1 / MOST_DIFFERENT), MOST_DIFFERENT)
+    slowness = min(max(slowness, 1 / MOST_DIFFERENT), MOST_DIFFERENT)
+    return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness + CHECKING * replayed
 
 
 def expected_step(replayed: float, costs: Costs) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .evaluation import Evaluate, first_line
-from .tracing import TOLERANCE, SpecialisationError, differences
+from .tracing import TOLERANCE, SpecialisationError, between, results
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,16 @@ def _difference(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tenso
     eager form: compiled code rounds in every layer.
     """
     tolerance = TOLERANCE.get(stacks[0].dtype, 1e-2)
-    least = differences(function, evaluate, stacks)
+    expected = results(evaluate, stacks)
+    least = between(results(function, stacks), expected)
     moves = torch.zeros_like(least)
     for draw in range(BESIDE):
         if bool((least <= tolerance).all()):
             break
         beside = [moved_by_rounding(stack, draw) for stack in stacks]
-        least = torch.minimum(least, differences(function, evaluate, beside))
-        moves = torch.maximum(moves, differences(lambda *_, at=beside: evaluate(*at), evaluate, stacks))
+        expected_beside = results(evaluate, beside)
+        least = torch.minimum(least, between(results(function, beside), expected_beside))
+        moves = torch.maximum(moves, between(expected_beside, expected))
     return least.max().item(), max(tolerance, min(MOVES * moves.max().item(), MOST_MOVED))
 
 

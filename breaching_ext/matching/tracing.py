@@ -147,13 +147,20 @@ def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torc
 
 def differences(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> torch.Tensor:
     """Return each candidate's largest relative difference, (N,), of two evaluations with the same random numbers."""
-    results = []
-    for function in (evaluate, expected):
-        with torch.random.fork_rng(devices=[s.device for s in stacks[:1] if s.device.type == "cuda"]):
-            gradients, values, _ = function(*stacks)
-            results.append([result.detach() for result in (*gradients, values)])
-    pairs = list(zip(*results, strict=True))
-    each = [max(relative_difference(a[n], b[n]) for a, b in pairs) for n in range(len(stacks[0]))]
+    return between(results(evaluate, stacks), results(expected, stacks))
+
+
+def results(evaluate: Evaluate, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return gradients and objectives, each (N, ...); the random numbers that it takes are given back."""
+    with torch.random.fork_rng(devices=[s.device for s in stacks[:1] if s.device.type == "cuda"]):
+        gradients, values, _ = evaluate(*stacks)
+        return [result.detach() for result in (*gradients, values)]
+
+
+def between(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.Tensor:
+    """Return each candidate's largest relative difference, (N,), of two `results`."""
+    pairs = list(zip(found, expected, strict=True))
+    each = [max(relative_difference(a[n], b[n]) for a, b in pairs) for n in range(len(expected[0]))]
     return torch.tensor(each, dtype=torch.float64)
 
 

@@ -107,12 +107,14 @@ class MagiaEngine:
         self._put([shrink(pixels, self._factor), logits / self.options.label_scale], where)
 
     def project(self, box: tuple[torch.Tensor, torch.Tensor], where: torch.Tensor | None = None) -> None:
-        """Put the candidates `where` (N,) into the box, on the grid: pixels, means of its values, then are in it, too.
+        """Move the candidates `where` (N,) towards the box: on a coarse grid by the averages of what pixels lack.
 
-        Through pixels and back a coarse grid would be blurred, whether anything is outside the box or not.
+        Replaced by averages of the clipped pixels, a grid would be blurred, whether anything is outside the box or not.
         """
         grid, logits = (stack.detach() for stack in self._stacks)
-        self._put([grid.clamp(*box), logits], where)
+        pixels = enlarge(grid, self._size)
+        inside = pixels.clamp(*box)
+        self._put([inside if self._factor == 1 else grid + shrink(inside - pixels, self._factor), logits], where)
 
     def state(self) -> dict[str, Any]:
         """See `CandidateEngine`: the grid and its variables, the optimizer, random streams and counters."""

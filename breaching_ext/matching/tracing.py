@@ -141,13 +141,8 @@ def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
 
 
 def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> float:
-    """Return the largest relative difference of a candidate's gradients and objective; see `differences`."""
-    return differences(evaluate, expected, stacks).max().item()
-
-
-def differences(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> torch.Tensor:
-    """Return each candidate's largest relative difference, (N,), of two evaluations with the same random numbers."""
-    return between(results(evaluate, stacks), results(expected, stacks))
+    """Return the largest relative difference of two evaluations with the same random numbers; see `between`."""
+    return between(results(evaluate, stacks), results(expected, stacks)).max().item()
 
 
 def results(evaluate: Evaluate, stacks: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -114,24 +114,29 @@ def test_impossible_span(rank):
         span_of(torch.randn(5, 4), rank)
 
 
+def stop_after(steps, monkeypatch, recipe, file):
+    """Train, press Ctrl-C after so many steps, and leave the checkpoint."""
+    step, count = descent.SpanDescent.step, []
+
+    def interrupted(self):
+        count.append(1)
+        if len(count) > steps:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(descent.SpanDescent, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(network(), *data(), recipe, file, progress=False)
+    assert file.exists()
+
+
 def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     images, labels = data()
     recipe, file = replace(RECIPE, max_steps=800, target_loss=1e-30), tmp_path / "training.pt"
     whole = network()
     first = train(whole, images, labels, recipe, progress=False)
-    step, count = descent.SpanDescent.step, []
-
-    def interrupted(self):
-        count.append(1)
-        if len(count) > 500:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(descent.SpanDescent, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(network(), images, labels, recipe, file, progress=False)
-    assert file.exists()
-    monkeypatch.setattr(descent.SpanDescent, "step", step)
+    stop_after(500, monkeypatch, recipe, file)
     resumed = network()
     second = train(resumed, images, labels, recipe, file, progress=False)
     assert (second.steps, second.loss, second.residual) == (first.steps, first.loss, first.residual)
@@ -162,18 +167,8 @@ def test_another_seed_or_shape_is_another_run(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="seed"):
         train_or_load(network(), images, labels, recipe, file)
 
-    step, count, partial = descent.SpanDescent.step, [], tmp_path / "training.pt"
-
-    def interrupted(self):
-        count.append(1)
-        if len(count) > 15:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(descent.SpanDescent, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(network(), images, labels, recipe, partial, progress=False)
-    monkeypatch.setattr(descent.SpanDescent, "step", step)
+    partial = tmp_path / "training.pt"
+    stop_after(15, monkeypatch, recipe, partial)
     torch.manual_seed(2)
     with pytest.raises(ConfigError, match="another training run"):
         train(network(), images, labels, recipe, partial, progress=False)

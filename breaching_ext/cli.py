@@ -111,10 +111,11 @@ def main() -> None:
 
 
 def _silence_upstream() -> None:
-    """Breaching scripts its losses with an interface that newer torch deprecates; nothing a user could act on."""
+    """Keep to itself what no user could act on: what Breaching calls and torch deprecates, a font cache."""
     import torch  # noqa: F401 - before the filter, because torch puts filters of its own in front
 
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -108,8 +108,16 @@ def test_lbfgs_with_noise_goes_one_by_one(caplog):
     assert "L-BFGS draws noise" in caplog.text
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises, as in a terminal: a shell starts what runs in its background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
-def test_ctrl_c_ends_the_sequential_loop(monkeypatch, caplog):
+def test_ctrl_c_ends_the_sequential_loop(ctrl_c, monkeypatch, caplog):
     """Breaching's trial swallows the interrupt; the next trial must not begin."""
     model = build_model("own")
     payload, shared, *_ = observed(model)

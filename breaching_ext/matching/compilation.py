@@ -92,13 +92,18 @@ def compile_once(
     plain: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "guard_filter_fn": _arguments_only}
     forms = [plain]
     if device is None or device.type == "cpu":
-        known = torch._inductor.list_options()
-        forms.insert(0, {**plain, **{name: value for name, value in _FROM_CPP.items() if name in known}})
+        forms.insert(0, {**plain, **options_on_a_cpu()})
 
     def form(options: dict[str, Any]) -> Callable[..., Any]:
         return torch.compile(_with_own_code(function), dynamic=False, options=options)
 
     return FirstThatWorks([partial(form, options) for options in forms])
+
+
+def options_on_a_cpu() -> dict[str, bool]:
+    """Return what compiled code for a CPU is compiled with, as far as this torch knows it."""
+    known = torch._inductor.list_options()
+    return {name: value for name, value in _FROM_CPP.items() if name in known}
 
 
 class FirstThatWorks:

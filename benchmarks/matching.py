@@ -34,7 +34,7 @@ from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.registration import register
 
 ENGINES = ("list", "vmap", "compile")
-SLOW = 1.0  # seconds from which a step is repeated as little as possible
+SLOW = 4.0  # seconds from which a step is repeated as little as possible
 
 
 class NotMeasuredError(Exception):

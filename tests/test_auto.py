@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -37,7 +38,9 @@ def clock(monkeypatch):
         monkeypatch.setattr(
             calibration,
             "seconds",
-            lambda functions, device, iterations: {n: (function(), known[n])[1] for n, function in functions.items()},
+            lambda functions, device, iterations, aside=None: {
+                name: (function(), known[name])[1] for name, function in {**functions, **(aside or {})}.items()
+            },
         )
         halved = Costs(light=0.5 / calibration.SAVED_LIGHT)
         monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks: halved)
@@ -166,7 +169,7 @@ def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path
 
 
 @given(
-    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 1)] * 2)),
+    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 1)] * 3)),
     *(st.integers(1, 10**6), st.floats(0.1, 1000)),
 )
 def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs, evaluations, expected):
@@ -174,13 +177,16 @@ def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs
     compiled = calibration.expected_step(vmap, Costs(*costs))
     assert 0 < compiled <= vmap
     if calibration.compiling_pays(steps, compiled, evaluations, expected):
+        assert calibration.compiling_may_pay(steps, evaluations, expected)  # its operations would be timed
         assert expected < min(steps.values()) * evaluations  # never longer than the run itself
         assert calibration.compiling_pays(steps, compiled, 2 * evaluations, expected)
 
 
 def test_what_compiling_may_save_depends_on_where_the_time_goes_and_is_tried_in_a_long_run():
     light, layout = (calibration.expected_step(0.2, Costs(**{name: 0.25})) for name in ("light", "layout"))
-    assert light < layout < 0.2
+    assert max(light, layout) < 0.2
+    assert layout < calibration.expected_step(0.2, Costs(layout=0.25, weights=0.05)) < 0.2
+    assert calibration.expected_step(0.2, Costs(weights=0.25)) == 0.2
     steps, saved = {"list": 0.4, "vmap": 0.2}, 0.2 - layout
     assert calibration.compiling_pays(steps, layout, 1000, 0.99 * 1000 * saved)
     assert not calibration.compiling_pays(steps, layout, 1000, 1.01 * 1000 * saved)
@@ -204,41 +210,61 @@ def test_where_nothing_can_be_recorded_the_fastest_that_works_is_taken(monkeypat
 def test_engines_are_timed_in_turn():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in ("list", "vmap")}
-    assert set(calibration.seconds(functions, torch.device("cpu"))) == {"list", "vmap"}
-    assert calls == 12 * ["list", "vmap"]
+    aside = {"recording": lambda: calls.append("recording")}
+    assert set(calibration.seconds(functions, torch.device("cpu"), 10**9, aside)) == {"list", "vmap", "recording"}
+    assert calls == 12 * ["list", "vmap", "recording"]
 
 
-def test_the_median_counts_and_slow_calls_are_not_repeated_often(monkeypatch):
-    """A lucky moment of one engine must not decide."""
+@pytest.fixture
+def lasting(monkeypatch):
+    """Return a function that lets time pass by a clock of its own, and how often it was called."""
     now = 0.0
-    lasts = {"quick": [9.0, 0.1, 0.4, 0.4, 0.5, 0.4], "slow": [9.0, 1.0, 1.0, 1.0, 1.0, 1.0]}
-
-    def call(name: str) -> None:
-        nonlocal now
-        now += lasts[name].pop(0)
-
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(calibration, "ENOUGH", 23.3)  # after the warm-up and four rounds
-    found = calibration.seconds({name: lambda name=name: call(name) for name in lasts}, torch.device("cpu"))
+
+    def make(seconds):
+        seconds, called = iter(seconds), []
+
+        def call() -> None:
+            nonlocal now
+            now += next(seconds)
+            called.append(now)
+
+        return call, called
+
+    return make
+
+
+def test_the_median_counts(lasting):
+    """A lucky moment of one engine must not decide."""
+    quick, _ = lasting([9.0, 0.1, 0.4, 0.4, 0.5, 0.4])
+    slow, called = lasting([9.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    found = calibration.seconds({"quick": quick, "slow": slow}, torch.device("cpu"), 500)
     assert found == {"quick": pytest.approx(0.4), "slow": pytest.approx(1.0)}
-    assert {name: len(left) for name, left in lasts.items()} == {"quick": 1, "slow": 1}
+    assert len(called) == 5  # a warm-up, and four rounds that take more than 5 seconds
 
 
-@pytest.mark.parametrize(("iterations", "calls"), [(0, 2), (1000, 6), (10**6, 12)])
-def test_a_long_run_is_measured_longer(monkeypatch, iterations, calls):
-    """A second a call: 1.5 s hold a warm-up and one call, 5.5 of 1000 s four more; eleven are enough in any case."""
-    now, called = 0.0, []
+@pytest.mark.parametrize(
+    ("step", "iterations", "calls"),
+    [
+        (1.0, 1, 1 + 3),  # a short run: three, which take two seconds with the third
+        (3.0, 1, 1 + 1),  # one that takes longer is enough
+        (0.01, 450, 1 + 5),  # 1 % of 4.5 s hold four; the fifth is above
+        (1.0, 10**6, 1 + 11),
+    ],
+)
+def test_a_run_is_measured_as_long_as_it_is_worth(lasting, step, iterations, calls):
+    call, called = lasting(itertools.repeat(step))
+    aside, along = lasting(itertools.repeat(0.0))
+    found = calibration.seconds({"vmap": call}, torch.device("cpu"), iterations, {"recording": aside})
+    assert found == {"vmap": pytest.approx(step), "recording": 0.0}
+    assert len(called) == len(along) == calls
 
-    def call() -> None:
-        nonlocal now
-        now += 1.0
-        called.append(now)
 
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(calibration, "ENOUGH", 1.5)
-    monkeypatch.setattr(calibration, "ENOUGH_OF_THE_RUN", 0.0055)
-    assert calibration.seconds({"vmap": call}, torch.device("cpu"), iterations) == {"vmap": 1.0}
-    assert len(called) == calls
+def test_no_operation_is_timed_where_the_run_is_too_short_to_compile(clock, monkeypatch):
+    clock(list=0.02, vmap=0.01, compiling=40.0)
+    monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks: pytest.fail("timed"))
+    _, stats = reconstruct(iterations=50, candidates=2)
+    assert stats["calibration"]["expected_step_seconds"] is None
 
 
 def test_a_slow_machine_expects_to_compile_longer():
@@ -249,7 +275,7 @@ def test_a_slow_machine_expects_to_compile_longer():
     assert expected == pytest.approx([base / calibration.MOST_DIFFERENT, base / 2, base, base * 2, base * 4])
     checked = calibration.expected_compile_seconds(1000, usual, 2.0)
     assert checked == pytest.approx(base + 2 * calibration.CHECKING)  # evaluations are slow where they are measured so
-    assert 0 < calibration.seconds({"recording": record_a_little}, torch.device("cpu"))["recording"] / LITTLE < 1
+    assert 0 < calibration.seconds({"recording": record_a_little}, torch.device("cpu"), 1)["recording"] / LITTLE < 1
 
 
 @given(st.floats(0.0, 1.0))

@@ -198,15 +198,8 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     states = list(parts.streams.states)
     alone = replace(parts, starts=[start[:1] for start in parts.starts])  # of `list`, one candidate says all
     engine, device = _vmap_engine(parts, memory), parts.starts[0].device
-    times = calibration.seconds(
-        {
-            "list": _iteration(_list_engine(alone), alone),
-            "vmap": _iteration(engine, parts),
-            "recording": record_a_little,
-        },
-        device,
-        parts.iterations,
-    )
+    engines = {"list": _iteration(_list_engine(alone), alone), "vmap": _iteration(engine, parts)}
+    times = calibration.seconds(engines, device, parts.iterations, {"recording": record_a_little})
     times["list"] *= len(parts.starts[0])
     recording = times.pop("recording") / LITTLE
     best = "list" if times["list"] < calibration.CLEARLY * times["vmap"] else "vmap"
@@ -243,10 +236,11 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float
         return False
     found.recording_seconds, found.operations = evaluation.recording_seconds, evaluation.operations
     expected = calibration.expected_compile_seconds(evaluation.operations, recording, replayed)
-    step = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
-    found.expected_compile_seconds, found.expected_step_seconds = expected, step
-    if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
-        return True
+    found.expected_compile_seconds = expected
+    if calibration.compiling_may_pay(found.step_seconds, found.iterations, expected):
+        step = found.expected_step_seconds = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
+        if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
+            return True
     found.reason = f"compiling would take about {expected:.0f} s, more than it saves"
     return False
 

@@ -27,23 +27,25 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
-#: Seconds after which a measurement is not repeated any more, or in a longer run that share of it.
-ENOUGH, ENOUGH_OF_THE_RUN = 2.0, 0.004
+#: Measuring ends after that share of the run, but not before so many calls of each, where they take so many seconds
+#: at most.
+OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.01, 3, 2.0
 #: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
 SHORT_ALONE = 500
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
 #: so many for each operation of the recorded graph (docs/speed.md).
-COMPILING, COMPILING_PER_OPERATION = 13.0, 0.05
+COMPILING, COMPILING_PER_OPERATION = 12.0, 0.045
 RECORDING = 0.0013
 #: Evaluations that checking a compiled form takes: two, and six more where the start lies beside a kink of the model.
 CHECKING = 5
 #: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
 #: What is beyond it is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
 PASSING, MOST_DIFFERENT = 1.4, 4.0
-#: What of `Costs` compiling is expected to save; at most MOST_SAVED of an iteration.
-SAVED_LIGHT, SAVED_LAYOUT, MOST_SAVED = 0.85, 0.65, 0.6
+#: What of `Costs` compiling is expected to save, less what weights and their gradients take to be laid out; at most
+#: MOST_SAVED of an iteration.
+SAVED_LIGHT, SAVED_LAYOUT, LAID_OUT, MOST_SAVED = 0.9, 1.1, 1.9, 0.6
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
 WORTH_A_TRY = 0.02
 
@@ -85,7 +87,11 @@ class Calibration:
 
 
 def seconds(
-    functions: Mapping[str, Callable[[], Any]], device: torch.device, iterations: int = 0, repeats: int = 11
+    functions: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    iterations: int,
+    aside: Mapping[str, Callable[[], Any]] | None = None,
+    repeats: int = 11,
 ) -> dict[str, float]:
     """Return each function's median seconds of several calls, after one to warm up; random numbers are given back.
 
@@ -93,25 +99,32 @@ def seconds(
     changes from call to call, too: the least is that of a lucky moment, which not every function has.
 
     Args:
-        functions: what is timed, by name.
-        device: where it runs.
-        iterations: how often the run will call one of them, which says how long it may be measured.
+        functions: iterations, by engine.
+        device: where they run.
+        iterations: how many the run will make, which says how long it may be measured.
+        aside: what else is timed in every round.
         repeats: most calls of each that count.
     """
     devices = [device] if device.type == "cuda" else []
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    everything = {**functions, **(aside or {})}
+    times: dict[str, list[float]] = {name: [] for name in everything}
     with torch.random.fork_rng(devices=devices):
         for repeat in range(repeats + 1):
-            for name, function in functions.items():
+            for name, function in everything.items():
                 start = time.perf_counter()
                 function()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[name].append(time.perf_counter() - start)
-            run = iterations * max(spent[-1] for spent in times.values())
-            if repeat > 0 and sum(map(sum, times.values())) > max(ENOUGH, ENOUGH_OF_THE_RUN * run):
+            run = iterations * max(times[name][-1] for name in functions)
+            if repeat > 0 and _enough(repeat, sum(sum(spent[1:]) for spent in times.values()), run):
                 break
     return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+
+
+def _enough(calls: int, spent: float, run: float) -> bool:
+    """Whether to stop measuring a run of that many seconds after so many calls of each that took `spent` seconds."""
+    return spent > OF_THE_RUN * run and (calls >= LEAST_CALLS or spent > LEAST_SECONDS)
 
 
 def expected_compile_seconds(operations: int, recording: float, replayed: float = 0.0) -> float:
@@ -133,10 +146,15 @@ def expected_step(replayed: float, costs: Costs) -> float:
 
     Args:
         replayed: seconds of a replayed one.
-        costs: the shares of it that compiling makes smaller.
+        costs: the shares of it that compiling makes smaller, and what it takes in return.
     """
-    saved = SAVED_LIGHT * costs.light + SAVED_LAYOUT * costs.layout
-    return replayed * (1 - min(saved, MOST_SAVED))
+    saved = SAVED_LIGHT * costs.light + SAVED_LAYOUT * costs.layout - LAID_OUT * costs.weights
+    return replayed * (1 - min(max(saved, 0.0), MOST_SAVED))
+
+
+def compiling_may_pay(steps: Mapping[str, float], iterations: int, expected_compile: float) -> bool:
+    """Whether compiling pays if it saves as much as it ever does; arguments as in :func:`compiling_pays`."""
+    return compiling_pays(steps, (1 - MOST_SAVED) * min(steps.values()), iterations, expected_compile)
 
 
 def compiling_pays(steps: Mapping[str, float], compiled: float, iterations: int, expected_compile: float) -> bool:

@@ -12,10 +12,11 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_leaves
 
 #: Operations on tensors of more bytes than this read and write memory, not a cache, fused or not.
-LARGE = 2**20
+LARGE = 2**19
 #: A graph is run so many times, or until so many seconds have passed.
 REPEATS, ENOUGH = 5, 1.0
-_CONVOLUTIONS = frozenset(getattr(torch.ops.aten, name).default for name in ("convolution", "convolution_backward"))
+#: Where a convolution's weights stand among its arguments.
+_CONVOLUTIONS = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in ("addmm", "baddbmm", "bmm", "mm"))
 
 
@@ -27,10 +28,13 @@ class Costs:
         light: of everything but convolutions, matrix products and operations on tensors of more than `LARGE` bytes.
             What they cost is mostly the call, which a compiler saves where it fuses them.
         layout: what convolutions would take less with their tensors laid out channels-last, as compilers do.
+        weights: what laying out their weights takes, once for each of them. Images stay laid out from one operation to
+            the next; weights come as they are, and their gradients go back so.
     """
 
     light: float = 0.0
     layout: float = 0.0
+    weights: float = 0.0
 
 
 def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
@@ -47,7 +51,8 @@ def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
         runs.append(clock.spent)
     spent = {kind: sum(map(median, zip(*(run[kind] for run in runs), strict=True))) for kind in runs[0]}
     everything = spent["all"] or 1.0
-    return Costs(spent["light"] / everything, max(spent["as it is"] - spent["laid out"], 0.0) / everything)
+    layout = max(spent["as it is"] - spent["laid out"], 0.0)
+    return Costs(spent["light"] / everything, layout / everything, spent["weights"] / everything)
 
 
 class _Clock(Interpreter):
@@ -55,7 +60,8 @@ class _Clock(Interpreter):
 
     def __init__(self, graph: GraphModule, device: torch.device) -> None:
         super().__init__(graph)
-        self.spent: dict[str, list[float]] = {"all": [], "light": [], "as it is": [], "laid out": []}
+        kinds = ("all", "light", "as it is", "laid out", "weights")
+        self.spent: dict[str, list[float]] = {kind: [] for kind in kinds}
         self._cuda = device.type == "cuda"
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -70,6 +76,8 @@ class _Clock(Interpreter):
     def _in_both_layouts(self, target: Any, args: Any, kwargs: Any) -> None:
         laid_out = [_channels_last(value) for value in args]
         self._timed(target, laid_out, kwargs)  # a library prepares itself for shapes and layouts that are new to it
+        weights = args[_CONVOLUTIONS[target]]
+        self.spent["weights"].append(self._timed(_channels_last, (weights,), {})[1])
         for name, values in (("as it is", args), ("laid out", laid_out)):
             self.spent[name].append(self._timed(target, values, kwargs)[1])  # no result is kept: it may fill the memory
 

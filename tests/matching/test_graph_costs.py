@@ -34,21 +34,42 @@ def test_what_no_cache_holds_is_read_and_written_by_compiled_code_too(clock, mon
 
 
 def test_convolutions_are_tried_in_the_other_layout(monkeypatch):
-    """By this clock a convolution takes three seconds, and one of channels-last tensors takes one, as all others do."""
+    """By this clock a convolution takes three seconds, one of channels-last tensors takes one, as all others do, and
+    laying out the weights takes half a second."""
     convolve = torch.nn.Conv2d(4, 8, 3).requires_grad_(False)
     stack = torch.rand(2, 4, 9, 9)
     graph = record(lambda x: ([convolve(x)], x.sum((1, 2, 3)), x.sum((1, 2, 3))), [stack])
-    asked = []
+    asked, laid_out = [], []
 
     def timed(self, target, args, kwargs):
+        if target is graph_costs._channels_last:
+            laid_out.append(args[0].shape)
+            return target(*args), 0.5
         if target in graph_costs._CONVOLUTIONS:
             asked.append(args[0].is_contiguous(memory_format=torch.channels_last))
         return target(*args, **kwargs), 3.0 if target in graph_costs._CONVOLUTIONS and not asked[-1] else 1.0
 
     monkeypatch.setattr(graph_costs._Clock, "_timed", timed)
     others = operations(graph) - 1  # a second each
-    assert measure_costs(graph, [stack]).layout == 2.0 / (3.0 + others)
+    costs, everything = measure_costs(graph, [stack]), 3.0 + others
+    assert (costs.layout, costs.weights) == (2.0 / everything, 0.5 / everything)
+    assert laid_out == [convolve.weight.shape] * graph_costs.REPEATS
     assert asked == [False, True, False, True] * graph_costs.REPEATS  # as it is; the other to prepare; then both
+
+
+def test_the_weights_of_a_derivative_are_found():
+    """They stand elsewhere among its arguments."""
+    weights = torch.rand(8, 4, 3, 3)
+
+    def gradient(stack):
+        small = torch.func.grad(lambda x: torch.nn.functional.conv2d(x, weights).square().sum())(stack)
+        return [small], stack.sum((1, 2, 3)), stack.sum((1, 2, 3))
+
+    graph = record(gradient, [torch.rand(2, 4, 9, 9)])
+    convolutions = [node for node in graph.graph.nodes if node.target in graph_costs._CONVOLUTIONS]
+    assert len({node.target for node in convolutions}) == 2
+    found = [getattr(graph, node.args[graph_costs._CONVOLUTIONS[node.target]].target) for node in convolutions]
+    assert all(torch.equal(value, weights) for value in found)
 
 
 def test_of_every_operation_the_median_counts(monkeypatch):

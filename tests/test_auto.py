@@ -238,7 +238,7 @@ def test_the_median_counts(lasting):
     """A lucky moment of one engine must not decide."""
     quick, _ = lasting([9.0, 0.1, 0.4, 0.4, 0.5, 0.4])
     slow, called = lasting([9.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    found = calibration.seconds({"quick": quick, "slow": slow}, torch.device("cpu"), 500)
+    found = calibration.seconds({"quick": quick, "slow": slow}, torch.device("cpu"), 1000)
     assert found == {"quick": pytest.approx(0.4), "slow": pytest.approx(1.0)}
     assert len(called) == 5  # a warm-up, and four rounds that take more than 5 seconds
 
@@ -248,7 +248,7 @@ def test_the_median_counts(lasting):
     [
         (1.0, 1, 1 + 3),  # a short run: three, which take two seconds with the third
         (3.0, 1, 1 + 1),  # one that takes longer is enough
-        (0.01, 450, 1 + 5),  # 1 % of 4.5 s hold four; the fifth is above
+        (0.01, 900, 1 + 5),  # 0.5 % of 9 s hold four; the fifth is above
         (1.0, 10**6, 1 + 11),
     ],
 )

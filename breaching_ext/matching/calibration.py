@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 SHORT = 200
 #: Measuring ends after that share of the run, but not before so many calls of each, where they take so many seconds
 #: at most.
-OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.01, 3, 2.0
+OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
 #: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
 SHORT_ALONE = 500
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 #: Operations on tensors of more bytes than this read and write memory, not a cache, fused or not.
 LARGE = 2**19
 #: A graph is run so many times, or until so many seconds have passed.
-REPEATS, ENOUGH = 5, 1.0
+REPEATS, ENOUGH = 5, 0.5
 #: Where a convolution's weights stand among its arguments.
 _CONVOLUTIONS = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in ("addmm", "baddbmm", "bmm", "mm"))

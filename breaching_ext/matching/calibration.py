@@ -27,11 +27,10 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
-#: Measuring ends after that share of the run, but not before so many calls of each, where they take so many seconds
-#: at most.
-OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
 #: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
 SHORT_ALONE = 500
+#: Measuring ends after OF_THE_RUN of it, but not before LEAST_CALLS of each engine, unless they take LEAST_SECONDS.
+OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and

@@ -42,7 +42,8 @@ def on_a_second_core(options: Mapping[str, Any]) -> Iterator[None]:
     if cores() < 2:
         yield
         return
-    with contextlib.nullcontext() if _was_here() else _ahead(options), _files_at_once():
+    ahead = contextlib.nullcontext() if _was_here() else _ahead(options)
+    with ahead, _files_at_once():
         yield
 
 
@@ -53,8 +54,10 @@ def cores() -> int:
 
 def _was_here() -> bool:
     """Whether torch's cache says that an earlier compilation already found out what the second process would."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:  # torch before 2.5
+        return False
     return next(Path(cache_dir()).glob("*/*.load_ok"), None) is not None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .compile_time import on_a_second_core
 from .evaluation import Evaluate, first_line
 from .tracing import TOLERANCE, SpecialisationError, between, results
 
@@ -91,13 +92,16 @@ def compile_once(
         return torch.compile(_with_own_code(function), mode="reduce-overhead", dynamic=False)
     plain: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "guard_filter_fn": _arguments_only}
     forms = [plain]
+    helped: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if device is None or device.type == "cpu":
-        forms.insert(0, {**plain, **options_on_a_cpu()})
+        options = options_on_a_cpu()
+        forms.insert(0, {**plain, **options})
+        helped = partial(on_a_second_core, options)
 
     def form(options: dict[str, Any]) -> Callable[..., Any]:
         return torch.compile(_with_own_code(function), dynamic=False, options=options)
 
-    return FirstThatWorks([partial(form, options) for options in forms])
+    return FirstThatWorks([partial(form, options) for options in forms], helped)
 
 
 def options_on_a_cpu() -> dict[str, bool]:
@@ -111,10 +115,15 @@ class FirstThatWorks:
 
     Args:
         forms: each makes a form, in the order in which they are tried.
+        helped: what a first call, which compiles, runs in.
     """
 
-    def __init__(self, forms: Sequence[Callable[[], Callable[..., Any]]]) -> None:
-        self._forms = forms
+    def __init__(
+        self,
+        forms: Sequence[Callable[[], Callable[..., Any]]],
+        helped: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self._forms, self._helped = forms, helped
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -131,7 +140,7 @@ class FirstThatWorks:
 
     def _tried(self, form: Callable[[], Callable[..., Any]], arguments: tuple) -> Any:
         function = form()
-        with _without_advice():
+        with _without_advice(), self._helped():
             result = function(*arguments)
         self._function = function
         return result

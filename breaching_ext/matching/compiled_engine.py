@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from typing import Any
 
 import torch
 
-from .compilation import compiled, options_on_a_cpu
-from .compile_time import on_a_second_core
+from .compilation import compiled
 from .compiled_update import CompiledUpdate
 from .evaluation import Evaluate
 from .tracing import SpecialisationError, replayed
@@ -46,9 +44,8 @@ class CompiledEngine(VmapEngine):
         self._backend, self._running = backend, False
         start = time.perf_counter()
         log.info("Compiling the step; this takes from ten seconds to a few minutes, once.")
-        with self._helped():
-            self.evaluation(*self.parameters)
-            self._update = self._compiled_update(box)
+        self.evaluation(*self.parameters)
+        self._update = self._compiled_update(box)
         self._running = True
         self.compile_seconds = time.perf_counter() - start
         log.info("Compiled in %.0f s.", self.compile_seconds)
@@ -70,11 +67,6 @@ class CompiledEngine(VmapEngine):
         rule = self._update_rule()
         if self._update is not None and rule is not None:
             self._update.rule = rule
-
-    def _helped(self) -> contextlib.AbstractContextManager:
-        if self._backend == "inductor" and self.parameters[0].device.type == "cpu":
-            return on_a_second_core(options_on_a_cpu())
-        return contextlib.nullcontext()
 
     def _compiled_update(self, box: Box | None) -> CompiledUpdate | None:
         rule = self._update_rule()

@@ -7,10 +7,10 @@
     python benchmarks/matching.py --minutes 25 --compile-at-most 90                  # what fits into so much time
 
 A row is a model, a batch size B and a number of candidates N. All engines get the same gradient, config and starts and
-are timed in turn, round after round; ratios are of medians, Breaching's `_run_trial` being 1. A round of an engine has
-as many iterations as fit into about a second. Compilation starts with an empty cache. Rows are added to results.json,
-so that a long table can be measured in pieces; table.md and the plots are drawn from it every time. A row that is not
-measured is listed with the reason.
+are timed in turn, round after round; ratios are of medians, Breaching's `_run_trial` being 1, with intervals from the
+rounds. A round of an engine has as many iterations as fit into less than a second. Compilation starts with an empty
+cache. Rows are added to results.json, so that a long table can be measured in pieces; table.md and the plots are drawn
+from it every time. A row that is not measured is listed with the reason.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--candidates", type=int, nargs="+", default=[8, 1, 32])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--round-seconds", type=float, default=1.0, help="about how long an engine's round takes")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--round-seconds", type=float, default=0.7, help="about how long an engine's round takes")
     parser.add_argument("--row-at-most", type=float, default=20.0, help="leave out rows whose iteration is longer [s]")
     parser.add_argument("--compile-at-most", type=float, default=600.0, help="leave out longer compilations [s]")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from breaching_ext.files import write_atomically, write_json
 KEYS = ("model", "batch", "candidates", "device", "threads")
 ENGINES = ("list", "vmap", "compile")
 RUN = 2000
+DRAWS, LEAST_ROUNDS = 1000, 5  # of an interval
 
 
 def load_rows(folder: Path) -> dict[str, Any]:
@@ -43,6 +47,34 @@ def auto_share(row: dict[str, Any]) -> float:
     return min(ours.values()) / seconds
 
 
+def speedup(engine: str) -> Callable[[dict[str, Any]], float]:
+    """Return what says how many times faster than Breaching an engine is in a row."""
+    return lambda row: row["ms"]["breaching"] / row["ms"][engine]
+
+
+def interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> tuple[float, float] | None:
+    """Return a figure's 95 % interval: the bootstrap over the rounds, in each of which all engines were timed in turn.
+
+    It says what the clock leaves open, not what another moment of the machine would bring. None for too few rounds.
+    """
+    times = row["ms_all"]
+    rounds = min(map(len, times.values()))
+    if rounds < LEAST_ROUNDS:
+        return None
+    draw = random.Random(0)
+    found = []
+    for _ in range(DRAWS):
+        drawn = draw.choices(range(rounds), k=rounds)
+        found.append(figure({**row, "ms": {name: statistics.median(t[i] for i in drawn) for name, t in times.items()}}))
+    found.sort()
+    return found[DRAWS // 40], found[-DRAWS // 40 - 1]
+
+
+def _with_interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> str:
+    found = interval(row, figure)
+    return f"{figure(row):.2f}" + (f" ({found[0]:.2f}-{found[1]:.2f})" if found else "")
+
+
 def table(content: dict[str, Any]) -> str:
     """Return the markdown: the machine, rows, runs to the end, and what is not measured."""
     lines = [*_machine(content["machine"]), *_rows(content["rows"]), *_totals(content["totals"]), *_missing(content)]
@@ -62,7 +94,8 @@ def _machine(machine: dict[str, Any]) -> list[str]:
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"Breaching's time over ours a candidate-iteration (steady state), and over {RUN} iterations with set-up.",
+        f"Breaching's time over ours a candidate-iteration (steady state), and over {RUN} iterations with set-up;",
+        "in brackets 95 % intervals over the rounds.",
         "`gradient differs by`: a candidate's from Breaching's, relative, at most; `beside kinks`: the least of that",
         "at the start and at points where every pixel is moved by one rounding; `Breaching's by one rounding`: how",
         "much its own gradient moves from the start to such a point.",
@@ -76,7 +109,7 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in sorted(rows, key=_order):
         ms, whole, setup = row["ms"], totals(row), row["setup_seconds"]
-        ratios = [f"{ms['breaching'] / ms[e]:.2f}" if e in ms else "-" for e in ENGINES]
+        ratios = [_with_interval(row, speedup(e)) if e in ms else "-" for e in ENGINES]
         ends = [f"{whole['breaching'] / whole[e]:.2f}" if e in whole else "-" for e in ("vmap", "compile")]
         seconds = [f"{setup[k]:.0f}" if k in setup and "compile" in ms else "-" for k in ("compile", "compile_again")]
         differences = [d for d in row["gradient_difference"].values() if d is not None]
@@ -85,7 +118,7 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
         rate = profile.get("share_of_rate_compile", profile.get("share_of_rate_vmap"))
         cells = [
             *(row["model"], row["batch"], row["candidates"], f"{ms['breaching']:.2f}", *ratios, *ends),
-            *(row["auto"]["engine"], f"{auto_share(row):.2f}", *seconds, f"{at:.0e}", f"{beside:.0e}"),
+            *(row["auto"]["engine"], _with_interval(row, auto_share), *seconds, f"{at:.0e}", f"{beside:.0e}"),
             *(f"{row['breaching_rounding']:.0e}", f"{row['bytes_per_candidate'] / 2**20:.1f}"),
             *("-" if rate is None else f"{rate:.2f}", row.get("other_processes")),
         ]

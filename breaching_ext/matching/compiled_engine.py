@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from .compilation import compiled
 from .compiled_update import CompiledUpdate
 from .evaluation import Evaluate
+from .in_parallel import in_parallel
 from .tracing import SpecialisationError, replayed
 from .track import Advance, Box, Track, advance
 from .update_rules import UpdateRule, update_rule
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 class CompiledEngine(VmapEngine):
     """A `VmapEngine` with two compiled functions: objective and gradient, and the update (see `CompiledUpdate`).
+
+    On a CPU with several threads the candidates are shared among some of them (see `in_parallel`).
 
     Steps that draw random numbers, and optimizers that are not elementwise, are updated as in the `VmapEngine`.
 
@@ -84,7 +88,7 @@ class CompiledEngine(VmapEngine):
 
     def _compiled(self, evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
         try:
-            return compiled(evaluate, stacks, self._backend)
+            return in_parallel(partial(compiled, evaluate, backend=self._backend), stacks)
         except SpecialisationError as error:
             if not self._running:
                 raise

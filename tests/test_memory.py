@@ -50,7 +50,7 @@ def test_a_budget_is_kept_and_changes_no_number(monkeypatch, replay):
         if len(stacks[0]) == 1:  # the check on the first candidate
             return original(self, stacks)
         result, peak = memory.peak_memory(lambda: original(self, stacks), CPU)
-        sizes.append(self.size(len(stacks[0])))
+        sizes.append(self._size(len(stacks[0])))
         peaks.append(peak)
         return result
 

@@ -14,7 +14,6 @@ from .agreement import check_objective
 from .calibration import Calibration
 from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, CandidateObjective, ClosureFactory, GradientRule, OptimizerFactory
-from .in_parallel import shares
 from .list_engine import ListEngine
 from .memory import MemoryPlan, plan_memory
 from .randomness import CandidateStreams
@@ -239,10 +238,7 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float
     expected = calibration.expected_compile_seconds(evaluation.operations, recording, replayed)
     found.expected_compile_seconds = expected
     if calibration.compiling_may_pay(found.step_seconds, found.iterations, expected):
-        stacks = engine.parameters
-        shared = shares(evaluation.size(len(stacks[0])), stacks[0].device) > 1
-        step = calibration.expected_step(replayed, evaluation.costs(stacks), shared)
-        found.expected_step_seconds = step
+        step = found.expected_step_seconds = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
         if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
             return True
     found.reason = f"compiling would take about {expected:.0f} s, more than it saves"

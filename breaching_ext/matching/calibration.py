@@ -45,8 +45,6 @@ PASSING, MOST_DIFFERENT = 1.4, 4.0
 #: What of `Costs` compiling is expected to save, less what weights and their gradients take to be laid out; at most
 #: MOST_SAVED of an iteration.
 SAVED_LIGHT, SAVED_LAYOUT, LAID_OUT, MOST_SAVED = 0.9, 1.1, 1.9, 0.6
-#: What a compiled iteration takes whose candidates are shared among threads, to one on all of them together.
-SHARED = 0.92
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
 WORTH_A_TRY = 0.02
 
@@ -142,21 +140,20 @@ def expected_compile_seconds(operations: int, recording: float, replayed: float 
     return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness + CHECKING * replayed
 
 
-def expected_step(replayed: float, costs: Costs, shared: bool = False) -> float:
+def expected_step(replayed: float, costs: Costs) -> float:
     """Return the seconds that a compiled iteration will take.
 
     Args:
         replayed: seconds of a replayed one.
         costs: the shares of it that compiling makes smaller, and what it takes in return.
-        shared: whether its candidates are shared among threads.
     """
     saved = SAVED_LIGHT * costs.light + SAVED_LAYOUT * costs.layout - LAID_OUT * costs.weights
-    return replayed * (1 - min(max(saved, 0.0), MOST_SAVED)) * (SHARED if shared else 1.0)
+    return replayed * (1 - min(max(saved, 0.0), MOST_SAVED))
 
 
 def compiling_may_pay(steps: Mapping[str, float], iterations: int, expected_compile: float) -> bool:
     """Whether compiling pays if it saves as much as it ever does; arguments as in :func:`compiling_pays`."""
-    return compiling_pays(steps, SHARED * (1 - MOST_SAVED) * min(steps.values()), iterations, expected_compile)
+    return compiling_pays(steps, (1 - MOST_SAVED) * min(steps.values()), iterations, expected_compile)
 
 
 def compiling_pays(steps: Mapping[str, float], compiled: float, iterations: int, expected_compile: float) -> bool:

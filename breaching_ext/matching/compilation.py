@@ -116,9 +116,6 @@ class FirstThatWorks:
     Args:
         forms: each makes a form, in the order in which they are tried.
         helped: what a first call, which compiles, runs in.
-
-    Attributes:
-        taken: which form it is, from the first call on.
     """
 
     def __init__(
@@ -128,25 +125,24 @@ class FirstThatWorks:
     ) -> None:
         self._forms, self._helped = forms, helped
         self._function: Callable[..., Any] | None = None
-        self.taken: int | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it; the last form's error is raised where all fail."""
         if self._function is not None:
             return self._function(*arguments)
-        *others, last = enumerate(self._forms)
-        for index, form in others:
+        *others, last = self._forms
+        for form in others:
             try:
-                return self._tried(index, form, arguments)
+                return self._tried(form, arguments)
             except Exception as error:
                 log.debug("Compiling in another way (%s: %s).", type(error).__name__, first_line(error))
-        return self._tried(*last, arguments)
+        return self._tried(last, arguments)
 
-    def _tried(self, index: int, form: Callable[[], Callable[..., Any]], arguments: tuple) -> Any:
+    def _tried(self, form: Callable[[], Callable[..., Any]], arguments: tuple) -> Any:
         function = form()
         with _without_advice(), self._helped():
             result = function(*arguments)
-        self._function, self.taken = function, index
+        self._function = function
         return result
 
 

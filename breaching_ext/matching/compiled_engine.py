@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from .compilation import compiled
 from .compiled_update import CompiledUpdate
 from .evaluation import Evaluate
-from .in_parallel import in_parallel
 from .tracing import SpecialisationError, replayed
 from .track import Advance, Box, Track, advance
 from .update_rules import UpdateRule, update_rule
@@ -23,8 +21,6 @@ log = logging.getLogger(__name__)
 
 class CompiledEngine(VmapEngine):
     """A `VmapEngine` with two compiled functions: objective and gradient, and the update (see `CompiledUpdate`).
-
-    On a CPU with several threads the candidates are shared among some of them (see `in_parallel`).
 
     Steps that draw random numbers, and optimizers that are not elementwise, are updated as in the `VmapEngine`.
 
@@ -88,7 +84,7 @@ class CompiledEngine(VmapEngine):
 
     def _compiled(self, evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
         try:
-            return in_parallel(partial(compiled, evaluate, backend=self._backend), stacks)
+            return compiled(evaluate, stacks, self._backend)
         except SpecialisationError as error:
             if not self._running:
                 raise

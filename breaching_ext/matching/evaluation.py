@@ -66,7 +66,7 @@ class StackedEvaluation:
 
     def costs(self, stacks: list[torch.Tensor]) -> Costs:
         """Return where the time of an evaluation of these stacks goes, by its first chunk; nothing without a graph."""
-        part = [stack[: self.size(len(stacks[0]))] for stack in stacks]
+        part = [stack[: self._size(len(stacks[0]))] for stack in stacks]
         function = self._function(part)
         return function.costs(*part) if hasattr(function, "costs") else Costs()
 
@@ -79,18 +79,18 @@ class StackedEvaluation:
             try:
                 return self._in_chunks(list(stacks))
             except Exception as error:
-                if not is_out_of_memory(error) or self.size(len(stacks[0])) == 1:
+                if not is_out_of_memory(error) or self._size(len(stacks[0])) == 1:
                     raise
                 reason = first_line(error)
             self._halve(len(stacks[0]), stacks[0].device, reason)  # after the handler: its traceback keeps tensors
 
-    def size(self, count: int) -> int:
-        """Return how many of `count` candidates are evaluated at a time: equal chunks, for which one form serves."""
+    def _size(self, count: int) -> int:
+        """Candidates at a time: equal chunks, so that one specialised form serves all of them."""
         chunks = -(-count // min(count, self.chunk or count))
         return -(-count // chunks)
 
     def _halve(self, count: int, device: torch.device, reason: str) -> None:
-        size = self.size(count)
+        size = self._size(count)
         self.chunk = size // 2
         self._special.clear()
         gc.collect()
@@ -100,37 +100,24 @@ class StackedEvaluation:
 
     def _in_chunks(self, stacks: list[torch.Tensor]) -> tuple:
         count = len(stacks[0])
-        size = self.size(count)
+        size = self._size(count)
         if size == count:
             return self._function(stacks)(*stacks)
-        return in_parts(stacks, size, lambda parts: [self._function(part)(*part) for part in parts])
+        parts = []
+        for start in range(0, count, size):
+            begin = min(start, count - size)  # the last window reaches back, and its first rows are thrown away
+            window = [stack[begin : begin + size] for stack in stacks]
+            gradients, values, task_losses = self._function(window)(*window)
+            fresh = start - begin
+            parts.append(([g[fresh:] for g in gradients], values[fresh:], task_losses[fresh:]))
+        columns, values, task_losses = zip(*parts, strict=True)
+        return [torch.cat(c) for c in zip(*columns, strict=True)], torch.cat(values), torch.cat(task_losses)
 
     def _function(self, stacks: list[torch.Tensor]) -> Evaluate:
         size = len(stacks[0])
         if size not in self._special:
             self._special[size] = self._specialise(self.plain, stacks) if self._specialise else self.plain
         return self._special[size]
-
-
-def in_parts(stacks: list[torch.Tensor], size: int, evaluate_all: Callable[[list[list[torch.Tensor]]], list]) -> tuple:
-    """Evaluate stacks in parts of `size` candidates, and return the results as of one evaluation.
-
-    Args:
-        stacks: each (N, ...).
-        size: candidates in a part; the last part reaches back where N is no multiple of it, and its first rows are
-            thrown away.
-        evaluate_all: evaluates the parts; one result each, in their order.
-    """
-    count = len(stacks[0])
-    starts = range(0, count, size)
-    begins = [min(start, count - size) for start in starts]
-    results = evaluate_all([[stack[begin : begin + size] for stack in stacks] for begin in begins])
-    fresh = [start - begin for start, begin in zip(starts, begins, strict=True)]
-    columns, values, task_losses = zip(
-        *(([g[f:] for g in gradients], v[f:], t[f:]) for f, (gradients, v, t) in zip(fresh, results, strict=True)),
-        strict=True,
-    )
-    return [torch.cat(c) for c in zip(*columns, strict=True)], torch.cat(values), torch.cat(task_losses)
 
 
 def first_line(error: BaseException) -> str:

@@ -128,6 +128,8 @@ def test_a_damaged_memory_of_choices_is_measured_anew(clock, own_cache):
     file.write_text("{half")
     clock(list=2.0, vmap=1.0)
     assert reconstruct()[1]["engine"] == "vmap"
+    clock(list=0.5, vmap=2.0)
+    assert reconstruct()[1]["engine"] == "vmap", "the new choice was not kept"
 
 
 def test_measuring_disturbs_neither_candidates_nor_random_numbers(monkeypatch):

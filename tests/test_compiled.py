@@ -10,6 +10,7 @@ from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.candidate_choice import Target
+from breaching_ext.matching import calibration
 from breaching_ext.matching.compilation import FirstThatWorks, compile_once, compiled, moved_by_rounding
 from breaching_ext.matching.compiled_update import CompiledUpdate
 from breaching_ext.matching.engine import GradientRule
@@ -17,6 +18,7 @@ from breaching_ext.matching.tracing import SpecialisationError
 from breaching_ext.matching.track import Track
 from breaching_ext.matching.update_rules import update_rule
 
+ALONE = ["regularization.total_variation.scale=0", "regularization.group_regularization.scale=0"]
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 
@@ -74,6 +76,36 @@ def test_steps_without_a_compiled_update_go_on_as_before(traced_only, overrides)
     compiled, stats = reconstruct("compile", *options, iterations=3)
     assert stats["engine"] == "compile"
     assert distance(compiled, reconstruct("vmap", *options, iterations=3)[0]) < 1e-8
+
+
+class AnySize(torch.nn.Module):
+    """A model for images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 5, 3, stride=2), torch.nn.Linear(5, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("batching", ["compile", "auto"])
+def test_an_augmentation_that_changes_the_images_size(traced_only, monkeypatch, batching):
+    monkeypatch.setattr(calibration, "SHORT", 1)
+    monkeypatch.setattr(calibration, "CLEARLY", 0.0)  # never `list`
+    monkeypatch.setattr(calibration, "expected_compile_seconds", lambda *args: 0.0)
+    torch.manual_seed(3)
+    model = AnySize().double().eval()
+    model.name = "any"
+    payload, shared, *_ = observed(model)
+    results = {}
+    for engine in (batching, "vmap"):
+        overrides = ["+augmentations.focus.size=24", "differentiable_augmentations=true", "restarts.seed=2", ALONE[1]]
+        cfg = attack_config(overrides=[*overrides, f"restarts.candidate_batching={engine}"], iterations=4)
+        results[engine], stats = JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
+        assert stats["engine"] in ("compile", "vmap")
+        assert stats["engine"] == engine or engine == "auto"
+    assert distance(results[batching], results["vmap"]) < 1e-8
 
 
 def test_the_update_leaves_the_point_beside_its_best():
@@ -139,12 +171,25 @@ def test_optimizers_without_a_rule(optimizer):
     assert update_rule(optimizer([torch.zeros(2, requires_grad=True)])) is None
 
 
-def test_real_compilation():
+@pytest.mark.parametrize("overrides", [[], ALONE], ids=["regularized", "alone"])
+def test_real_compilation(overrides):
+    """Without a regularizer the gradient comes as convolutions leave it: the candidates within the batch."""
     torch._dynamo.reset()
-    compiled, stats = reconstruct("compile", "optim.signed=soft")
-    eager, _ = reconstruct("vmap", "optim.signed=soft")
+    compiled, stats = reconstruct("compile", "optim.signed=soft", *overrides)
+    eager, _ = reconstruct("vmap", "optim.signed=soft", *overrides)
     assert stats["engine"] == "compile"
     assert distance(compiled, eager) < 1e-8
+
+
+def test_compiled_code_sees_other_shapes_and_layouts_of_its_arguments():
+    def evaluate(*stacks):
+        return [2 * stacks[0]], stacks[0].flatten(1).sum(1), stacks[0].flatten(1).sum(1)
+
+    function = compile_once(evaluate, device=torch.device("cpu"))
+    whole = torch.arange(4 * 6 * 6, dtype=torch.float64).view(4, 6, 6)
+    for stack in (whole, whole[:2], whole[:, :3, :3], whole.transpose(1, 2), whole.float()):
+        for found, expected in zip(function(stack), evaluate(stack), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_every_engine_of_a_process_is_compiled():

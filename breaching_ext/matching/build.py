@@ -181,7 +181,7 @@ def _fastest(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
         return engine, known
     found, calibrated = _measure(parts, memory)
     if path is not None:
-        calibration.remember(path, calibrated)
+        calibration.remember(path, calibrated, BATCHING_MODES[1:])
     return found, calibrated
 
 

@@ -188,10 +188,10 @@ def remembered(path: Path, valid: Sequence[str]) -> Calibration | None:
     return found
 
 
-def remember(path: Path, calibration: Calibration) -> None:
-    """Keep a choice for the next run; a cache that cannot be written costs only another calibration."""
+def remember(path: Path, calibration: Calibration, valid: Sequence[str]) -> None:
+    """Keep a choice for the next run, unless another process has; one that cannot be kept is measured again."""
     try:
-        if not path.exists():
+        if remembered(path, valid) is None:
             write_json(path, calibration.as_dict())
     except OSError as error:
         log.debug("The choice of the engine is not kept: %s", error)

@@ -24,6 +24,8 @@ _FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 BESIDE = 3
 #: How many times what a rounding does results may differ, and to what they must agree however much it does.
 MOVES, MOST_MOVED = 3.0, 0.05
+#: Names under which compiled functions take what may come in another shape or layout.
+ARGUMENTS = ("stacks", "gradients")
 
 
 def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "inductor") -> Evaluate:
@@ -84,14 +86,14 @@ def compile_once(
 
     torch keeps what it compiled with the function's code and compiles at most a handful of forms of it; then it gives
     up and runs eagerly. Every engine has closures of its own, so each gets a copy of the code. What the closures hold
-    does not change while an engine lives, so only the arguments are looked at again in every call.
+    does not change while an engine lives, so only the arguments (`ARGUMENTS`) are looked at again in every call.
     """
     if backend != "inductor":
         return torch.compile(_with_own_code(function), backend=backend, dynamic=False)
     if cuda_graphs:
         return torch.compile(_with_own_code(function), mode="reduce-overhead", dynamic=False)
     plain: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "guard_filter_fn": _arguments_only}
-    forms = [plain]
+    forms = [plain, {}]  # torch before 2.7 knows no filter
     helped: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if device is None or device.type == "cpu":
         options = options_on_a_cpu()
@@ -175,8 +177,12 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arguments_only(guards: Sequence[Any]) -> list[bool]:
-    """Keep the checks of tensors that are handed in; drop those of the closures, which are fixed."""
-    return [guard.guard_type == "TENSOR_MATCH" and guard.name.startswith("L['stacks']") for guard in guards]
+    """Keep the checks of tensors that are handed in; drop those of the closures, which are fixed.
+
+    Another shape, type or layout is compiled anew. A filter sees the names of arguments as they are written.
+    """
+    arguments = tuple(f"{name}[" for name in ARGUMENTS)
+    return [guard.guard_type == "TENSOR_MATCH" and guard.name.startswith(arguments) for guard in guards]
 
 
 def _with_own_results(function: Evaluate) -> Evaluate:

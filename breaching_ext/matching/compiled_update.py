@@ -48,6 +48,7 @@ class CompiledUpdate:
         """Change candidates, optimizer state and track; returns which candidates failed, (N,)."""
         numbers = [self._gradient_rule.softness(iteration), *self.rule.numbers()]
         scalars = torch.tensor(numbers, dtype=values.dtype, device=values.device)
+        gradients = [g.contiguous() for g in gradients]  # laid out as in the check; convolutions leave them otherwise
         state = (track.alive, track.best, track.best_values)
         with torch.no_grad():
             return self._function(stacks, gradients, values, self.rule.state(), *state, track.box, scalars)

@@ -33,7 +33,7 @@ class StackedEvaluation:
         objective: one candidate's parameters -> (objective, task loss); pure.
         parameters: number of tensors that make up a candidate.
         chunk: most candidates at a time; None: all.
-        specialise: makes a faster form for one size of chunk; called once a size.
+        specialise: makes a faster form for stacks of some shapes; called once for these.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StackedEvaluation:
         self.plain: Evaluate = plain
         self.chunk = chunk
         self._specialise = specialise
-        self._special: dict[int, Evaluate] = {}
+        self._special: dict[tuple[torch.Size, ...], Evaluate] = {}  # an augmentation may change the images' size
 
     @property
     def operations(self) -> int:
@@ -114,10 +114,10 @@ class StackedEvaluation:
         return [torch.cat(c) for c in zip(*columns, strict=True)], torch.cat(values), torch.cat(task_losses)
 
     def _function(self, stacks: list[torch.Tensor]) -> Evaluate:
-        size = len(stacks[0])
-        if size not in self._special:
-            self._special[size] = self._specialise(self.plain, stacks) if self._specialise else self.plain
-        return self._special[size]
+        shapes = tuple(stack.shape for stack in stacks)
+        if shapes not in self._special:
+            self._special[shapes] = self._specialise(self.plain, stacks) if self._specialise else self.plain
+        return self._special[shapes]
 
 
 def first_line(error: BaseException) -> str:

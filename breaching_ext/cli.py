@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,20 @@ def _task(cfg: Any) -> float | None:
 
     if not started_by_torchrun():
         return _run_and_tell(cfg, run)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ConfigError(
-            "torchrun shares one run's candidates; a sweep runs through launchers (launch=joblib, slurm)."
-        )
-    with joined(resolve_device(cfg.device)) as ranks:
-        if ranks.first:
+    first = os.environ["RANK"] == "0"
+    try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise ConfigError(
+                "torchrun shares one run's candidates; a sweep runs through launchers (launch=joblib, slurm)."
+            )
+        device = resolve_device(cfg.device)
+    except BreachingExtError as error:
+        if first:
+            _note_failure(Path(HydraConfig.get().runtime.output_dir), error, cfg.get("seed"))
+            log.error("%s", error)
+        sys.exit(1)
+    with joined(device):
+        if first:
             return _run_and_tell(cfg, run)
         try:
             return run(cfg).record["psnr"]
@@ -42,17 +51,24 @@ def _task(cfg: Any) -> float | None:
 
 
 def _run_and_tell(cfg: Any, run: Any) -> float | None:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        result = run(cfg, folder)
-    except Exception as error:
-        _note_failure(folder, error, cfg.get("seed"))
-        if not isinstance(error, BreachingExtError) or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        log.error("%s", error)
-        sys.exit(1)
+    from .ranks import interrupts
+
+    folder, sweep = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
+    noting: AbstractContextManager[list[int]] = interrupts() if sweep else nullcontext([])
+    with noting as interrupted:  # attacks end with their best so far
+        try:
+            result = run(cfg, folder)
+        except Exception as error:
+            _note_failure(folder, error, cfg.get("seed"))
+            if not isinstance(error, BreachingExtError) or sweep:
+                raise
+            log.error("%s", error)
+            sys.exit(1)
     print(summary(result.record))
-    print(f"\nSaved to {folder}: reconstruction.png, candidates.png, metrics.json, candidates.pt, config.yaml")
+    sheet = "candidates.png, " if "candidates" in result.reconstruction else ""
+    print(f"\nSaved to {folder}: reconstruction.png, {sheet}metrics.json, candidates.pt, config.yaml")
+    if interrupted:
+        raise KeyboardInterrupt  # the jobs that follow would each have to be interrupted, too
     return result.record["psnr"]
 
 
@@ -107,7 +123,11 @@ def main() -> None:
             "hydra/job_logging=none",
             "hydra/hydra_logging=none",
         ]
-    _application()
+    try:
+        _application()
+    except KeyboardInterrupt:
+        log.error("Interrupted.")
+        sys.exit(130)  # as shells say it
 
 
 def _silence_upstream() -> None:

@@ -1,11 +1,11 @@
 """`breaching-ext-collect`: the metrics of a sweep as one CSV, one table with intervals and one plot.
 
-    breaching-ext --multirun seed=0,1,2 attack=joint_candidates,seethroughgradients_group
+    breaching-ext --multirun seed=0,10,20 attack=joint_candidates,seethroughgradients_group
     breaching-ext-collect multirun-or-outputs-folder
 
 A run is a folder with a metrics.json. Runs that differ only in seed and client belong to one group. A run that failed
-(also where an error.json lies beside the metrics of an earlier run) is a row that says why, and a folder that Hydra
-made but that holds no metrics.json is a run that was killed.
+(also where an error.json lies beside the metrics of an earlier run) or was interrupted is a row that says why, and a
+folder that Hydra made but that holds no metrics.json is a run that was killed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     """Return one row a run found below `folder`, in path order, with the keys of :data:`COLUMNS`."""
     homes = {path.parent for path in folder.rglob("metrics.json")}
     homes |= {path.parent for path in folder.rglob(".hydra") if _is_of_a_run(path)}
-    return [_row(home, folder) for home in sorted(homes)]
+    rows = (_row(home, folder) for home in sorted(homes))
+    return [row for row in rows if row is not None]
 
 
 def _is_of_a_run(hydra: Path) -> bool:
@@ -50,7 +51,8 @@ def _is_of_a_run(hydra: Path) -> bool:
         return True  # killed before it was written
 
 
-def _row(home: Path, root: Path) -> dict[str, Any]:
+def _row(home: Path, root: Path) -> dict[str, Any] | None:
+    """Return a run's row; None for a metrics.json of another program."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row["folder"] = str(home.relative_to(root))
     row["overrides"] = " ".join(sorted(_overrides(home)))
@@ -62,7 +64,11 @@ def _row(home: Path, root: Path) -> dict[str, Any]:
         return {**row, "error": "no metrics.json: the run was killed or is still running"}
     except json.JSONDecodeError as error:
         return {**row, "error": f"{file.name} is damaged: {error}"}
+    if not isinstance(record, dict) or not {"error", "attack"} & set(record):
+        return None
     row.update({key: record[key] for key in COLUMNS if key in record})
+    if record.get("interrupted"):  # also for want of memory
+        row["error"] = "interrupted: its files hold the best so far"
     if record.get("per_image", {}).get("psnr"):
         row["worst_psnr"] = min(record["per_image"]["psnr"])
     return row
@@ -98,7 +104,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(plus_minus(values, places) if values else "-")
         lines.append(f"| {name} | {len(members)} | {' | '.join(cells)} |")
     failed = [row for row in rows if row["error"] is not None]
-    lines += [f"\n{len(failed)} of {len(rows)} runs failed:"] if failed else []
+    lines += [f"\n{len(failed)} of {len(rows)} runs failed or were interrupted:"] if failed else []
     lines += [f"- {row['folder']}: {row['error']}" for row in failed]
     return "\n".join(lines)
 

@@ -162,7 +162,7 @@ def started_by_torchrun() -> bool:
 def local_device(device: torch.device) -> torch.device:
     """Return this process's own GPU where a device is CUDA in general; other devices as they are."""
     if device.type == "cuda" and device.index is None and started_by_torchrun():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
     return device
 
 

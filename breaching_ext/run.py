@@ -62,10 +62,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     _place_checkpoint(cfg, output_dir)
     user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
-    if ranks_of_run().size > 1 and not getattr(attacker, "shares_candidates", False):
-        raise ConfigError(
-            f"attack_type={cfg.attack.attack_type} runs in one process only; valid under torchrun: joint-candidates."
-        )
+    _check_case(cfg, user, attacker)
     shared_data, payloads, true_data = server.run_protocol(user)
     log.info(_what_is_attacked(cfg))
 
@@ -91,6 +88,26 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     if hasattr(attacker, "forget_checkpoint"):
         attacker.forget_checkpoint()
     return result
+
+
+def _check_case(cfg: Any, user: Any, attacker: Any) -> None:
+    """Refuse what cannot work together, before the client computes anything."""
+    if ranks_of_run().size > 1 and not getattr(attacker, "shares_candidates", False):
+        raise ConfigError(
+            f"attack_type={cfg.attack.attack_type} runs in one process only; valid under torchrun: joint-candidates "
+            "with attack.restarts.parallel_candidates=true."
+        )
+    weights_only = cfg.case.user.user_type == "trained_model"
+    if weights_only and not getattr(attacker, "attacks_weights", False):
+        raise ConfigError(
+            f"The attack {cfg.attack.type} needs a gradient, and case.user.user_type=trained_model shares weights "
+            "alone; valid: attack=kkt."
+        )
+    images = cfg.case.user.num_data_points
+    data: Any = getattr(getattr(user, "dataloader", None), "dataset", None)  # a user of users has none of its own
+    owned = len(data) if hasattr(data, "__len__") else images
+    if images > owned:
+        raise ConfigError(f"case.user.num_data_points={images} is more than this client owns; valid: 1 to {owned}.")
 
 
 def tensors_of(reconstruction: dict[str, Any], true_data: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -129,9 +146,11 @@ def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, 
 
 def _save_candidate_sheet(path: Path, true: torch.Tensor, tensors: dict, mean: Any, std: Any, title: str) -> None:
     candidates = to_images(tensors["candidates"], mean, std)
-    consensus, _ = registered_consensus(candidates)
     scores = tensors["candidate_scores"]
     best = int(scores.argmin())
+    # attacks that do not know labels put each candidate's images in an order of its own
+    candidates = torch.stack([c[assign(c, candidates[best])] for c in candidates])
+    consensus, _ = registered_consensus(candidates)
     order = assign(candidates[best], true)  # one order for all rows, so that a column shows one image
     names = [f"candidate {i}{' (chosen)' if i == best else ''}\nscore {s:.3g}" for i, s in enumerate(scores.tolist())]
     save_candidates(path, true, candidates[:, order], consensus[order], names, title)

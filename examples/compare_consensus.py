@@ -63,6 +63,8 @@ def run_arm(arm: str, batch: int, seed: int, iterations: int) -> dict:
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack)
     shared, payloads, true = server.run_protocol(user)
     result, run_stats = attacker.reconstruct(payloads, shared, server.secrets)
+    if run_stats["interrupted"]:  # its best so far would stand among the finished runs, and not be made again
+        raise KeyboardInterrupt
     mean, std = cfg.case.data.mean, cfg.case.data.std
     found = evaluate(to_images(result["data"], mean, std), to_images(true["data"], mean, std))
     return {

@@ -46,6 +46,7 @@ from breaching_ext.run import describe_device, versions
 
 log = logging.getLogger("kkt_study")
 SEEDS = 5
+TUNED_ON = 100  # the first user whose images were looked at when the defaults were chosen
 #: images of the dataset that a user owns
 OWNED = 60
 
@@ -154,6 +155,8 @@ def make(name: str, seed: int, out: Path, cache: Path) -> None:
     cfg = attack_config(arm, seed)
     clock = time.perf_counter()
     found, stats = KKTAttacker(model, None, cfg).reconstruct(*release(model, arm.n))
+    if stats["interrupted"]:  # its best so far would stand among the finished runs, and not be made again
+        raise KeyboardInterrupt
     seconds = time.perf_counter() - clock
     scores = nearest(found["pool"], images, mean)
     with torch.no_grad():
@@ -209,8 +212,8 @@ def run_file(out: Path, name: str, seed: int) -> Path:
 def read(out: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the runs that are there, by arm."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, arm in ARMS.items():
-        files = [run_file(out, name, seed) for seed in range(arm.seeds)]
+    for name in ARMS:
+        files = [run_file(out, name, seed) for seed in range(TUNED_ON)]
         rows = [json.loads(file.read_text()) for file in files if file.exists()]
         if rows:
             found[name] = rows
@@ -312,7 +315,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kkt")
     parser.add_argument("--cache", type=Path, default=Path("outputs") / "kkt_networks", help="trained weights")
     parser.add_argument("--only", default="", help="comma-separated arms")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument(
+        "--seeds", type=int, help=f"number of seeds of every arm, at most {TUNED_ON} (default: its own)"
+    )
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
@@ -322,7 +327,9 @@ def main() -> None:
     unknown = set(chosen) - set(ARMS)
     if unknown:
         parser.error(f"unknown arms {sorted(unknown)}; valid: {', '.join(ARMS)}")
-    jobs = [(name, seed) for name in chosen for seed in range(min(args.seeds, ARMS[name].seeds))]
+    if args.seeds is not None and not 1 <= args.seeds <= TUNED_ON:
+        parser.error(f"--seeds={args.seeds} is not possible; valid: 1 to {TUNED_ON}")
+    jobs = [(name, seed) for name in chosen for seed in range(args.seeds or ARMS[name].seeds)]
     missing = [job for job in jobs if not run_file(args.out, *job).exists()]
     if args.list:
         print("\n".join(f"{name} seed {seed}{'' if (name, seed) in missing else ' (done)'}" for name, seed in jobs))

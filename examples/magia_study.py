@@ -476,7 +476,7 @@ def chosen(args: argparse.Namespace) -> list[Run]:
         return [Run(a, b, args.outer, tuple(range(count or (3 if b == 64 else 5)))) for b in batches for a in arms]
     runs = [r for r in runs if (not arms or r.arm in arms) and (not batches or r.batch in batches)]
     runs = [r for r in runs if not args.outer or r.outer == args.outer]
-    return [replace(r, seeds=r.seeds[: args.seeds]) for r in runs] if args.seeds else runs
+    return [replace(r, seeds=tuple(range(args.seeds))) for r in runs] if args.seeds else runs
 
 
 if __name__ == "__main__":

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.types import RunMode
 from PIL import Image
+
+from breaching_ext import cli
+from breaching_ext.run import _save_candidate_sheet
 
 
 def breaching_ext(root, cwd, *overrides: str, home: str = "") -> subprocess.CompletedProcess:
@@ -68,6 +74,7 @@ def test_an_attack_and_case_of_breachings_own(root, tmp_path):
     folder = only_run(tmp_path)
     assert (folder / "reconstruction.png").exists()
     assert not (folder / "candidates.png").exists()
+    assert "candidates.png" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -76,8 +83,10 @@ def test_an_attack_and_case_of_breachings_own(root, tmp_path):
         (["attack.restarts.scoring=magic"], ["restarts.scoring", "magic"]),
         (["case.user.provide_num_data_points=False"], ["number of data points", "provide_num_data_points"]),
         (["device=warp"], ["device=warp"]),
+        (["case.user.num_data_points=65"], ["case.user.num_data_points=65", "1 to 64"]),
+        (["case=kkt_fashion_mnist"], ["joint-candidates needs a gradient", "trained_model", "attack=kkt"]),
     ],
-    ids=["scoring", "points", "device"],
+    ids=["scoring", "points", "device", "more than there are", "weights"],
 )
 def test_an_error_is_one_line_and_is_recorded(root, tmp_path, overrides, words):
     done = breaching_ext(root, tmp_path, *overrides)
@@ -86,3 +95,47 @@ def test_an_error_is_one_line_and_is_recorded(root, tmp_path, overrides, words):
     assert all(word in done.stderr for word in words)
     error = json.loads((only_run(tmp_path) / "metrics.json").read_text())["error"]
     assert all(word in error for word in words)
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_ctrl_c_ends_a_sweep_after_the_files_of_its_job(monkeypatch, tmp_path, capsys, mode):
+    """An attack ends with its best so far on Ctrl-C, which is then evaluated; the jobs that follow are not run."""
+    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=tmp_path), mode=mode)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra)
+    monkeypatch.setattr(cli, "summary", lambda record: "a table")
+
+    def run(cfg, folder):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        return SimpleNamespace(record={"psnr": 12.0}, reconstruction={})
+
+    if mode == RunMode.MULTIRUN:
+        with pytest.raises(KeyboardInterrupt):
+            cli._run_and_tell({}, run)
+    else:
+        assert cli._run_and_tell({}, run) == 12.0
+    assert "a table" in capsys.readouterr().out
+
+
+def test_torchrun_with_a_device_that_is_not_there(root, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "breaching_ext", "device=warp"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "device=warp" in json.loads((only_run(tmp_path) / "metrics.json").read_text())["error"]
+
+
+def test_a_column_of_the_candidates_picture_shows_one_image(monkeypatch, tmp_path):
+    """Attacks that do not know labels put each candidate's images in an order of its own."""
+    true = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    orders = [[2, 0, 3, 1], [1, 3, 0, 2], [0, 1, 2, 3]]
+    tensors = {"candidates": torch.stack([true[o] for o in orders]), "candidate_scores": torch.tensor([2.0, 1.0, 3.0])}
+    shown = []
+    monkeypatch.setattr(
+        "breaching_ext.run.save_candidates", lambda path, true, rows, consensus, *_: shown.extend([*rows, consensus])
+    )
+    _save_candidate_sheet(tmp_path / "sheet.png", true, tensors, None, None, "")
+    assert len(shown) == 4
+    for row in shown:
+        torch.testing.assert_close(row.float(), true, atol=1e-5, rtol=0)

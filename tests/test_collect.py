@@ -61,6 +61,18 @@ def test_studies_in_the_same_folder_are_no_failed_runs(sweep):
     assert [row["folder"] for row in read_runs(sweep)] == ["0", "1", "2", "3", "4", "5", "own"]
 
 
+def test_interrupted_runs_count_as_failed_and_other_programs_files_not_at_all(sweep):
+    before = groups(read_runs(sweep))
+    make_run(sweep / "6", ["seed=2"], **finished(5.0, 2), interrupted=True)
+    make_run(sweep / "7", ["seed=3"], **finished(21.0, 3), interrupted=False)
+    make_run(sweep / "8", psnr_of_something_else=3)
+    rows = collect(sweep)
+    assert [row["folder"] for row in rows] == ["0", "1", "2", "3", "4", "5", "6", "7"]
+    assert "interrupted" in rows[6]["error"]
+    assert sum(map(len, groups(rows).values())) == sum(map(len, before.values())) + 1
+    assert "4 of 8 runs failed or were interrupted" in table(rows)
+
+
 def test_runs_that_differ_in_seed_and_client_form_a_group(sweep):
     found = groups(read_runs(sweep))
     assert sorted(len(members) for members in found.values()) == [1, 2]

@@ -61,13 +61,15 @@ def check_shared_data(
     """Check what the client shared against the model.
 
     Raises:
-        SharedDataError: for a gradient list of the wrong length or shapes, non-finite gradients, an unknown number
-            of data points, or labels that are not classes.
+        SharedDataError: for no gradients, a gradient list of the wrong length or shapes, non-finite gradients, an
+            unknown number of data points, or labels that are not classes.
     """
     if len(server_payload) != len(shared_data):
         raise SharedDataError(f"{len(server_payload)} server payloads but {len(shared_data)} sets of shared data.")
     expected = matched_parameters(model)
     for data in shared_data:
+        if data["gradients"] is None:
+            raise SharedDataError("The client shared weights and no gradient; valid for that: attack=kkt.")
         _check_gradients(list(data["gradients"]), expected)
         number = data["metadata"]["num_data_points"]
         if not isinstance(number, int) or number < 1:

@@ -45,6 +45,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
     """
 
     cfg: Any
+    attacks_weights = True  # it needs no gradient
 
     def __init__(
         self, model: torch.nn.Module, loss_fn: Any, cfg_attack: Any, setup: dict[str, Any] = _DEFAULT_SETUP

@@ -29,4 +29,7 @@ def kkt_residual(model: HomogeneousNetwork, images: Tensor, labels: Tensor, stee
     options = ExtractionOptions(steps=_STEPS, lr_lambda=0.02, lr_slack=0.2, lambda_min=0.0, box_weight=0.0)
     starts = problem.coordinates_of(images).unsqueeze(0)  # (1, n, C, H, W)
     search = Extraction(problem, labels.to(starts), starts, options, [torch.Generator().manual_seed(0)], fixed=True)
-    return float(search.run(progress=False).losses[0])
+    found = search.run(progress=False)
+    if found.interrupted:  # it ends with the best so far, which is not the residual
+        raise KeyboardInterrupt
+    return float(found.losses[0])

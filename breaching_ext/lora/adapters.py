@@ -10,6 +10,7 @@ the composed convolution is B A, so that one set of formulas serves both kinds o
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -170,11 +171,16 @@ def only_weights_of(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     return copied
 
 
+def require_peft() -> None:
+    """Raise :class:`MissingPeftError` where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPeftError("The LoRA bridge needs peft: pip install 'breaching-ext[lora]'.")
+
+
 def _inject(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MissingPeftError("The LoRA bridge needs peft: pip install 'breaching-ext[lora]'.") from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     # peft reads a list of names as suffixes; a pattern that matches whole names cannot take in other layers
     pattern = "|".join(name.replace(".", r"\.") for name in ranks)
     config = LoraConfig(

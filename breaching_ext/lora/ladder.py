@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..evaluation.statistics import mean_interval, plus_minus
 from ..files import write_atomically, write_json
 from ..run import describe_device, versions
-from .adapters import adapt, only_weights_of
+from .adapters import adapt, only_weights_of, require_peft
 from .case import Case
 from .decode import Factors, completed, cosine, is_determined, minimum_norm, unseen
 from .inversion import Inversion, invert
@@ -104,9 +104,14 @@ def run_ladder(settings: Settings, folder: str | Path, device: torch.device | No
 
     Returns:
         The ladder; after Ctrl-C with the cells that were finished.
+
+    Raises:
+        MissingPeftError: when a cell needs peft and it is not installed, before the first cell.
     """
     where = device or torch.device("cpu")
     ladder = Ladder.open(folder, settings)
+    if any((cell.phase, cell.method) not in RANKLESS for cell in ladder.missing()):
+        require_peft()
     cases = functools.lru_cache(maxsize=None)(
         lambda seed: Case(settings.model, settings.layers, seed, settings.batch, settings.public)
     )

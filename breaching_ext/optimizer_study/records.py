@@ -157,8 +157,11 @@ class OptimizerExperiment:
         """Write the experiment as JSON, atomically, and optional per-step logs and samples beside it as
         ``.npz``."""
         extras = pack_extras(result.log for result in self.results)
+        beside = Path(path).with_suffix(".npz")
         if extras:
-            write_npz(Path(path).with_suffix(".npz"), extras)
+            write_npz(beside, extras)
+        else:
+            beside.unlink(missing_ok=True)  # of an earlier experiment, which would be read with this one
         return write_json(path, self.to_dict())
 
     @classmethod

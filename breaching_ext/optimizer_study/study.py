@@ -6,18 +6,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import require
+from .config import require, require_choice
 from .data import load_fashion_mnist
 from .figures import save_sheet
 from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS, run_grid
 from .models import create_model
 from .records import OptimizerExperiment
+from .schedules import SCHEDULES
 from .storage import read_json
 from .summary import merge_seeds, write_tables
 from .variants import VARIANTS, get_variant
@@ -123,6 +124,11 @@ def run_study(
     require(bool(seeds), "seed", list(seeds), "at least one whole number")
     last = max(protocol.wd_multipliers, default=0)
     require(all(wd > last for wd in protocol.beyond), "beyond", list(protocol.beyond), f"multipliers above {last:g}")
+    known = {name.name for variant in VARIANTS.values() for name in fields(variant.config)}
+    for key in protocol.settings:  # each variant takes those that it has, so none may be one that no variant has
+        require(key in known, "settings", key, "a setting of a variant: " + ", ".join(sorted(known)))
+    for key in protocol.schedule_options:
+        require_choice("schedule_options", key, SCHEDULES)
     train, test = (
         images.to(protocol.device)
         for images in load_fashion_mnist(protocol.data_folder, protocol.train_size, protocol.test_size, protocol.pool)

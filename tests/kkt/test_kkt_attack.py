@@ -406,6 +406,17 @@ def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["kkt_study.py", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     )
+    real = study.KKTAttacker.reconstruct
+
+    def interrupted(self, *given):
+        found, stats = real(self, *given)
+        return found, {**stats, "interrupted": True}
+
+    with monkeypatch.context() as patched:  # Ctrl-C ends the study, and what the attack had is no run
+        patched.setattr(study.KKTAttacker, "reconstruct", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study.main()
+    assert not list((tmp_path / "out").rglob("*.json"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         study.main()
     assert "default: quick" in printed.getvalue()

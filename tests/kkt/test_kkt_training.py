@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from breaching_ext.errors import ConfigError, SharedDataError
 from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train
+from breaching_ext.kkt.extraction import Extraction
 from breaching_ext.kkt.models import SmoothBackwardReLU
 from breaching_ext.kkt.multipliers import kkt_residual
 from breaching_ext.kkt.recipe import initialise
@@ -112,6 +113,19 @@ def test_noise_is_told_from_signal_for_any_aspect(rows, columns, rank, seed):
 def test_impossible_span(rank):
     with pytest.raises(ConfigError, match="span="):
         span_of(torch.randn(5, 4), rank)
+
+
+def test_an_interrupted_residual_is_none(monkeypatch):
+    """The search ends with its best so far on Ctrl-C; that is no residual, and the training stops."""
+    images, labels = data()
+    model = network()
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Extraction, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kkt_residual(model, images, labels)
 
 
 def stop_after(steps, monkeypatch, recipe, file):

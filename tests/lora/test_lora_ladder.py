@@ -16,7 +16,7 @@ import torch
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.errors import ConfigError
-from breaching_ext.lora import cli
+from breaching_ext.lora import MissingPeftError, cli
 from breaching_ext.lora import ladder as ladder_module
 from breaching_ext.lora.decode import cosine, unseen
 from breaching_ext.lora.ladder import Ladder, run_cell, run_ladder
@@ -93,6 +93,13 @@ def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
     text = files[0].read_text()
     assert "Phase 0 fails" in text, "two iterations cannot hold the ceiling"
     assert text.count("\n| ") == 1 + len(content["rows"])  # one seed: a line a cell, and the head
+
+
+def test_without_peft_nothing_is_computed_that_needs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(ladder_module, "run_cell", lambda *args: pytest.fail("a cell was run"))
+    with pytest.raises(MissingPeftError, match=r"breaching-ext\[lora\]"):
+        run_ladder(settings(), tmp_path)
 
 
 def test_an_interrupted_attack_is_not_a_finished_cell(tmp_path, monkeypatch):

@@ -203,6 +203,19 @@ def test_schedule_options_and_settings_reach_their_variants(folder, tmp_path):
     assert "eps" not in c1["optimizer"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": {"dekay": "lr"}}, r"settings='dekay'.*decay"),
+        ({"schedule_options": {"warm_restart": {"end": "up"}}}, r"schedule_options='warm_restart'.*warm_restarts"),
+    ],
+)
+def test_a_setting_that_no_variant_has_is_refused(folder, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run_study(tmp_path, ["B3"], [1], small(folder, **changes), progress=False)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_variants_are_selected():
     assert select_variants("all") == list(VARIANTS)
     assert len(VARIANTS) == 15

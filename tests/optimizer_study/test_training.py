@@ -210,6 +210,9 @@ def test_steps_and_samples_are_recorded_when_asked(tmp_path):
     loaded = OptimizerExperiment.load(stacked.save(tmp_path / "b3.json"))
     assert loaded.results[2].log.step_grad_norms == stacked.results[2].log.step_grad_norms
     assert (loaded.results[2].log.samples[3] == stacked.results[2].log.samples[3]).all()
+    without = run_grid(**grid_arguments(variant_id="B3"), executor="stacked")  # to the same file
+    loaded = OptimizerExperiment.load(without.save(tmp_path / "b3.json"))
+    assert not loaded.results[2].log.step_grad_norms
 
 
 def test_a_model_with_buffers_is_trained_sequentially():

@@ -40,10 +40,12 @@ def test_same_numbers_through_the_warm_up_with_one_compilation(traced_only):
     torch._dynamo.utils.counters.clear()
     compiled, stats = reconstruct("compile", "optim.signed=soft", "optim.step_size_decay=linear", *group)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    eager, _ = reconstruct("vmap", "optim.signed=soft", "optim.step_size_decay=linear", *group)
+    eager, eager_stats = reconstruct("vmap", "optim.signed=soft", "optim.step_size_decay=linear", *group)
     assert stats["engine"] == "compile"
     assert graphs == 2  # the evaluation and the update, whatever changes from step to step
     assert distance(compiled, eager) < 1e-8
+    for trial in range(2):
+        assert stats[f"Trial_{trial}_Val"] == pytest.approx(eager_stats[f"Trial_{trial}_Val"], rel=1e-8)
 
 
 STEPS = {

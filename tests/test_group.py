@@ -78,6 +78,9 @@ def test_warm_up_in_the_attack(batching):
     run(0.0, 1)  # a process's first run may round its first step otherwise, by 2e-15: libraries settle on their kernels
     assert torch.equal(run(10.0, 4), run(0.0, 4))
     assert not torch.equal(run(10.0, 5), run(0.0, 5))
+    # the term makes every value larger than those before it; what is kept is nevertheless a point that it has moved
+    assert not torch.equal(run(10.0, 5), run(10.0, 4))
+    assert not torch.equal(run(10.0, 6), run(10.0, 4))
 
 
 def test_engines_agree_with_the_group_term_on():
@@ -96,8 +99,10 @@ def test_engines_agree_with_the_group_term_on():
         ]
         attacker = JointCandidateAttacker(model, loss(), attack_config("joint_candidates", overrides, 12), SETUP)
         results.append(attacker.reconstruct(payload, shared))
-    (listed, stats), (batched, _) = results
+    (listed, stats), (batched, batched_stats) = results
     assert (listed["candidates"] - batched["candidates"]).norm() / listed["candidates"].norm() < 1e-8
+    for trial in range(4):
+        assert stats[f"Trial_{trial}_Val"] == pytest.approx(batched_stats[f"Trial_{trial}_Val"], rel=1e-8)
     assert stats["alignments"] == 4 * 4 * 2  # iterations 2, 5, 8, 11; 4 candidates of 2 images
 
 

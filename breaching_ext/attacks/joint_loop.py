@@ -118,8 +118,10 @@ class JointLoop:
     def _iterate(self, iteration: int, bar: tqdm) -> bool:
         """Take one step; returns whether any candidate is still alive."""
         if self.group is not None:
-            living = self.engine.parameters[0]
+            living, before = self.engine.parameters[0], self.group.active
             self.group.update(living if self.track.whole else living[self.track.alive], iteration)
+            if self.group.active and not before:  # a term more: earlier values do not compare with what follows
+                self.track.best_values.fill_(float("inf"))
         values, task_losses, failed = self._advance(iteration, self.track)
         self._values.append(values)
         self._report(iteration, values, task_losses, bar)

@@ -125,16 +125,17 @@ class VmapEngine:
         self.gradient_evaluations += int(alive.sum())
         lr = self._optimizer.param_groups[0]["lr"]
         for stack, gradient in zip(self._stacks, gradients, strict=True):
-            stack.grad = self._rule(gradient, self._noise(gradient), iteration, lr)
+            stack.grad = self._rule(gradient, self._noise(stack.detach()), iteration, lr)
         return values
 
-    def _noise(self, gradient: torch.Tensor) -> torch.Tensor | None:
+    def _noise(self, stack: torch.Tensor) -> torch.Tensor | None:
+        """Draw each candidate's noise, in the candidate's memory layout, as Breaching does: numbers depend on it."""
         if not self._rule.random:
             return None
         noise = []
-        for index in range(len(gradient)):
+        for index in range(len(stack)):
             with self._streams.use(index):
-                noise.append(torch.randn_like(gradient[index]))
+                noise.append(torch.randn_like(stack[index]))
         return torch.stack(noise)
 
     def _augmented(self, images: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ gradients = torch.autograd.grad(loss_fn(model(images), labels), trainable)
 
 # The attack: from the model and the gradients alone.
 payload, shared = observe(model, gradients, shape=(3, 32, 32), num_data_points=2, classes=8, labels=labels)
-cfg = breaching.get_attack_config("joint_candidates", overrides=["optim.max_iterations=300", "restarts.num_trials=3"])
+options = ["optim.max_iterations=300", "restarts.num_trials=3", "regularization.group_regularization.warmup_iters=150"]
+cfg = breaching.get_attack_config("joint_candidates", overrides=options)
 attacker = JointCandidateAttacker(model, loss_fn, cfg)
 reconstruction, stats = attacker.reconstruct(payload, shared)
 

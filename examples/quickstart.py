@@ -10,7 +10,12 @@ from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
 
 cfg = breaching.get_config(
-    overrides=["case=sample_photos", "attack=joint_candidates", "attack.optim.max_iterations=500"]
+    overrides=[
+        "case=sample_photos",
+        "attack=joint_candidates",
+        "attack.optim.max_iterations=500",
+        "attack.regularization.group_regularization.warmup_iters=250",  # the consensus counts from then on
+    ]
 )
 torch.manual_seed(0)
 setup = {"device": torch.device("cuda" if torch.cuda.is_available() else "cpu"), "dtype": torch.float}

@@ -11,6 +11,7 @@ import torch
 from cases import attack_config, build_model, loss, observed, photos
 
 from breaching_ext.attacks import JointCandidateAttacker, observe
+from breaching_ext.errors import ConfigError
 from breaching_ext.matching import ListEngine
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -144,6 +145,28 @@ def test_ctrl_c_ends_the_sequential_loop(ctrl_c, monkeypatch, caplog):
     assert [len(stats[f"Trial_{n}_Val"]) for n in range(2)] == [8, 3]
     assert "Interrupted in candidate 2 of 3" in caplog.text
     assert "checkpoint_every has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["regularization.group_regularization.scale=0"], "differentiable_augmentations=true"),
+        (["differentiable_augmentations=true"], r"regularization\.group_regularization\.scale=0"),
+    ],
+)
+def test_an_augmentation_whose_images_fit_nothing_is_refused(overrides, words):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    with pytest.raises(ConfigError, match=rf"augmentations make images of \(3, 24, 24\) from \(3, 32, 32\).*{words}"):
+        attack(model, payload, shared, ["+augmentations.focus.size=24", *overrides])
+
+
+@pytest.mark.parametrize(("warmup", "said"), [(8, True), (7, False)])
+def test_a_group_term_that_never_sets_in_is_said(caplog, warmup, said):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    attack(model, payload, shared, [f"regularization.group_regularization.warmup_iters={warmup}"])
+    assert ("The group term never sets in" in caplog.text) is said
 
 
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):

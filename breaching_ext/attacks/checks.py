@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -103,6 +104,31 @@ def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None)
         raise SharedDataError(f"The labels have shape {tuple(labels.shape)}, but there are {number} data points.")
     if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
+
+
+def check_augmentations(augmentations: torch.nn.Module, start: torch.Tensor, differentiable: bool, group: Any) -> None:
+    """Check augmentations that change the images' size, with which not everything works.
+
+    Args:
+        augmentations: Breaching's, in a row; they may be none.
+        start: images (B, C, H, W) of the size that is reconstructed.
+        differentiable: whether the gradient flows through them; if not, they change the candidates themselves.
+        group: the group term, or None.
+
+    Raises:
+        ConfigError: naming what can be done.
+    """
+    with torch.random.fork_rng(devices=[]):
+        size = copy.deepcopy(augmentations)(start).shape  # a copy: some keep what they drew first
+    if size == start.shape:
+        return
+    sizes = f"augmentations make images of {tuple(size[1:])} from {tuple(start.shape[1:])}"
+    if not differentiable:
+        raise ConfigError(f"{sizes}, which cannot take a candidate's place; valid: differentiable_augmentations=true.")
+    if group is not None:
+        raise ConfigError(
+            f"{sizes}, which cannot be compared with the consensus; valid: regularization.group_regularization.scale=0."
+        )
 
 
 def check_initial_data(initial_data: torch.Tensor, candidates: int, shape: Sequence[int]) -> None:

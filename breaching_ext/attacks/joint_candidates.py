@@ -148,12 +148,20 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
         match_only_trainable(self.objective, target.models, self.loss_fn)
         ranks, trials = ranks_of_run(), self.cfg.restarts.num_trials
+        start = torch.zeros(target.shape, **self.setup)
+        checks.check_augmentations(self.augmentations, start, self.cfg.differentiable_augmentations, self.group)
         own = ranks.share(trials)
         streams = self._streams(own)
         if initial_data is not None:
             initial_data = initial_data.expand(trials, *target.shape)[own.start : own.stop]
         starts = self._starts(target, streams, initial_data)
         if self.group is not None:
+            if self.group.warmup_iters >= self.cfg.optim.max_iterations > 1:
+                log.warning(
+                    "The group term never sets in: regularization.group_regularization.warmup_iters=%d, but "
+                    "optim.max_iterations=%d.",
+                    *(self.group.warmup_iters, self.cfg.optim.max_iterations),
+                )
             self.group.prepare(starts[0])
             self.group.ranks = ranks
         parts = self._engine_parts(target, starts, streams, dryrun)

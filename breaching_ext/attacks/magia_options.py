@@ -27,6 +27,9 @@ _UNUSED: dict[str, Any] = {
     "optim.warmup": 0,
     "optim.grad_clip": None,
     "augmentations": None,
+    "normalize_gradients": False,
+    "impl.mixed_precision": False,
+    "impl.JIT": None,
 }
 #: Valid values of image_prior.kind.
 PRIORS = ("color", "anisotropic")
@@ -107,9 +110,8 @@ def _check_unused(cfg: Any) -> None:
         value = OmegaConf.select(cfg, key)
         off = value in (None, "none") or (OmegaConf.is_config(value) and not value)
         if not off and value != only:
-            raise ConfigError(
-                f"attack.{key}={value} has no effect on magia; valid: {'empty' if only is None else only}."
-            )
+            valid = "empty" if only is None else only
+            raise ConfigError(f"attack.{key}={value} has no effect on magia, or a wrong one; valid: {valid}.")
 
 
 def _optional(value: Any) -> float | None:

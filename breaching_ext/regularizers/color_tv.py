@@ -34,9 +34,10 @@ def anisotropic_total_variation(x: torch.Tensor) -> torch.Tensor:
 
 
 def color_total_variation(x: torch.Tensor, chroma: float = 5.0, eps: float = 0.01) -> torch.Tensor:
-    """Mean over pixels of √(|∇m|² C + chroma² Σ_c |∇(x_c − m)|² + eps²), m being the mean of the C channels.
+    """Mean over pixels of √(|∇m|² + chroma² / C · Σ_c |∇(x_c − m)|² + eps²), m being the mean of the C channels.
 
-    With chroma = 1 the two parts add up to Σ_c |∇x_c|²: the coupled total variation of Blomgren and Chan, smoothed.
+    With chroma = 1 the first two parts add up to Σ_c |∇x_c|² / C: the coupled total variation of Blomgren and Chan,
+    smoothed.
 
     Args:
         x: images (B, C, H, W) with any number of channels; with one there is no chroma.
@@ -44,7 +45,7 @@ def color_total_variation(x: torch.Tensor, chroma: float = 5.0, eps: float = 0.0
         eps: differences well below this are penalised quadratically, which keeps the function smooth for L-BFGS.
 
     Returns:
-        A scalar, divided by √C so that a grey image has the value of its single channel.
+        A scalar; a grey image has the value of its single channel.
     """
     mean = x.mean(dim=-3, keepdim=True)  # (B, 1, H, W)
     squares = _squared_gradient(mean).sum(dim=-3)  # (B, H, W)

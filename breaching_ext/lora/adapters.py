@@ -10,7 +10,6 @@ the composed convolution is B A, so that one set of formulas serves both kinds o
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -172,9 +171,11 @@ def only_weights_of(model: nn.Module, layers: Sequence[str]) -> nn.Module:
 
 
 def require_peft() -> None:
-    """Raise :class:`MissingPeftError` where peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPeftError("The LoRA bridge needs peft: pip install 'breaching-ext[lora]'.")
+    """Raise :class:`MissingPeftError` where peft cannot be imported."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingPeftError("The LoRA bridge needs peft: pip install 'breaching-ext[lora]'.") from error
 
 
 def _inject(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:

@@ -71,7 +71,8 @@ class GroupRegularization(torch.nn.Module):
     Args:
         setup: Breaching's dict(device=..., dtype=...).
         scale: weight of the term; 0 switches it off.
-        warmup_iters: the term is 0 in iterations 0 ... warmup_iters - 1.
+        warmup_iters: the term is 0 in iterations 0 ... warmup_iters - 1. Values without it do not compare with those
+            with it, so each candidate's best point begins anew where it sets in.
         aligner: none | phase_correlation | ransac | optical_flow | ransac_flow.
         update_every: iterations between two computations of the consensus.
 

@@ -178,7 +178,8 @@ def one_row(content: dict[str, Any], model: str, batch: int, candidates: int, ar
     elif args.again or len(others("rows")) == len(content["rows"]):
         content["missing"] = others("missing")
         if time.perf_counter() > args.deadline:
-            content["missing"].append({**key, "reason": "the time set aside for the table was over"})
+            if len(others("rows")) == len(content["rows"]):  # a row that is there stays as it is
+                content["missing"].append({**key, "reason": "the time set aside for the table was over"})
             return
         try:
             content["rows"] = [*others("rows"), measure_row(model, batch, candidates, args)]

@@ -98,7 +98,7 @@ def test_an_error_is_one_line_and_is_recorded(root, tmp_path, overrides, words):
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
-def test_ctrl_c_ends_a_sweep_after_the_files_of_its_job(monkeypatch, tmp_path, capsys, mode):
+def test_ctrl_c_ends_a_sweep_after_the_files_of_its_job(monkeypatch, tmp_path, capsys, request, mode):
     """An attack ends with its best so far on Ctrl-C, which is then evaluated; the jobs that follow are not run."""
     hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=tmp_path), mode=mode)
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra)
@@ -106,9 +106,11 @@ def test_ctrl_c_ends_a_sweep_after_the_files_of_its_job(monkeypatch, tmp_path, c
 
     def run(cfg, folder):
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return SimpleNamespace(record={"psnr": 12.0}, reconstruction={})
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts it aside
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     if mode == RunMode.MULTIRUN:
         with pytest.raises(KeyboardInterrupt):
             cli._run_and_tell({}, run)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from scipy.stats import bootstrap
 
 from breaching_ext.files import write_atomically, write_json
 
@@ -44,7 +44,7 @@ def auto_share(row: dict[str, Any]) -> float:
     seconds = auto["seconds"] + RUN * row["candidates"] * row["ms"][auto["engine"]] / 1000
     if auto["engine"] == "compile":
         seconds += row["setup_seconds"]["compile"] - auto["calibration"]["compile_seconds"]
-    return min(ours.values()) / seconds
+    return np.minimum.reduce(list(ours.values())) / seconds
 
 
 def speedup(engine: str) -> Callable[[dict[str, Any]], float]:
@@ -57,17 +57,17 @@ def interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> 
 
     It says what the clock leaves open, not what another moment of the machine would bring. None for too few rounds.
     """
-    times = row["ms_all"]
-    rounds = min(map(len, times.values()))
+    names, times = zip(*row["ms_all"].items(), strict=True)
+    rounds = min(map(len, times))
     if rounds < LEAST_ROUNDS:
         return None
-    draw = random.Random(0)
-    found = []
-    for _ in range(DRAWS):
-        drawn = draw.choices(range(rounds), k=rounds)
-        found.append(figure({**row, "ms": {name: statistics.median(t[i] for i in drawn) for name, t in times.items()}}))
-    found.sort()
-    return found[DRAWS // 40], found[-DRAWS // 40 - 1]
+
+    def of_medians(*drawn: np.ndarray, axis: int) -> Any:
+        return figure({**row, "ms": dict(zip(names, (np.median(t, axis=axis) for t in drawn), strict=True))})
+
+    samples = [t[:rounds] for t in times]
+    found = bootstrap(samples, of_medians, paired=True, n_resamples=DRAWS, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def _with_interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> str:

@@ -193,6 +193,13 @@ def test_compiled_code_sees_other_shapes_and_layouts_of_its_arguments():
         for found, expected in zip(function(stack), evaluate(stack), strict=True):
             torch.testing.assert_close(found, expected)
 
+    def update(stacks, gradients):
+        return [stack - gradient for stack, gradient in zip(stacks, gradients, strict=True)]
+
+    function = compile_once(update, device=torch.device("cpu"))
+    for gradient in (whole.clone(), whole.transpose(1, 2), whole.transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.testing.assert_close(function([whole], [gradient]), update([whole], [gradient]))
+
 
 def test_every_engine_of_a_process_is_compiled():
     """torch compiles one code object eight times and runs it eagerly from then on; a sweep has more engines."""
@@ -279,6 +286,10 @@ def test_options_that_torch_does_not_know_are_left_out(monkeypatch):
     assert "cpp_wrapper_build_separate" not in asked[0]
     assert compile_once(lambda x: x + 1, device=torch.device("cuda"))(1) == 2
     assert "cpp_wrapper" not in asked[1]
+    assert set(asked[1]) == {"guard_filter_fn"}
+    monkeypatch.delattr(torch._dynamo.types, "GuardFilterEntry")  # an older torch
+    assert compile_once(lambda x: x + 1, device=torch.device("cuda"))(1) == 2
+    assert not asked[2]
 
 
 def compiled_as(monkeypatch, function):

@@ -27,10 +27,9 @@ _UNUSED: dict[str, Any] = {
     "optim.warmup": 0,
     "optim.grad_clip": None,
     "augmentations": None,
-    "normalize_gradients": False,
-    "impl.mixed_precision": False,
-    "impl.JIT": None,
 }
+#: Breaching's keys that do not go together with this attack's objective, likewise.
+_IMPOSSIBLE: dict[str, Any] = {"normalize_gradients": False, "impl.mixed_precision": False, "impl.JIT": None}
 #: Valid values of image_prior.kind.
 PRIORS = ("color", "anisotropic")
 
@@ -106,12 +105,13 @@ class MagiaOptions:
 
 
 def _check_unused(cfg: Any) -> None:
-    for key, only in _UNUSED.items():
+    for key, only in {**_UNUSED, **_IMPOSSIBLE}.items():
         value = OmegaConf.select(cfg, key)
         off = value in (None, "none") or (OmegaConf.is_config(value) and not value)
         if not off and value != only:
+            why = "has no effect on" if key in _UNUSED else "does not work with"
             valid = "empty" if only is None else only
-            raise ConfigError(f"attack.{key}={value} has no effect on magia, or a wrong one; valid: {valid}.")
+            raise ConfigError(f"attack.{key}={value} {why} magia; valid: {valid}.")
 
 
 def _optional(value: Any) -> float | None:

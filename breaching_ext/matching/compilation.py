@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 #: Compiled code calls torch's operators from C++, not from Python, and is two files instead of one a kernel: a step of
 #: ResNet20 takes a tenth less, and compiling it a third less. The file with the calls is optimised less: quick.
 _FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+#: What compiled code need not look at in every call: its arguments are checked before.
+_LEAN = {"size_asserts": False, "alignment_asserts": False}
 #: Points a rounding away at which compiled and eager results are compared where they differ at the start.
 BESIDE = 3
 #: How many times what a rounding does results may differ, and to what they must agree however much it does.
@@ -92,8 +94,10 @@ def compile_once(
         return torch.compile(_with_own_code(function), backend=backend, dynamic=False)
     if cuda_graphs:
         return torch.compile(_with_own_code(function), mode="reduce-overhead", dynamic=False)
-    plain: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "guard_filter_fn": _arguments_only}
-    forms = [plain, {}]  # torch before 2.7 knows no filter
+    plain: dict[str, Any] = _known(_LEAN)
+    if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # an older torch has no filter, and takes no such option
+        plain["guard_filter_fn"] = _arguments_only
+    forms = [plain]
     helped: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if device is None or device.type == "cpu":
         options = options_on_a_cpu()
@@ -108,8 +112,12 @@ def compile_once(
 
 def options_on_a_cpu() -> dict[str, bool]:
     """Return what compiled code for a CPU is compiled with, as far as this torch knows it."""
+    return _known(_FROM_CPP)
+
+
+def _known(options: dict[str, bool]) -> dict[str, bool]:
     known = torch._inductor.list_options()
-    return {name: value for name, value in _FROM_CPP.items() if name in known}
+    return {name: value for name, value in options.items() if name in known}
 
 
 class FirstThatWorks:

@@ -56,6 +56,9 @@ def check(model, cfg, payload, shared):
     batched, stats = joint(model, cfg, payload, shared, "vmap")
     assert stats["engine"] == "vmap"
     assert (batched["candidates"] - expected).norm() / expected.norm() < 1e-8
+    alone, stats = joint(model, cfg, payload, shared, "vmap", trials=1)
+    assert stats["engine"] == "vmap"
+    assert (alone["candidates"] - expected[:1]).norm() / expected[:1].norm() < 1e-8
     return expected
 
 

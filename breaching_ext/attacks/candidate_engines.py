@@ -137,6 +137,7 @@ class CandidateEngines(KeepsCheckpoint):
             box=self._box(),
             iterations=1 if dryrun else optim.max_iterations,
             evaluations_each=_LBFGS_EVALUATIONS if self._by_lbfgs else 1,
+            alone=self.cfg.restarts.num_trials == 1,
             copies=2 * _LBFGS_HISTORY if self._by_lbfgs else 0,
             memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
             identity=self._identity(target),

@@ -48,6 +48,7 @@ class EngineParts:
         box: least and largest valid image values, or None.
         iterations: iterations that the run will make.
         evaluations_each: evaluations of a candidate in one of them, about; more than one with a line search.
+        alone: whether these are the whole run's one candidate (a process may have one of several).
         copies: of a candidate, that its optimizer keeps besides the usual ones (see `plan_memory`).
         memory_budget: most bytes that the run may take; None: what the device has.
         identity: what `auto` remembers its choice by, with shapes, device and versions; None: it does not.
@@ -70,6 +71,7 @@ class EngineParts:
     box: Box | None = None
     iterations: int = 1
     evaluations_each: int = 1
+    alone: bool = False
     copies: int = 0
     memory_budget: int | None = None
     identity: str | None = None
@@ -105,8 +107,8 @@ def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
     Raises:
         ConfigError: when one candidate alone is above a budget that the config gives.
     """
-    alone = len(parts.starts[0]) == 1
-    if mode == "list" or (mode == "auto" and alone and parts.evaluations < calibration.SHORT_ALONE):
+    short = parts.evaluations < (calibration.SHORT_ALONE if len(parts.starts[0]) == 1 else 0)
+    if mode == "list" or (mode == "auto" and short):
         return BuiltEngine(_list_engine(parts))
     reason, per_candidate = parts.why_not, 0
     if not reason:
@@ -162,6 +164,7 @@ def _stacked_arguments(parts: EngineParts, memory: MemoryPlan) -> dict[str, Any]
         "augmentation": parts.augmentation,
         "differentiable": parts.differentiable,
         "chunk": memory.chunk,
+        "alone": parts.alone,
     }
 
 
@@ -196,9 +199,9 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
     states = list(parts.streams.states)
-    alone = replace(parts, starts=[start[:1] for start in parts.starts])  # of `list`, one candidate says all
+    first = replace(parts, starts=[start[:1] for start in parts.starts])  # of `list`, one candidate says all
     engine, device = _vmap_engine(parts, memory), parts.starts[0].device
-    engines = {"list": _iteration(_list_engine(alone), alone), "vmap": _iteration(engine, parts)}
+    engines = {"list": _iteration(_list_engine(first), first), "vmap": _iteration(engine, parts)}
     times = calibration.seconds(engines, device, parts.iterations, {"recording": record_a_little})
     times["list"] *= len(parts.starts[0])
     recording = times.pop("recording") / LITTLE

@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 #: Runs of fewer evaluations than this are over before measuring or recording a graph has paid.
 SHORT = 200
-#: The same for one candidate, which gains about a tenth, where recording takes as long as some 40 of its evaluations.
-SHORT_ALONE = 500
+#: The same for one candidate, which gains a fifth to a third, where recording and measuring take up to 60 evaluations.
+SHORT_ALONE = 300
 #: Measuring ends after OF_THE_RUN of it, but not before LEAST_CALLS of each engine, unless they take LEAST_SECONDS.
 OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
 #: so many for each operation of the recorded graph (docs/speed.md).
-COMPILING, COMPILING_PER_OPERATION = 12.0, 0.045
+COMPILING, COMPILING_PER_OPERATION = 15.0, 0.05
 RECORDING = 0.0013
 #: Evaluations that checking a compiled form takes: two, and six more where the start lies beside a kink of the model.
 CHECKING = 5

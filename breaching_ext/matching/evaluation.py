@@ -34,6 +34,8 @@ class StackedEvaluation:
         parameters: number of tensors that make up a candidate.
         chunk: most candidates at a time; None: all.
         specialise: makes a faster form for stacks of some shapes; called once for these.
+        alone: there is one candidate, and no axis of candidates is carried through its operations. torch.func makes
+            other operations of those with such an axis, which round otherwise.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class StackedEvaluation:
         parameters: int,
         chunk: int | None = None,
         specialise: Specialise | None = None,
+        alone: bool = False,
     ) -> None:
         gradient = grad_and_value(objective, argnums=tuple(range(parameters)), has_aux=True)
 
@@ -49,7 +52,11 @@ class StackedEvaluation:
             gradients, (values, task_losses) = vmap(gradient, randomness="different")(*stacks)
             return gradients, values, task_losses
 
-        self.plain: Evaluate = plain
+        def plain_alone(*stacks: torch.Tensor) -> tuple:
+            gradients, (value, task_loss) = gradient(*(stack[0] for stack in stacks))
+            return tuple(g.unsqueeze(0) for g in gradients), value.unsqueeze(0), task_loss.unsqueeze(0)
+
+        self.plain: Evaluate = plain_alone if alone else plain
         self.chunk = chunk
         self._specialise = specialise
         self._special: dict[tuple[torch.Size, ...], Evaluate] = {}  # an augmentation may change the images' size

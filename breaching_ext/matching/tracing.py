@@ -2,8 +2,8 @@
 
 torch.func builds its nested transforms and an autograd graph anew at every call. For the small models of this field
 that bookkeeping takes longer than the arithmetic. The recorded graph has no transforms left in it, and operations
-whose results nobody uses are dropped. What remains are the same operations on the same numbers, so on a CPU the
-results are equal to the last bit; that is checked before a graph is used.
+that nobody needs are dropped (see `graph_passes`). What remains are the same operations on the same numbers, so on a
+CPU the results are equal to the last bit; that is checked before a graph is used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import time
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluation import Evaluate, first_line
 from .graph_costs import Costs, measure_costs
+from .graph_passes import shorten
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +29,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 #: Operations of `record_a_little`.
 LITTLE = 20
-
-_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-_VIEWS = (
-    *_RESHAPES,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.expand.default,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.transpose.int,
-)
 
 
 class SpecialisationError(RuntimeError):
@@ -55,30 +46,11 @@ def record(evaluate: Evaluate, stacks: list[torch.Tensor]) -> GraphModule:
     with torch.random.fork_rng(devices=[]), described:
         try:
             graph = make_fx(evaluate)(*stacks)
-            drop_idle_views(graph.graph)
+            shorten(graph.graph)
         except Exception as error:  # whatever a user's model does that a graph cannot hold
             raise SpecialisationError(f"it cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
-    graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
-
-
-def drop_idle_views(graph: Graph) -> None:
-    """Let users of a view that changes nothing, or that another view follows, use what it is a view of.
-
-    torch.func moves the candidates' axis to where it is already, and folds it in and out around every operation. A
-    view shares its memory, so nothing depends on which of them is read or written.
-    """
-    for node in graph.nodes:
-        if node.target not in _VIEWS:
-            continue
-        source = node.args[0]
-        if node.target in _RESHAPES and source.target in _RESHAPES and source.args[0].meta["val"].is_contiguous():
-            source = source.args[0]
-            node.replace_input_with(node.args[0], source)
-        before, after = source.meta["val"], node.meta["val"]
-        if before.shape == after.shape and before.stride() == after.stride():
-            node.replace_all_uses_with(source)
 
 
 def operations(graph: GraphModule) -> int:

@@ -30,7 +30,7 @@ class VmapEngine:
         augmentation: random change of one candidate's images (B, C, H, W) before they are evaluated, or None.
         differentiable: whether the gradient flows through the augmentation; if not, it changes the candidate itself,
             as in Breaching.
-        chunk, specialise: see `StackedEvaluation`.
+        chunk, specialise, alone: see `StackedEvaluation`.
     """
 
     name = "vmap"
@@ -46,11 +46,12 @@ class VmapEngine:
         differentiable: bool = False,
         chunk: int | None = None,
         specialise: Specialise | None = None,
+        alone: bool = False,
     ) -> None:
         self._starts, self._make_optimizer = starts, make_optimizer
         self._rule, self._streams = rule, streams
         self._augmentation, self._differentiable = augmentation, differentiable
-        self.evaluation = StackedEvaluation(objective, len(starts), chunk, specialise)
+        self.evaluation = StackedEvaluation(objective, len(starts), chunk, specialise, alone)
         self._begin()
 
     def _begin(self) -> None:

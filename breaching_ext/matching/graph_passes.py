@@ -1,0 +1,172 @@
+"""Make a recorded graph shorter without changing a number: views that change nothing, and what is done twice.
+
+torch.func folds the candidates' axis in and out around every operation, and the derivative of a derivative does many
+things again that were done before. Neither is seen by autograd; in a graph both are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
+_VIEWS = (
+    *_RESHAPES,
+    _aten.alias.default,
+    _aten.expand.default,
+    _aten.permute.default,
+    _aten.slice.Tensor,
+    _aten.transpose.int,
+)
+
+
+def shorten(graph: Graph) -> None:
+    """Drop idle views, operations done before, and those whose results nobody uses."""
+    drop_idle_views(graph)
+    merge_duplicates(graph)
+    graph.eliminate_dead_code()
+
+
+def drop_idle_views(graph: Graph) -> None:
+    """Let users of a view that changes nothing, or that another view follows, use what it is a view of.
+
+    torch.func moves the candidates' axis to where it is already. A view shares its memory, so nothing depends on which
+    of them is read or written.
+    """
+    for node in graph.nodes:
+        if node.target not in _VIEWS:
+            continue
+        source = node.args[0]
+        if node.target in _RESHAPES and source.target in _RESHAPES and source.args[0].meta["val"].is_contiguous():
+            source = source.args[0]
+            node.replace_input_with(node.args[0], source)
+        before, after = source.meta["val"], node.meta["val"]
+        if before.shape == after.shape and before.stride() == after.stride():
+            node.replace_all_uses_with(source)
+
+
+def merge_duplicates(graph: Graph) -> None:
+    """Let users of an operation that was done before, on the same values, use the earlier result.
+
+    Memory that has been written in place since then holds other values, so writes count. Memory that is written, or
+    that the graph returns, stays its own. Random operations, and what torch does not describe, are done again.
+    """
+    memory = _Memory(graph)
+    if memory.given_is_written:
+        return
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        memory.pass_by(node)
+        key = _key(node, memory)
+        if key is None:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+class _Memory:
+    """Which results of a graph share memory, and how often that has been written where a pass over the graph stands.
+
+    Attributes:
+        given_is_written: whether the graph writes into its inputs or into tensors from outside.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._group: dict[Node, Node] = {}
+        for node in graph.nodes:
+            for source in _sources(node):
+                self._join(node, source)
+        self._writes: Counter[Node] = Counter()
+        self._written = {self.of(node) for writer in graph.nodes for node in _written(writer)}
+        *_, output = graph.nodes
+        self._returned = {self.of(node) for node in output.all_input_nodes}
+        given = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+        self.given_is_written = any(self.of(node) in self._written for node in given)
+
+    def of(self, node: Node) -> Node:
+        """Return the node that stands for all that share this one's memory."""
+        while node in self._group:
+            node = self._group[node]
+        return node
+
+    def pass_by(self, node: Node) -> None:
+        """Count what a node writes."""
+        self._writes.update({self.of(written) for written in _written(node)})
+
+    def writes(self, node: Node) -> int:
+        """Return how often a node's memory has been written so far."""
+        return self._writes[self.of(node)]
+
+    def is_own(self, node: Node) -> bool:
+        """Whether a node's memory is written somewhere or returned, so that nobody else may have it."""
+        return self.of(node) in self._written | self._returned
+
+    def _join(self, node: Node, other: Node) -> None:
+        node, other = self.of(node), self.of(other)
+        if node is not other:
+            self._group[node] = other
+
+
+def _key(node: Node, memory: _Memory) -> Any:
+    """Return what tells whether two nodes have the same values; None where a node must stay."""
+    if node.op == "get_attr":
+        return "get_attr", node.target
+    if node.target is not operator.getitem and (not _is_described(node) or _is_random(node)):
+        return None
+    if any(_written(node)) or (memory.is_own(node) and not any(_sources(node))):
+        return None
+    arguments = _frozen(node.args), _frozen(sorted(node.kwargs.items()))
+    return node.target, arguments, tuple(memory.writes(source) for source in node.all_input_nodes)
+
+
+def _is_described(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "aten"
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+
+
+def _frozen(value: Any) -> Any:
+    """Return an argument as something to compare by: 1, 1.0 and True are different, and so are 0.0 and -0.0."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, Node) else (type(value), repr(value))
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    """Yield the nodes whose memory a node's result may share."""
+    if _is_described(node) and node.target not in _RESHAPES:
+        yield from _annotated(node, writes=False)
+    elif node.target in _RESHAPES or node.target is operator.getitem:
+        yield node.args[0]  # type: ignore[misc]
+    elif node.op == "call_function":
+        yield from node.all_input_nodes
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """Yield the nodes into whose memory a node writes."""
+    if _is_described(node):
+        yield from _annotated(node, writes=True)
+    elif node.op not in ("placeholder", "get_attr", "output") and node.target is not operator.getitem:
+        yield from node.all_input_nodes  # nobody says what it does
+
+
+def _annotated(node: Node, writes: bool) -> Iterator[Node]:
+    """Yield the arguments that an operation's schema marks as shared with its result, or as written."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
+    for argument in arguments:
+        if argument.alias_info is not None and (argument.alias_info.is_write or not writes):
+            for leaf in tree_leaves(given.get(argument.name)):
+                if isinstance(leaf, Node):
+                    yield leaf

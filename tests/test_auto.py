@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.matching import build, calibration, tracing
 from breaching_ext.matching.evaluation import StackedEvaluation
 from breaching_ext.matching.graph_costs import Costs
-from breaching_ext.matching.tracing import LITTLE, SpecialisationError, record, record_a_little, replayed
+from breaching_ext.matching.tracing import LITTLE, Replay, SpecialisationError, record, record_a_little, replayed
 from breaching_ext.matching.track import Track, advancing
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -314,12 +315,16 @@ def test_an_engine_rewound_is_as_new(traced_only, engine):
 # -- the replay ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("model", ["lenet_zhu", "own"])
-def test_replay_is_the_same_to_the_last_bit_through_the_warm_up(monkeypatch, model):
+def test_replay_is_the_same_to_the_last_bit_through_the_warm_up(monkeypatch, model, candidates):
     group = ["regularization.group_regularization.scale=0.5", "regularization.group_regularization.warmup_iters=2"]
-    plain, _ = reconstruct("restarts.candidate_batching=vmap", *group, candidates=3, iterations=5, model=model)
+    run = partial(
+        reconstruct, "restarts.candidate_batching=vmap", *group, candidates=candidates, iterations=5, model=model
+    )
+    plain, _ = run()
     monkeypatch.setattr(calibration, "SHORT", 1)
-    replay, _ = reconstruct("restarts.candidate_batching=vmap", *group, candidates=3, iterations=5, model=model)
+    replay, _ = run()
     assert torch.equal(plain["candidates"], replay["candidates"])
 
 
@@ -334,6 +339,19 @@ def test_a_replay_that_would_differ_is_not_used(caplog):
     with caplog.at_level(logging.INFO):
         assert replayed(drifting, [torch.rand(2, 3)]) is drifting
     assert "differs" in caplog.text
+
+
+def test_a_replay_that_fails_is_not_used(caplog, monkeypatch):
+    def fails(self, *stacks):
+        raise RuntimeError("no such shape")
+
+    def evaluate(stack):
+        return [stack * 2], stack.flatten(1).sum(1), stack.flatten(1).sum(1)
+
+    monkeypatch.setattr(Replay, "__call__", fails)
+    with caplog.at_level(logging.INFO):
+        assert replayed(evaluate, [torch.rand(2, 3)]) is evaluate
+    assert "its replay fails (RuntimeError: no such shape)" in caplog.text
 
 
 def test_an_evaluation_that_looks_at_its_numbers_cannot_be_recorded():

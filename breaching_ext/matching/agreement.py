@@ -24,7 +24,8 @@ def check_objective(parts: EngineParts) -> tuple[str, int]:
     assert parts.make_stack_optimizer is not None
     probe = [start[:1] for start in parts.starts]
     try:
-        plain = VmapEngine(probe, parts.objective, parts.make_stack_optimizer, parts.rule, parts.streams)
+        factory, alone = parts.make_stack_optimizer, parts.alone
+        plain = VmapEngine(probe, parts.objective, factory, parts.rule, parts.streams, alone=alone)
         (gradients, values, _), memory = peak_memory(plain.evaluate, probe[0].device)
     except Exception as error:  # whatever a user's model or loss throws under torch.func: the list engine still works
         return f"torch.func cannot transform this model or loss ({type(error).__name__}: {first_line(error)})", 0

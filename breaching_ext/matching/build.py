@@ -193,8 +193,8 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
     shapes = [tuple(start.shape) for start in parts.starts]
     start = parts.starts[0]
     device = torch.cuda.get_device_name(start.device) if start.device.type == "cuda" else start.device
-    threads = torch.get_num_threads()
-    return [parts.identity, shapes, start.dtype, device, threads, parts.iterations, memory.chunk, torch.__version__]
+    machine = [device, torch.get_num_threads(), torch.__version__]
+    return [parts.identity, shapes, parts.alone, start.dtype, parts.iterations, memory.chunk, *machine]
 
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:

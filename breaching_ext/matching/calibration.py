@@ -35,7 +35,7 @@ OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
 #: so many for each operation of the recorded graph (docs/speed.md).
-COMPILING, COMPILING_PER_OPERATION = 15.0, 0.05
+COMPILING, COMPILING_PER_OPERATION = 12.0, 0.05
 RECORDING = 0.0013
 #: Evaluations that checking a compiled form takes: two, and six more where the start lies beside a kink of the model.
 CHECKING = 5

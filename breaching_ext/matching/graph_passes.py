@@ -27,11 +27,16 @@ _VIEWS = (
 )
 
 
+#: What torch's schemas do not tell: results that share memory with their input, and statistics that are written.
+_SHARING = ("_unsafe_view", "channel_shuffle", "native_channel_shuffle", "unsafe_split", "unsafe_split_with_sizes")
+_WRITING = ("batch_norm", "rrelu_with_noise")
+
+
 def shorten(graph: Graph) -> None:
-    """Drop idle views, operations done before, and those whose results nobody uses."""
-    drop_idle_views(graph)
-    merge_duplicates(graph)
-    graph.eliminate_dead_code()
+    """Drop idle views, and operations done before. Where a tensor's shape is changed in place, all stay."""
+    if not any(torch.Tag.inplace_view in getattr(node.target, "tags", ()) for node in graph.nodes):
+        drop_idle_views(graph)
+        merge_duplicates(graph)
 
 
 def drop_idle_views(graph: Graph) -> None:
@@ -145,20 +150,26 @@ def _frozen(value: Any) -> Any:
 
 def _sources(node: Node) -> Iterator[Node]:
     """Yield the nodes whose memory a node's result may share."""
-    if _is_described(node) and node.target not in _RESHAPES:
-        yield from _annotated(node, writes=False)
-    elif node.target in _RESHAPES or node.target is operator.getitem:
+    if node.target is operator.getitem or (_is_described(node) and _name(node) in _SHARING):
         yield node.args[0]  # type: ignore[misc]
+    elif _is_described(node):
+        yield from _annotated(node, writes=False)
     elif node.op == "call_function":
         yield from node.all_input_nodes
 
 
 def _written(node: Node) -> Iterator[Node]:
     """Yield the nodes into whose memory a node writes."""
-    if _is_described(node):
+    if node.op in ("placeholder", "get_attr", "output") or node.target is operator.getitem:
+        return
+    if _is_described(node) and not any(part in _name(node) for part in _WRITING):
         yield from _annotated(node, writes=True)
-    elif node.op not in ("placeholder", "get_attr", "output") and node.target is not operator.getitem:
+    else:
         yield from node.all_input_nodes  # nobody says what it does
+
+
+def _name(node: Node) -> str:
+    return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
 
 
 def _annotated(node: Node, writes: bool) -> Iterator[Node]:

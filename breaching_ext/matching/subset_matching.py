@@ -26,10 +26,10 @@ METHODS = ("auto", "list", "vmap", "compile")
 #: 0.7 of the loop's time at B = 8 and 1.6 of it at B = 64, where convolutions with a kernel a candidate dominate.
 STACK_UP_TO = 16
 
-#: 'auto' compiles for at least this many candidates and evaluations, where there is no subset term. Compiling takes
-#: 10 to 20 s, and saves about a quarter of a stacked evaluation (benchmarks/magia_batching.py). A fixed rule, so that
-#: a run can be repeated.
-COMPILE_FROM = (4, 3000)
+#: 'auto' compiles for at least this many evaluations, of all candidates together, where there is no subset term.
+#: Compiling takes 10 to 25 s, and saves about a quarter of a stacked evaluation and a third to a half of a single one
+#: (docs/magia.md). A fixed rule, so that a run can be repeated.
+COMPILE_FROM = 16_000
 
 
 class SubsetMatching:
@@ -94,11 +94,12 @@ class SubsetMatching:
         """'vmap', 'compile' or 'list' for a stack of that shape; 'auto' goes by what is faster on a CPU."""
         if self.method != "auto":
             return "vmap" if self.method == "compile" and not self._compiles else self.method
-        small = pixels.shape[1] <= STACK_UP_TO or pixels.device.type != "cpu"
-        if len(pixels) == 1 or not small:
+        alone, small = len(pixels) == 1, pixels.shape[1] <= STACK_UP_TO or pixels.device.type != "cpu"
+        if not alone and not small:
             return "list"
-        long = len(pixels) >= COMPILE_FROM[0] and self.evaluations >= COMPILE_FROM[1] and self.term.kind == "none"
-        return "compile" if long and self._compiles else "vmap"
+        if len(pixels) * self.evaluations >= COMPILE_FROM and self.term.kind == "none":
+            return "compile" if self._compiles else "vmap"
+        return "list" if alone else "vmap"
 
     def _objective(
         self,
@@ -169,10 +170,14 @@ class SubsetMatching:
             return self._objective(batch, subset, gradients, pixels, len(index), weight)
 
         own = 0 if self.target.per_candidate else None
-        run = vmap(grad_and_value(objective, argnums=(0, 1)), in_dims=(0, 0, 0, None, own, own))
+        gradient = grad_and_value(objective, argnums=(0, 1))
+        run = vmap(gradient, in_dims=(0, 0, 0, None, own, own))
 
         def evaluate(*stacks: torch.Tensor) -> tuple:  # named as `compilation` expects it
             pixels, logits, index, weight = stacks
+            if len(pixels) == 1:  # an axis of one candidate would be carried through every operation
+                gradients, value = gradient(pixels[0], logits[0], index[0], weight, *self.target.of(0))
+                return tuple(g.unsqueeze(0) for g in gradients), value.unsqueeze(0), value.unsqueeze(0)
             target = dict(self.target.parameters), list(self.target.gradients)
             gradients, values = run(pixels, logits, index, weight, *target)
             return gradients, values, values

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .evaluation import Evaluate, first_line
 from .graph_costs import Costs, measure_costs
 from .graph_passes import shorten
+from .memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def record(evaluate: Evaluate, stacks: list[torch.Tensor]) -> GraphModule:
             shorten(graph.graph)
         except Exception as error:  # whatever a user's model does that a graph cannot hold
             raise SpecialisationError(f"it cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
+    graph.graph.eliminate_dead_code()  # out of the context, in which torch would drop random operations, too
     graph.recompile()
     return graph
 
@@ -102,7 +104,7 @@ def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
     try:
         graph = record(evaluate, stacks)
         replay = Replay(graph, time.perf_counter() - start)
-        difference = largest_difference(replay, evaluate, stacks)
+        difference = _difference(replay, evaluate, stacks)
         if difference > (0 if stacks[0].device.type == "cpu" else TOLERANCE.get(stacks[0].dtype, 1e-2)):
             raise SpecialisationError(f"its replay differs by {difference:.1e}")
     except SpecialisationError as error:
@@ -112,9 +114,16 @@ def replayed(evaluate: Evaluate, stacks: list[torch.Tensor]) -> Evaluate:
     return replay
 
 
-def largest_difference(evaluate: Evaluate, expected: Evaluate, stacks: list[torch.Tensor]) -> float:
-    """Return the largest relative difference of two evaluations with the same random numbers; see `between`."""
-    return between(results(evaluate, stacks), results(expected, stacks)).max().item()
+def _difference(replay: Replay, evaluate: Evaluate, stacks: list[torch.Tensor]) -> float:
+    """Return the largest relative difference of a replay with the same random numbers; see `between`."""
+    expected = results(evaluate, stacks)
+    try:
+        found = results(replay, stacks)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SpecialisationError(f"its replay fails ({type(error).__name__}: {first_line(error)})") from error
+    return between(found, expected).max().item()
 
 
 def results(evaluate: Evaluate, stacks: list[torch.Tensor]) -> list[torch.Tensor]:

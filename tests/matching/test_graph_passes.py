@@ -121,6 +121,65 @@ def test_a_graph_that_writes_into_what_it_is_given_stays():
     assert torch.equal(graph(stack)[0][0], stack.exp() + (1 + stack).exp())
 
 
+def chunk_written(stack):
+    value = stack * 3
+    before = value.exp()
+    value.unsafe_chunk(2, 1)[0].mul_(2)  # shares memory, which torch does not declare
+    return [before + value.exp()], stack, stack
+
+
+def chunks_returned(stack):
+    return [stack.exp().unsafe_chunk(2, 1)[0], stack.exp().unsafe_chunk(2, 1)[0]], stack, stack
+
+
+def reshaped_in_place(stack):
+    value = stack * 3
+    first, second = value[:, 0], value[:, 0]
+    first.unsqueeze_(1)
+    return [first.sum(1) + second.sum()], stack, stack
+
+
+def viewed_and_reshaped_in_place(stack):
+    value = stack * 3
+    value.view(value.shape).unsqueeze_(0)
+    return [value + 1], stack, stack
+
+
+def statistics_written(stack):
+    mean, var = stack.new_zeros(4), stack.new_ones(4)
+    before = mean.exp()
+    normal = torch.nn.functional.batch_norm(stack, mean, var, training=True)
+    return [normal + before + mean.exp()], stack, stack
+
+
+def unused_draw(stack):
+    return [stack + (torch.rand_like(stack), torch.rand_like(stack))[1]], stack, stack
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        chunk_written,
+        chunks_returned,
+        reshaped_in_place,
+        viewed_and_reshaped_in_place,
+        statistics_written,
+        unused_draw,
+    ],
+)
+def test_what_torch_does_not_declare(evaluate):
+    stack = torch.rand(3, 4)
+    torch.manual_seed(0)
+    expected, *_ = evaluate(stack)
+    state = torch.get_rng_state()
+    graph = record(evaluate, [stack])
+    torch.manual_seed(0)
+    found, *_ = graph(stack)
+    assert equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tensor.data_ptr() for tensor in found}) == len(found)
+
+
 def test_a_graph_is_what_it_was_recorded_as(monkeypatch):
     """The property above has something to find: without merging, programs have more operations."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
+import breaching_ext
 from breaching_ext.run import versions
 
 
@@ -36,6 +39,20 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": versions(),
     }
+
+
+def provenance() -> str:
+    """Return the date, and the commit that is measured ("+": with changes), where the package is in a repository."""
+    here = Path(breaching_ext.__file__).parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    try:
+        return f"{date} {git('rev-parse', '--short', 'HEAD')}{'+' if git('status', '--porcelain', '.') else ''}"
+    except (OSError, subprocess.CalledProcessError):
+        return date
 
 
 def compute_rates(device: torch.device) -> dict[str, float]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import OtherProcesses, compute_rates, describe_machine, flops, operation_shares, peak_rss
+from machine import OtherProcesses, compute_rates, describe_machine, flops, operation_shares, peak_rss, provenance
 from matching_case import Case, Runner, fresh_caches, quiet, seconds_each, timed
 from matching_report import KEYS, load_rows, save_report
 from matching_runs import measure_growth, measure_total
@@ -56,7 +56,7 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         others = OtherProcesses()
         with keeping_freed_memory():  # as an attack does; without a pause after every round, and Breaching's, too
             times, row["peak_rss_bytes"] = interleaved(runners, alone, case, args)
-        row["other_processes"] = others.share()
+        row["measured"], row["other_processes"] = provenance(), others.share()
         row["ms"] = {name: 1000 * statistics.median(values) for name, values in times.items()}
         row["ms_all"] = {name: [round(1000 * v, 4) for v in values] for name, values in times.items()}
         row["setup_seconds"] = setup

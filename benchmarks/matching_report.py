@@ -100,12 +100,13 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
         "at the start and at points where every pixel is moved by one rounding; `Breaching's by one rounding`: how",
         "much its own gradient moves from the start to such a point.",
         "`others`: processors that other processes took meanwhile. `of the rate`: the arithmetic of a compiled (else",
-        "replayed) step over what the machine's best rate would do in its time.",
+        "replayed) step over what the machine's best rate would do in its time. `measured`: when, and with which",
+        "commit; rows without it are of earlier engines.",
         "",
         "| model | B | N | Breaching [ms] | list | vmap | compile | total: vmap | total: compile | auto takes | auto "
         "against best | compiling [s] | again [s] | gradient differs by | beside kinks | Breaching's by one rounding | "
-        "MiB a candidate | of the rate | others |",
-        "|" + "---|" * 19,
+        "MiB a candidate | of the rate | others | measured |",
+        "|" + "---|" * 20,
     ]
     for row in sorted(rows, key=_order):
         ms, whole, setup = row["ms"], totals(row), row["setup_seconds"]
@@ -120,7 +121,7 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
             *(row["model"], row["batch"], row["candidates"], f"{ms['breaching']:.2f}", *ratios, *ends),
             *(row["auto"]["engine"], _with_interval(row, auto_share), *seconds, f"{at:.0e}", f"{beside:.0e}"),
             *(f"{row['breaching_rounding']:.0e}", f"{row['bytes_per_candidate'] / 2**20:.1f}"),
-            *("-" if rate is None else f"{rate:.2f}", row.get("other_processes")),
+            *("-" if rate is None else f"{rate:.2f}", row.get("other_processes"), row.get("measured", "-")),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

@@ -44,7 +44,7 @@ def clock(monkeypatch):
             },
         )
         halved = Costs(light=0.5 / calibration.SAVED_LIGHT)
-        monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks: halved)
+        monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks, seconds: halved)
         monkeypatch.setattr(calibration, "SHORT", 1)
 
     return measured
@@ -265,7 +265,7 @@ def test_a_run_is_measured_as_long_as_it_is_worth(lasting, step, iterations, cal
 
 def test_no_operation_is_timed_where_the_run_is_too_short_to_compile(clock, monkeypatch):
     clock(list=0.02, vmap=0.01, compiling=40.0)
-    monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks: pytest.fail("timed"))
+    monkeypatch.setattr(StackedEvaluation, "costs", lambda *known: pytest.fail("timed"))
     _, stats = reconstruct(iterations=50, candidates=2)
     assert stats["calibration"]["expected_step_seconds"] is None
 

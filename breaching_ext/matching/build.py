@@ -241,7 +241,8 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float
     expected = calibration.expected_compile_seconds(evaluation.operations, recording, replayed)
     found.expected_compile_seconds = expected
     if calibration.compiling_may_pay(found.step_seconds, found.iterations, expected):
-        step = found.expected_step_seconds = calibration.expected_step(replayed, evaluation.costs(engine.parameters))
+        costs = evaluation.costs(engine.parameters, calibration.worth_measuring(found.iterations, replayed))
+        step = found.expected_step_seconds = calibration.expected_step(replayed, costs)
         if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
             return True
     found.reason = f"compiling would take about {expected:.0f} s, more than it saves"

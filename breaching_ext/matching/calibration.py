@@ -31,6 +31,8 @@ SHORT = 200
 SHORT_ALONE = 300
 #: Measuring ends after OF_THE_RUN of it, but not before LEAST_CALLS of each engine, unless they take LEAST_SECONDS.
 OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
+#: Operations are timed for as much of the run, and for so many seconds at least.
+LEAST_OF_OPERATIONS = 0.5
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
 CLEARLY = 0.97
 #: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
@@ -119,6 +121,11 @@ def seconds(
             if repeat > 0 and _enough(repeat, sum(sum(spent[1:]) for spent in times.values()), run):
                 break
     return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+
+
+def worth_measuring(iterations: int, step: float) -> float:
+    """Return for how many seconds the operations of a run of so many steps, each of `step` seconds, are timed."""
+    return max(LEAST_OF_OPERATIONS, OF_THE_RUN * iterations * step)
 
 
 def _enough(calls: int, spent: float, run: float) -> bool:

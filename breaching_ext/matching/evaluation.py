@@ -71,11 +71,14 @@ class StackedEvaluation:
         """Seconds that recording the graph took; 0 where there is none."""
         return self._recorded("recording_seconds")
 
-    def costs(self, stacks: list[torch.Tensor]) -> Costs:
-        """Return where the time of an evaluation of these stacks goes, by its first chunk; nothing without a graph."""
+    def costs(self, stacks: list[torch.Tensor], seconds: float) -> Costs:
+        """Return where the time of an evaluation of these stacks goes, by its first chunk; nothing without a graph.
+
+        It is measured for about so many seconds.
+        """
         part = [stack[: self._size(len(stacks[0]))] for stack in stacks]
         function = self._function(part)
-        return function.costs(*part) if hasattr(function, "costs") else Costs()
+        return function.costs(part, seconds) if hasattr(function, "costs") else Costs()
 
     def _recorded(self, name: str) -> Any:
         return max((getattr(function, name, 0) for function in self._special.values()), default=0)

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 #: Operations on tensors of more bytes than this read and write memory, not a cache, fused or not.
 LARGE = 2**19
-#: A graph is run so many times, or until so many seconds have passed.
-REPEATS, ENOUGH = 5, 0.5
+#: A graph is run so many times at most.
+REPEATS = 7
 #: Where a convolution's weights stand among its arguments.
 _CONVOLUTIONS = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in ("addmm", "baddbmm", "bmm", "mm"))
@@ -37,14 +37,14 @@ class Costs:
     weights: float = 0.0
 
 
-def measure_costs(graph: GraphModule, stacks: list[torch.Tensor]) -> Costs:
+def measure_costs(graph: GraphModule, stacks: list[torch.Tensor], seconds: float = float("inf")) -> Costs:
     """Run a graph with a clock beside every operation, and its convolutions in the other layout as well.
 
-    It is run `REPEATS` times, or as often as `ENOUGH` seconds hold; of every operation the median counts.
+    It is run `REPEATS` times, or until so many seconds have passed; of every operation the median counts.
     """
     runs: list[dict[str, list[float]]] = []
     start = time.perf_counter()
-    while len(runs) < REPEATS and (not runs or time.perf_counter() - start < ENOUGH):
+    while len(runs) < REPEATS and (not runs or time.perf_counter() - start < seconds):
         clock = _Clock(graph, stacks[0].device)
         with torch.no_grad():
             clock.run(*stacks)

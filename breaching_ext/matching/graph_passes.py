@@ -1,7 +1,7 @@
 """Make a recorded graph shorter without changing a number: views that change nothing, and what is done twice.
 
 torch.func folds the candidates' axis in and out around every operation, and the derivative of a derivative does many
-things again that were done before. Neither is seen by autograd; in a graph both are.
+things again that were done before. A graph shows both.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ _VIEWS = (
     _aten.slice.Tensor,
     _aten.transpose.int,
 )
-
-
 #: What torch's schemas do not tell: results that share memory with their input, and statistics that are written.
 _SHARING = ("_unsafe_view", "channel_shuffle", "native_channel_shuffle", "unsafe_split", "unsafe_split_with_sizes")
 _WRITING = ("batch_norm", "rrelu_with_noise")

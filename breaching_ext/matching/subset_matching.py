@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.func import grad, grad_and_value, vmap
 
 from .compilation import compiled
-from .evaluation import Evaluate
+from .evaluation import Evaluate, first_line
 from .magia_objective import data_term, rescaling
 from .magia_problem import SubsetTerm, Target
+from .memory import is_out_of_memory
 from .tracing import SpecialisationError, replayed
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,9 @@ class SubsetMatching:
         term: the subset term.
         prior: image prior of one candidate's pixels (B, C, H, W), to be weighted by the call's `prior_weight`.
         extra: a further term of one candidate's pixels that need not be transformable (group consistency).
-        method: 'vmap' (all candidates at once), 'compile' (the same, compiled; falls back to vmap with a warning),
-            'list' (one after another with plain autograd) or 'auto'.
+        method: 'vmap' (all candidates at once; falls back to list with a warning where torch.func cannot transform the
+            model or the loss), 'compile' (the same, compiled; falls back to vmap), 'list' (one after another with plain
+            autograd) or 'auto'.
         evaluations: evaluations that the run will make, about; 'auto' compiles for long runs.
     """
 
@@ -58,6 +61,7 @@ class SubsetMatching:
             raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
         self.target, self.term, self.prior, self.extra, self.method = target, term, prior, extra, method
         self.evaluations, self._compiles = evaluations, True
+        self._stacks, self._stacked_before = True, False
         self._evaluations: dict[tuple, Evaluate] = {}
 
     def __call__(
@@ -78,9 +82,7 @@ class SubsetMatching:
         Returns:
             Values (N,), gradients in the pixels (N, B, C, H, W) and in the logits (N, B, K).
         """
-        stacked = self.chosen_method(pixels) != "list"
-        evaluate = self._stacked if stacked else self._one_by_one
-        values, in_pixels, in_logits = evaluate(pixels.detach(), logits.detach(), subsets, prior_weight)
+        values, in_pixels, in_logits = self._evaluate(pixels.detach(), logits.detach(), subsets, prior_weight)
         if self.extra is not None:
             for n, candidate in enumerate(pixels.detach()):
                 leaf = candidate.clone().requires_grad_()
@@ -90,8 +92,28 @@ class SubsetMatching:
                     values[n] += value.detach()
         return values, in_pixels, in_logits
 
+    def _evaluate(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        method = self.chosen_method(arguments[0])
+        if method == "list":
+            return self._one_by_one(*arguments)
+        try:
+            return self._stacked(*arguments)
+        except Exception as error:  # whatever a user's model or loss throws under torch.func
+            if self._stacked_before or is_out_of_memory(error):
+                raise
+            self._stacks, reason = False, f"{type(error).__name__}: {first_line(error)}"
+        log.log(
+            logging.INFO if self.method == "auto" else logging.WARNING,
+            "candidate_batching=%s: stepping the candidates one by one (list), because torch.func cannot transform "
+            "this model or loss (%s).",
+            *(self.method, reason),
+        )
+        return self._one_by_one(*arguments)
+
     def chosen_method(self, pixels: torch.Tensor) -> str:
         """'vmap', 'compile' or 'list' for a stack of that shape; 'auto' goes by what is faster on a CPU."""
+        if not self._stacks:
+            return "list"
         if self.method != "auto":
             return "vmap" if self.method == "compile" and not self._compiles else self.method
         alone, small = len(pixels) == 1, pixels.shape[1] <= STACK_UP_TO or pixels.device.type != "cpu"
@@ -137,6 +159,7 @@ class SubsetMatching:
         if key not in self._evaluations:
             self._evaluations[key] = self._specialised(self._evaluation(use), inputs)
         (in_pixels, in_logits), values, _ = self._evaluations[key](*inputs)
+        self._stacked_before = True
         return values, in_pixels, in_logits
 
     def _specialised(self, evaluate: Evaluate, inputs: list[torch.Tensor]) -> Evaluate:

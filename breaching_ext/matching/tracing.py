@@ -77,9 +77,9 @@ class Replay:
         with torch.no_grad():
             return self._graph(*stacks)
 
-    def costs(self, *stacks: torch.Tensor) -> Costs:
-        """Return where one call's time goes, measured."""
-        return measure_costs(self._graph, list(stacks))
+    def costs(self, stacks: list[torch.Tensor], seconds: float) -> Costs:
+        """Return where one call's time goes, measured for about so many seconds; see `measure_costs`."""
+        return measure_costs(self._graph, stacks, seconds)
 
 
 def record_a_little() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from fractions import Fraction
@@ -283,3 +284,23 @@ def test_auto_that_cannot_compile_takes_vmap_without_a_warning(monkeypatch, capl
     made(pixels, logits, None, 0.1)
     assert made.chosen_method(pixels) == "vmap"
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("method", "level"), [("auto", "INFO"), ("vmap", "WARNING"), ("compile", "WARNING")])
+def test_a_model_that_torch_func_cannot_transform_goes_one_by_one(method, level, caplog):
+    """Dropout in training mode, say: torch.func does not know whether candidates share what is drawn."""
+    target, _, _, pixels, logits, subsets = setting()
+    drawn = dataclasses.replace(target, model=torch.nn.Sequential(torch.nn.Dropout(0.5), target.model))
+    drawn = dataclasses.replace(drawn, parameters={f"1.{name}": p for name, p in target.parameters.items()})
+    made = SubsetMatching(drawn, SubsetTerm(), anisotropic_total_variation, method=method)
+    slow_one = SubsetMatching(drawn, SubsetTerm(), anisotropic_total_variation, method="list")
+    with caplog.at_level("INFO", "breaching_ext"):
+        for _ in range(2):
+            torch.manual_seed(3)
+            found = made(pixels, logits, subsets, 0.1)
+            torch.manual_seed(3)
+            for one, other in zip(found, slow_one(pixels, logits, subsets, 0.1), strict=True):
+                assert torch.equal(one, other)
+    said = [r for r in caplog.records if "one by one (list), because torch.func cannot" in r.message]
+    assert [r.levelname for r in said] == [level]
+    assert made.chosen_method(pixels) == "list"

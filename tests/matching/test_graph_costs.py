@@ -85,12 +85,13 @@ def test_of_every_operation_the_median_counts(monkeypatch):
     assert measure_costs(record(evaluate, stacks), stacks) == Costs(light=5 / 15)  # 1 + 2 + 2, and two products
 
 
-def test_a_slow_graph_is_not_run_again(clock, monkeypatch):
-    monkeypatch.setattr(graph_costs, "ENOUGH", 1.0)  # the first run takes longer by this clock
+@pytest.mark.parametrize(("seconds", "times"), [(1.0, 1), (5.0, 3), (1e9, graph_costs.REPEATS)])
+def test_a_graph_is_run_for_as_long_as_it_is_worth(clock, monkeypatch, seconds, times):
+    """By this clock a run takes a second, and so does a look at the clock."""
     runs = []
     monkeypatch.setattr(graph_costs._Clock, "run", lambda self, *stacks: runs.append(graph_costs.time.perf_counter()))
-    measure_costs(record(evaluate, [torch.rand(3, 3)]), [torch.rand(3, 3)])
-    assert len(runs) == 1
+    measure_costs(record(evaluate, [torch.rand(3, 3)]), [torch.rand(3, 3)], seconds)
+    assert len(runs) == times
 
 
 def test_costs_of_a_stack_in_chunks_are_those_of_the_first(clock):
@@ -100,7 +101,7 @@ def test_costs_of_a_stack_in_chunks_are_those_of_the_first(clock):
 
     stack = torch.rand(6, 3)
     whole, chunked = (StackedEvaluation(objective, 1, chunk, specialise=replayed) for chunk in (None, 2))
-    one = whole.costs([stack])
+    one = whole.costs([stack], 1e9)
     assert one.light > 0
-    assert chunked.costs([stack]) == one  # shares of as many operations
-    assert StackedEvaluation(objective, 1).costs([stack]) == Costs()
+    assert chunked.costs([stack], 1e9) == one  # shares of as many operations
+    assert StackedEvaluation(objective, 1).costs([stack], 1e9) == Costs()

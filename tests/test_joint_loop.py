@@ -161,6 +161,21 @@ def test_an_augmentation_whose_images_fit_nothing_is_refused(overrides, words):
         attack(model, payload, shared, ["+augmentations.focus.size=24", *overrides])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["+augmentations.flip.p=0.5", "differentiable_augmentations=true"], True),
+        (["+augmentations.flip.p=0.5"], False),  # changes the candidate itself, which is what enters the consensus
+        (["differentiable_augmentations=true"], False),
+    ],
+)
+def test_a_group_term_that_sees_other_images_than_its_consensus_is_said(caplog, overrides, said):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    attack(model, payload, shared, overrides)
+    assert ("compares augmented images with a consensus" in caplog.text) is said
+
+
 @pytest.mark.parametrize(("warmup", "said"), [(8, True), (7, False)])
 def test_a_group_term_that_never_sets_in_is_said(caplog, warmup, said):
     model = build_model("own")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..matching import BATCHING_MODES
 from ..matching.client import matched_parameters
 from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
+
+log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adam", "adam-safe", "bert-adam", "momgd", "gd", "l-bfgs")
 SCHEDULES = ("none", "step-lr", "cosine-decay", "linear")
@@ -106,8 +109,10 @@ def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None)
         raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
 
 
-def check_augmentations(augmentations: torch.nn.Module, start: torch.Tensor, differentiable: bool, group: Any) -> None:
-    """Check augmentations that change the images' size, with which not everything works.
+def check_augmentations(
+    augmentations: torch.nn.Sequential, start: torch.Tensor, differentiable: bool, group: Any
+) -> None:
+    """Check augmentations that change the images' size, with which not everything works; warn of doubtful company.
 
     Args:
         augmentations: Breaching's, in a row; they may be none.
@@ -121,6 +126,11 @@ def check_augmentations(augmentations: torch.nn.Module, start: torch.Tensor, dif
     with torch.random.fork_rng(devices=[]):
         size = copy.deepcopy(augmentations)(start).shape  # a copy: some keep what they drew first
     if size == start.shape:
+        if differentiable and group is not None and len(augmentations):
+            log.warning(
+                "differentiable_augmentations=true: the group term compares augmented images with a consensus of "
+                "images that are not; regularization.group_regularization.scale=0 leaves it out."
+            )
         return
     sizes = f"augmentations make images of {tuple(size[1:])} from {tuple(start.shape[1:])}"
     if not differentiable:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ _VIEWS = (
 #: What torch's schemas do not tell: results that share memory with their input, and statistics that are written.
 _SHARING = ("_unsafe_view", "channel_shuffle", "native_channel_shuffle", "unsafe_split", "unsafe_split_with_sizes")
 _WRITING = ("batch_norm", "rrelu_with_noise")
+#: By how much a graph may take more memory at its peak, for results that are kept because they are needed again.
+MORE_MEMORY = 1.02
 
 
 def shorten(graph: Graph) -> None:
@@ -59,11 +62,13 @@ def merge_duplicates(graph: Graph) -> None:
     """Let users of an operation that was done before, on the same values, use the earlier result.
 
     Memory that has been written in place since then holds other values, so writes count. Memory that is written, or
-    that the graph returns, stays its own. Random operations, and what torch does not describe, are done again.
+    that the graph returns, stays its own. Random operations, what torch does not describe, and what would have to be
+    kept where the graph takes the most memory, are done again.
     """
     memory = _Memory(graph)
     if memory.given_is_written:
         return
+    lives = _Lives(graph, memory)
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
         memory.pass_by(node)
@@ -71,7 +76,7 @@ def merge_duplicates(graph: Graph) -> None:
         if key is None:
             continue
         first = seen.setdefault(key, node)
-        if first is not node:
+        if first is not node and lives.can_wait(first, node):
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 
@@ -87,7 +92,7 @@ class _Memory:
         self._group: dict[Node, Node] = {}
         for node in graph.nodes:
             for source in _sources(node):
-                self._join(node, source)
+                self.join(node, source)
         self._writes: Counter[Node] = Counter()
         self._written = {self.of(node) for writer in graph.nodes for node in _written(writer)}
         *_, output = graph.nodes
@@ -113,10 +118,52 @@ class _Memory:
         """Whether a node's memory is written somewhere or returned, so that nobody else may have it."""
         return self.of(node) in self._written | self._returned
 
-    def _join(self, node: Node, other: Node) -> None:
+    def join(self, node: Node, other: Node) -> None:
+        """Let two nodes share memory from now on."""
         node, other = self.of(node), self.of(other)
         if node is not other:
             self._group[node] = other
+
+
+class _Lives:
+    """How many bytes of results a graph holds while each of its nodes runs."""
+
+    def __init__(self, graph: Graph, memory: _Memory) -> None:
+        self._memory = memory
+        self._spans: dict[Node, tuple[int, int]] = {}
+        self._bytes: dict[Node, int] = {}
+        for position, node in enumerate(graph.nodes):
+            for used in (node, *node.all_input_nodes):
+                owner = memory.of(used)
+                birth, _ = self._spans.get(owner, (position, position))
+                self._spans[owner] = birth, position
+                self._bytes[owner] = 0 if owner.op in ("placeholder", "get_attr") else _bytes(owner)
+        changes = [0] * (len(graph.nodes) + 1)
+        for owner, (birth, death) in self._spans.items():
+            changes[birth] += self._bytes[owner]
+            changes[death + 1] -= self._bytes[owner]
+        self._held = list(accumulate(changes))
+        self._most = MORE_MEMORY * max(self._held)
+
+    def can_wait(self, first: Node, again: Node) -> bool:
+        """Whether `first` can be kept until all that uses `again` has run; if so, it is."""
+        kept, spared = self._memory.of(first), self._memory.of(again)
+        if kept is spared:
+            return True
+        (birth, death), (next_birth, next_death) = self._spans[kept], self._spans[spared]
+        between = range(death + 1, next_birth)
+        if max((self._held[position] for position in between), default=0) + self._bytes[kept] > self._most:
+            return False
+        for position in between:
+            self._held[position] += self._bytes[kept]
+        self._spans[kept] = birth, max(death, next_death)
+        self._memory.join(again, first)
+        return True
+
+
+def _bytes(node: Node) -> int:
+    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _key(node: Node, memory: _Memory) -> Any:

@@ -121,6 +121,28 @@ def test_a_graph_that_writes_into_what_it_is_given_stays():
     assert torch.equal(graph(stack)[0][0], stack.exp() + (1 + stack).exp())
 
 
+def needs_again(small, late):
+    """The exponentials of all, or of one row, before and after (or between) many tensors of which four live at once."""
+
+    def evaluate(stack):
+        part = stack[:1] if small else stack
+        first = part.exp().sum()
+        if late:
+            first = first + part.exp().sum()
+        sine, cosine, tangent = stack.sin(), stack.cos(), stack.tan()
+        first = first + (sine * cosine * tangent).sum()
+        return [first if late else first + part.exp().sum()], stack, stack
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("small", "late", "exponentials"), [(False, False, 2), (True, False, 1), (False, True, 1)])
+def test_nothing_large_is_kept_where_memory_is_needed_most(small, late, exponentials):
+    graph = record(needs_again(small, late), [torch.rand(100, 7)])
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.aten.exp.default) == exponentials
+
+
 def chunk_written(stack):
     value = stack * 3
     before = value.exp()

@@ -75,10 +75,12 @@ def merge_duplicates(graph: Graph) -> None:
         key = _key(node, memory)
         if key is None:
             continue
-        first = seen.setdefault(key, node)
-        if first is not node and lives.can_wait(first, node):
+        first = seen.get(key)
+        if first is not None and lives.can_wait(first, node):
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+        else:
+            seen[key] = node  # the latest is kept for the shortest time
 
 
 class _Memory:

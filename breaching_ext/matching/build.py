@@ -107,8 +107,8 @@ def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
     Raises:
         ConfigError: when one candidate alone is above a budget that the config gives.
     """
-    short = parts.evaluations < (calibration.SHORT_ALONE if len(parts.starts[0]) == 1 else 0)
-    if mode == "list" or (mode == "auto" and short):
+    single = len(parts.starts[0]) == 1
+    if mode == "list" or (mode == "auto" and single and parts.evaluations < calibration.SHORT_ALONE):
         return BuiltEngine(_list_engine(parts))
     reason, per_candidate = parts.why_not, 0
     if not reason:

@@ -1,7 +1,8 @@
 """Make a recorded graph shorter without changing a number: views that change nothing, and what is done twice.
 
 torch.func folds the candidates' axis in and out around every operation, and the derivative of a derivative does many
-things again that were done before. A graph shows both.
+things again that were done before. A graph shows both. torch's own pass for the latter (`fx_graph_cse`, private) takes
+graphs without writes in place; recorded ones have them (`relu_`), and must not take more memory either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
@@ -96,11 +98,11 @@ class _Memory:
             for source in _sources(node):
                 self.join(node, source)
         self._writes: Counter[Node] = Counter()
-        self._written = {self.of(node) for writer in graph.nodes for node in _written(writer)}
+        written = {self.of(node) for writer in graph.nodes for node in _written(writer)}
         *_, output = graph.nodes
-        self._returned = {self.of(node) for node in output.all_input_nodes}
+        self._own = written | {self.of(node) for node in output.all_input_nodes}
         given = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
-        self.given_is_written = any(self.of(node) in self._written for node in given)
+        self.given_is_written = any(self.of(node) in written for node in given)
 
     def of(self, node: Node) -> Node:
         """Return the node that stands for all that share this one's memory."""
@@ -118,7 +120,7 @@ class _Memory:
 
     def is_own(self, node: Node) -> bool:
         """Whether a node's memory is written somewhere or returned, so that nobody else may have it."""
-        return self.of(node) in self._written | self._returned
+        return self.of(node) in self._own
 
     def join(self, node: Node, other: Node) -> None:
         """Let two nodes share memory from now on."""
@@ -172,7 +174,10 @@ def _key(node: Node, memory: _Memory) -> Any:
     """Return what tells whether two nodes have the same values; None where a node must stay."""
     if node.op == "get_attr":
         return "get_attr", node.target
-    if node.target is not operator.getitem and (not _is_described(node) or _is_random(node)):
+    operation = _operation(node)
+    if operation is None and node.target is not operator.getitem:
+        return None
+    if operation is not None and torch.Tag.nondeterministic_seeded in operation.tags:
         return None
     if any(_written(node)) or (memory.is_own(node) and not any(_sources(node))):
         return None
@@ -180,12 +185,9 @@ def _key(node: Node, memory: _Memory) -> Any:
     return node.target, arguments, tuple(memory.writes(source) for source in node.all_input_nodes)
 
 
-def _is_described(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "aten"
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+def _operation(node: Node) -> OpOverload | None:
+    """Return the operation of a node where torch's schemas describe it; None for anything else."""
+    return node.target if isinstance(node.target, OpOverload) and node.target.namespace == "aten" else None
 
 
 def _frozen(value: Any) -> Any:
@@ -197,10 +199,11 @@ def _frozen(value: Any) -> Any:
 
 def _sources(node: Node) -> Iterator[Node]:
     """Yield the nodes whose memory a node's result may share."""
-    if node.target is operator.getitem or (_is_described(node) and _name(node) in _SHARING):
-        yield node.args[0]  # type: ignore[misc]
-    elif _is_described(node):
-        yield from _annotated(node, writes=False)
+    operation = _operation(node)
+    if node.target is operator.getitem or (operation is not None and _name(operation) in _SHARING):
+        yield node.all_input_nodes[0]
+    elif operation is not None:
+        yield from _annotated(node, operation, writes=False)
     elif node.op == "call_function":
         yield from node.all_input_nodes
 
@@ -209,19 +212,20 @@ def _written(node: Node) -> Iterator[Node]:
     """Yield the nodes into whose memory a node writes."""
     if node.op in ("placeholder", "get_attr", "output") or node.target is operator.getitem:
         return
-    if _is_described(node) and not any(part in _name(node) for part in _WRITING):
-        yield from _annotated(node, writes=True)
+    operation = _operation(node)
+    if operation is not None and not any(part in _name(operation) for part in _WRITING):
+        yield from _annotated(node, operation, writes=True)
     else:
         yield from node.all_input_nodes  # nobody says what it does
 
 
-def _name(node: Node) -> str:
-    return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+def _name(operation: OpOverload) -> str:
+    return operation._schema.name.removeprefix("aten::")
 
 
-def _annotated(node: Node, writes: bool) -> Iterator[Node]:
+def _annotated(node: Node, operation: OpOverload, writes: bool) -> Iterator[Node]:
     """Yield the arguments that an operation's schema marks as shared with its result, or as written."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments = operation._schema.arguments
     given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
     for argument in arguments:
         if argument.alias_info is not None and (argument.alias_info.is_write or not writes):

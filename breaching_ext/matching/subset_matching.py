@@ -60,8 +60,7 @@ class SubsetMatching:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
         self.target, self.term, self.prior, self.extra, self.method = target, term, prior, extra, method
-        self.evaluations, self._compiles = evaluations, True
-        self._stacks, self._stacked_before = True, False
+        self.evaluations, self._compiles, self._stacks = evaluations, True, True
         self._evaluations: dict[tuple, Evaluate] = {}
 
     def __call__(
@@ -99,7 +98,7 @@ class SubsetMatching:
         try:
             return self._stacked(*arguments)
         except Exception as error:  # whatever a user's model or loss throws under torch.func
-            if self._stacked_before or is_out_of_memory(error):
+            if self._evaluations or is_out_of_memory(error):
                 raise
             self._stacks, reason = False, f"{type(error).__name__}: {first_line(error)}"
         log.log(
@@ -156,10 +155,9 @@ class SubsetMatching:
         weight = pixels.new_tensor(prior_weight)  # a tensor, so that one graph serves the whole annealing
         inputs = [pixels, logits, index, weight]
         key = (use, pixels.dtype, *(stack.shape for stack in inputs))
-        if key not in self._evaluations:
-            self._evaluations[key] = self._specialised(self._evaluation(use), inputs)
-        (in_pixels, in_logits), values, _ = self._evaluations[key](*inputs)
-        self._stacked_before = True
+        evaluate = self._evaluations.get(key) or self._specialised(self._evaluation(use), inputs)
+        (in_pixels, in_logits), values, _ = evaluate(*inputs)
+        self._evaluations[key] = evaluate  # what has worked once
         return values, in_pixels, in_logits
 
     def _specialised(self, evaluate: Evaluate, inputs: list[torch.Tensor]) -> Evaluate:

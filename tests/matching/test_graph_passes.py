@@ -45,8 +45,11 @@ def test_any_program_gives_the_same_numbers(program):
         values = [stack * 3]  # what is written must not be the candidate itself
         for name, source in program:
             values.append(STEPS[name](values[source % len(values)]))
-        return [value.reshape(len(value), -1).sum(1) for value in values], values[-1].flatten(1).amax(1), values[0]
+        flat = [value.reshape(len(value), -1) for value in values]
+        weighed = [(value * weights[: value.shape[1]]).sum(1) for value in flat]  # what is returned is never merged
+        return weighed, values[-1].flatten(1).amax(1), values[0]
 
+    weights = torch.arange(1, 25, dtype=torch.float64).sqrt()  # the order of the entries counts
     stack = torch.arange(48, dtype=torch.float64).view(2, 4, 6)
     graph = record(evaluate, [stack])
     torch.manual_seed(0)

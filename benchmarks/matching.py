@@ -57,6 +57,7 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         with keeping_freed_memory():  # as an attack does; without a pause after every round, and Breaching's, too
             times, row["peak_rss_bytes"] = interleaved(runners, alone, case, args)
         row["other_processes"], row["measured"] = others.share(), provenance()
+        row["gflops"] = args.rates  # of this call: a shared machine's rates are others another day
         row["ms"] = {name: 1000 * statistics.median(values) for name, values in times.items()}
         row["ms_all"] = {name: [round(1000 * v, 4) for v in values] for name, values in times.items()}
         row["setup_seconds"] = setup

@@ -36,11 +36,15 @@ def totals(row: dict[str, Any]) -> dict[str, float]:
 def auto_share(row: dict[str, Any]) -> float:
     """Return how `auto` does against the best engine over such a run, with what deciding took; 1 is as good.
 
+    Not a number where the engine that it took was not timed.
+
     A compiled engine that it took counts with the row's seconds of compiling: the same compilation takes longer at
     another moment of a shared machine, for which the decision is not to blame. One that it left again counts whole.
     """
     whole, auto = totals(row), row["auto"]
     ours = {name: seconds for name, seconds in whole.items() if name != "breaching"}
+    if auto["engine"] not in row["ms"]:
+        return float("nan")
     seconds = auto["seconds"] + RUN * row["candidates"] * row["ms"][auto["engine"]] / 1000
     if auto["engine"] == "compile":
         seconds += row["setup_seconds"]["compile"] - auto["calibration"]["compile_seconds"]
@@ -71,6 +75,8 @@ def interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> 
 
 
 def _with_interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> str:
+    if figure(row) != figure(row):
+        return "-"
     found = interval(row, figure)
     return f"{figure(row):.2f}" + (f" ({found[0]:.2f}-{found[1]:.2f})" if found else "")
 

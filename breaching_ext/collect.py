@@ -27,11 +27,12 @@ from .evaluation.statistics import mean_interval, plus_minus
 from .files import write_atomically
 
 COLUMNS = (
-    "folder", "attack", "case", "model", "num_data_points", "labels_known", "seed", "user_idx", "psnr", "worst_psnr",
-    "ssim", "lpips", "mse", "label_acc", "opt_value", "seconds", "gradient_evaluations", "engine", "device",
-    "overrides", "error",
+    "folder", "attack", "case", "model", "num_data_points", "labels_known", "seed", "candidate_seed", "user_idx",
+    "psnr", "worst_psnr", "ssim", "lpips", "mse", "label_acc", "opt_value", "seconds", "gradient_evaluations", "engine",
+    "device", "overrides", "error",
 )  # fmt: skip
 CONFIG_NAME = "breaching_ext"  # of the application, see cli.py
+_REPEATED = ("seed", "candidate_seed", "user_idx")
 _REPEATS = ("seed", "case.user.user_idx", "attack.restarts.seed")
 
 
@@ -67,9 +68,12 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not {"error", "attack"} & set(record):
         return None
     row.update({key: record[key] for key in COLUMNS if key in record})
+    row["candidate_seed"] = ((record.get("config", {}).get("attack") or {}).get("restarts") or {}).get("seed")
     if record.get("interrupted"):  # also for want of memory
         row["error"] = "interrupted: its files hold the best so far"
-    if record.get("per_image", {}).get("psnr"):
+    if "error" not in record and record.get("psnr") is None:
+        row["error"] = row["error"] or "its PSNR is not finite"
+    elif record.get("per_image", {}).get("psnr"):
         row["worst_psnr"] = min(record["per_image"]["psnr"])
     return row
 
@@ -84,13 +88,17 @@ def _overrides(home: Path) -> list[str]:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the finished runs by what they have in common: attack, case, model, batch size and overrides."""
-    found = defaultdict(list)
+    """Return the finished runs by what they have in common: attack, case, model, batch size and overrides.
+
+    Of runs with the same seeds and client, which say nothing new, the last one in path order counts: the newest.
+    """
+    found: dict[str, dict[tuple, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         if row["error"] is None:
             name = f"{row['attack']}, {row['case']}, {row['model']}, B={row['num_data_points']}"
-            found[f"{name} ({row['overrides']})" if row["overrides"] else name].append(row)
-    return dict(found)
+            name = f"{name} ({row['overrides']})" if row["overrides"] else name
+            found[name][tuple(row.get(key) for key in _REPEATED)] = row
+    return {name: list(members.values()) for name, members in found.items()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -104,6 +112,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(plus_minus(values, places) if values else "-")
         lines.append(f"| {name} | {len(members)} | {' | '.join(cells)} |")
     failed = [row for row in rows if row["error"] is not None]
+    again = len(rows) - len(failed) - sum(map(len, groups(rows).values()))
+    lines += [f"\n{again} runs repeat another (same seeds and client) and do not count again."] if again else []
     lines += [f"\n{len(failed)} of {len(rows)} runs failed or were interrupted:"] if failed else []
     lines += [f"- {row['folder']}: {row['error']}" for row in failed]
     return "\n".join(lines)

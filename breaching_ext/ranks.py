@@ -83,6 +83,14 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """Return every process's value in order to the first process, and an empty list to the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
+
     def from_first(self, value: Any) -> Any:
         """Return the first process's value (anything that can be pickled)."""
         if self.size == 1:
@@ -166,18 +174,24 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
+def _a_gpu_each(device: torch.device) -> bool:
+    """Whether every process of this machine has a GPU of its own: NCCL refuses two on one, gloo does not."""
+    return device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Within the block the processes that torchrun started share their runs' candidates; alone, nothing happens.
 
     Args:
         device: this process's device; it decides between gloo and NCCL, unless torch.distributed is already in use.
+            CUDA in general is this process's own GPU.
     """
-    own = started_by_torchrun() and not dist.is_initialized()
+    own, device = started_by_torchrun() and not dist.is_initialized(), local_device(device)
     if own:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if _a_gpu_each(device) else "gloo")
     if dist.is_available() and dist.is_initialized():
         place = device if dist.get_backend() == "nccl" else torch.device("cpu")
         _joined.append(Ranks(dist.get_rank(), dist.get_world_size(), place))

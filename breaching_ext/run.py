@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import random
 import sys
@@ -20,10 +21,10 @@ from .errors import ConfigError
 from .evaluation import Evaluation, assign, evaluate, to_images
 from .evaluation.figures import save_candidates, save_reconstruction
 from .files import write_atomically, write_json
-from .ranks import current as ranks_of_run
-from .ranks import local_device
+from .ranks import local_device, started_by_torchrun
 from .registration import register
 from .regularizers import registered_consensus
+from .run_checks import check_case, check_values
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +53,14 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     register()
     import breaching
 
-    if cfg.case.data.modality != "vision":
-        raise ConfigError(
-            f"case.data.modality={cfg.case.data.modality}: breaching-ext evaluates images; valid: vision. Text attacks "
-            "run through Breaching's own scripts, which know our attacks as well."
-        )
+    check_values(cfg)
     setup = {"device": resolve_device(cfg.device), "dtype": getattr(torch, cfg.case.impl.dtype)}
     seed_everything(cfg.seed)
+    _choose_kernels(cfg.case.impl)
     _place_checkpoint(cfg, output_dir)
     user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
-    _check_case(cfg, user, attacker)
+    check_case(cfg, user, attacker)
     shared_data, payloads, true_data = server.run_protocol(user)
     log.info(_what_is_attacked(cfg))
 
@@ -88,26 +86,6 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     if hasattr(attacker, "forget_checkpoint"):
         attacker.forget_checkpoint()
     return result
-
-
-def _check_case(cfg: Any, user: Any, attacker: Any) -> None:
-    """Refuse what cannot work together, before the client computes anything."""
-    if ranks_of_run().size > 1 and not getattr(attacker, "shares_candidates", False):
-        raise ConfigError(
-            f"attack_type={cfg.attack.attack_type} runs in one process only; valid under torchrun: joint-candidates "
-            "with attack.restarts.parallel_candidates=true."
-        )
-    weights_only = cfg.case.user.user_type == "trained_model"
-    if weights_only and not getattr(attacker, "attacks_weights", False):
-        raise ConfigError(
-            f"The attack {cfg.attack.type} needs a gradient, and case.user.user_type=trained_model shares weights "
-            "alone; valid: attack=kkt."
-        )
-    images = cfg.case.user.num_data_points
-    data: Any = getattr(getattr(user, "dataloader", None), "dataset", None)  # a user of users has none of its own
-    owned = len(data) if hasattr(data, "__len__") else images
-    if images > owned:
-        raise ConfigError(f"case.user.num_data_points={images} is more than this client owns; valid: 1 to {owned}.")
 
 
 def tensors_of(reconstruction: dict[str, Any], true_data: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -162,6 +140,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: when the device does not exist here.
     """
+    if started_by_torchrun() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
+        raise ConfigError(f"device={name} under torchrun is one GPU for all processes; valid: cuda, auto, cpu.")
     if name == "auto":
         return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -173,6 +153,15 @@ def resolve_device(name: str) -> torch.device:
             f"device={name} cannot be used here ({first}); valid: auto, cpu, cuda, cuda:N, mps."
         ) from error
     return device
+
+
+def _choose_kernels(impl: Any) -> None:
+    """Set what Breaching's own start sets: whether kernels are chosen by timing, and whether they are repeatable."""
+    torch.backends.cudnn.benchmark = bool(impl.benchmark) and not impl.deterministic
+    if impl.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)
 
 
 def seed_everything(seed: int) -> None:
@@ -222,8 +211,8 @@ def _record(
         "case": cfg.case.name,
         "model": cfg.case.model,
         "num_data_points": cfg.case.user.num_data_points,
-        "labels_known": bool(cfg.case.user.provide_labels),
-        "buffers_known": bool(cfg.case.user.provide_buffers),
+        "labels_known": _labels_known(cfg),
+        "buffers_known": bool(cfg.case.user.provide_buffers or cfg.case.server.get("provide_public_buffers")),
         "user_idx": cfg.case.user.get("user_idx"),
         "command": " ".join(sys.argv),
         "versions": versions(),
@@ -251,9 +240,16 @@ def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
         impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
 
 
+def _labels_known(cfg: Any) -> bool:
+    """Whether the attack knows the labels: they are sent, with the local steps' settings, too, and it uses them."""
+    user = cfg.case.user
+    told = user.provide_labels or (user.user_type == "local_update" and user.get("provide_local_hyperparams"))
+    return bool(told) and cfg.attack.attack_type != "magia"
+
+
 def _what_is_attacked(cfg: Any) -> str:
     points = cfg.case.user.num_data_points
-    labels = "known" if cfg.case.user.provide_labels else "unknown"
+    labels = "known" if _labels_known(cfg) else "unknown"
     seen = "the weights they trained" if cfg.case.user.user_type == "trained_model" else "their shared update"
     return (
         f"{cfg.case.name}: {points} image{'s' if points > 1 else ''} of client {cfg.case.user.get('user_idx')} from "

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import attack_config, build_model, loss, observed
+from hydra import compose, initialize_config_module
 
-from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks import JointCandidateAttacker, observe
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
+from breaching_ext.registration import register
+from breaching_ext.run import resolve_device, run
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -40,6 +43,9 @@ def attack(model, payload, shared, *overrides, **more):
         (["objective.type=l7"], ["objective.type", "l7", "euclidean"]),
         (["objective.type=pearlmutter-loss"], ["objective.type", "pearlmutter-loss", "euclidean"]),
         (["+regularization.magic.scale=1"], ["regularization", "magic", "total_variation"]),
+        (["optim.callback=0"], ["optim.callback", "0"]),
+        (["regularization.total_variation.scale=null"], ["regularization.total_variation.scale", "None"]),
+        (["+regularization.group_regularization.warmup_iter=5"], ["warmup_iter", "warmup_iters"]),
         (["regularization.group_regularization.aligner=magic"], ["aligner", "magic", "ransac_flow"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -106,8 +112,6 @@ def test_no_labels_at_all():
 
 
 def test_a_device_that_does_not_exist():
-    from breaching_ext.run import resolve_device
-
     with pytest.raises(ConfigError, match="device=warp"):
         resolve_device("warp")
 
@@ -127,3 +131,75 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch):
     with pytest.raises(BreachingExtError, match=r"CIFAR10.*sample_photos") as error:
         breaching.cases.data.construct_dataloader(cfg, OmegaConf.create({}))
     assert len(str(error.value).splitlines()) == 1
+
+
+def without_labels(bias_gradient=None, **more):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    shared[0]["metadata"].update(labels=None, **more)
+    if bias_gradient is not None:
+        shared[0]["gradients"][-1] = torch.full_like(shared[0]["gradients"][-1], bias_gradient)
+    return model, payload, shared
+
+
+def test_more_inferred_labels_than_images():
+    """Noise on the gradient makes bias gradients of absent classes negative, and Breaching takes them all."""
+    with pytest.raises(SharedDataError, match="label_strategy=bias-corrected found"):
+        attack(*without_labels(-0.01), "label_strategy=bias-corrected")
+
+
+def test_labels_of_a_model_without_a_last_bias():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, bias=False)).double()
+    images, labels = torch.rand(2, 3, 2, 2, dtype=torch.float64), torch.tensor([1, 3])
+    gradients = torch.autograd.grad(loss()(model(images), labels), list(model.parameters()))
+    payload, shared = observe(model, gradients, (3, 2, 2), 2, 5)
+    with pytest.raises(SharedDataError, match="cannot infer labels"):
+        attack(model, payload, shared, "label_strategy=bias-corrected")
+
+
+def test_labels_that_came_with_the_local_steps_are_the_labels():
+    model, payload, shared = without_labels()
+    attacker = JointCandidateAttacker(model, loss(), attack_config("joint_candidates", []), SETUP)
+    steps = {"labels": [torch.tensor([4, 2]), torch.tensor([4, 2])], "steps": 2, "data_per_step": 2, "lr": 0.1}
+    shared[0]["metadata"].update(num_data_points=2, local_hyperparams=steps)
+    assert attacker._recover_label_information(shared, payload, [model]).tolist() == [4, 2]
+
+
+def test_observing_incomplete_or_training(caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    gradients = [torch.zeros_like(p) for p in model.parameters()]
+    with pytest.raises(SharedDataError, match="lacks data_per_step, labels"):
+        observe(model, gradients, (2,), 2, 2, local_hyperparams={"steps": 2, "lr": 0.1})
+    assert not caplog.records
+    observe(model, gradients, (2,), 2, 2)
+    assert "training mode" in caplog.text
+    caplog.clear()
+    observe(model.eval(), gradients, (2,), 2, 2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["case.impl.dtype=float33"], ["case.impl.dtype", "float33"]),
+        (["seed=null"], ["seed", "None"]),
+        (["case.user.num_data_points=4.0"], ["num_data_points", "4.0"]),
+        (["case/user=multiuser_aggregate", "case.user.user_range=[0,3]"], ["multiuser_aggregate", "local_update"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_full_configs(overrides, words):
+    register()
+    with initialize_config_module("breaching.config", version_base="1.3"):
+        cfg = compose("breaching_ext", overrides=overrides)
+    with pytest.raises(ConfigError) as error:
+        run(cfg)
+    assert all(word in str(error.value) for word in words)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_one_gpu_named_for_all_processes(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="device=cuda:0 under torchrun"):
+        resolve_device("cuda:0")

@@ -38,6 +38,12 @@ def test_auto_against_the_best(report):
     assert report.auto_share(row(engine="vmap", seconds=42.0)) == pytest.approx(9.0 / (42.0 + 8.0))
 
 
+def test_auto_without_the_times_of_what_it_took(report):
+    untimed = row(engine="list")
+    del untimed["ms"]["list"]
+    assert report._with_interval(untimed, report.auto_share) == "-"
+
+
 def test_an_interval_holds_the_ratio_and_is_as_wide_as_the_rounds_differ(report):
     figure = report.speedup("vmap")
     assert report.interval(row(), figure) == (4.0, 4.0)

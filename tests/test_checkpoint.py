@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from breaching_ext import run as run_module
 from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks.checkpoint import fingerprint, on_cpu
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import ConfigError
 from breaching_ext.matching.state import on_device, optimizer_state, restore_optimizer
@@ -192,3 +193,33 @@ def test_results_that_could_not_be_evaluated_are_there_and_not_run_again(tmp_pat
     assert torch.equal(result.reconstruction["candidates"], found)
     assert {"candidates.pt", "metrics.json", "reconstruction.png"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_the_fingerprint_knows_everything_that_decides_a_run():
+    cfg = attack_config("joint_candidates", [])
+    shared, starts = [{"gradients": [torch.ones(2)]}], [torch.zeros(1, 2)]
+    plain = fingerprint(cfg, shared, starts, "vmap", [torch.tensor([1, 2])])
+    assert plain == fingerprint(cfg, shared, starts, "vmap", [torch.tensor([1, 2])])
+    others = [
+        fingerprint(cfg, shared, starts, "vmap", [torch.tensor([2, 1])]),  # other labels
+        fingerprint(cfg, shared, starts, "vmap", [torch.tensor([1, 2]), torch.zeros(1)]),  # buffers
+        fingerprint(cfg, shared, starts, "list", [torch.tensor([1, 2])]),
+        fingerprint(cfg, [{"gradients": [torch.zeros(2)]}], starts, "vmap", [torch.tensor([1, 2])]),
+    ]
+    assert plain not in others
+    fingerprint(cfg, shared, [start.bfloat16() for start in starts], "vmap")  # a dtype that numpy has not
+
+
+@pytest.mark.parametrize("content", [{"candidates": torch.zeros(2)}, torch.zeros(2), None])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "candidates.pt"
+    path.write_text("<html>") if content is None else torch.save(content, path)
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        attack(path, 4, "auto", [])
+
+
+def test_states_travel_on_the_cpu():
+    state = {"engine": {"moments": [torch.ones(2, device="meta")], "step": 3}, "alive": (torch.ones(1),)}
+    with pytest.raises(NotImplementedError):  # a tensor of another device is asked to come, also deep inside
+        on_cpu(state)
+    assert on_cpu({"a": [torch.ones(1)], "b": 3})["b"] == 3

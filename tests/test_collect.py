@@ -53,6 +53,18 @@ def test_every_run_is_a_row_and_failures_say_why(sweep):
     assert (sweep / "psnr.png").stat().st_size > 1000
 
 
+def test_repeats_do_not_count_and_values_that_are_not_finite_are_failures(tmp_path):
+    for folder, psnr in (("0", 20.0), ("1", 20.5)):  # the same command twice
+        make_run(tmp_path / folder, ["seed=0"], **finished(psnr, 0))
+    make_run(tmp_path / "2", ["seed=1"], **{**finished(1.0, 1), "psnr": None, "per_image": {"psnr": [None, 1.0]}})
+    rows = collect(tmp_path)
+    (members,) = groups(rows).values()
+    assert [row["psnr"] for row in members] == [20.5]
+    text = table(rows)
+    assert "1 runs repeat another" in text
+    assert "- 2: its PSNR is not finite" in text
+
+
 def test_studies_in_the_same_folder_are_no_failed_runs(sweep):
     """A study's Hydra folder has no metrics.json; its program is another."""
     for name, program in (("study", "optimizer_study"), ("own", "breaching_ext")):

@@ -86,7 +86,9 @@ class CandidateEngines(KeepsCheckpoint):
         every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
         if not every or not path or dryrun:
             return None
-        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}")
+        evaluated = [model for model in target.models if not model.training]  # the others go by the batch's statistics
+        known = [target.labels, *(buffer for model in evaluated for buffer in model.buffers())]
+        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}", known)
         self._kept = Checkpoint(path, every, run, engine, ranks)
         return self._kept
 

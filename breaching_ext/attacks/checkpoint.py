@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 from ..files import write_atomically
@@ -24,7 +26,26 @@ def saved_engine(path: str | Path | None) -> str | None:
     """Return the engine of the run whose checkpoint lies there, or None where there is no checkpoint."""
     if path is None or not Path(path).exists():
         return None
-    return torch.load(path, map_location="cpu", weights_only=True).get("engine")
+    return _read(path)["engine"]
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        ConfigError: for a file that is none.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise _no_checkpoint(path) from error
+    if not isinstance(content, dict) or not {"fingerprint", "engine", "states"} <= set(content):
+        raise _no_checkpoint(path)
+    return content
+
+
+def _no_checkpoint(path: str | Path) -> ConfigError:
+    return ConfigError(f"impl.checkpoint_path={path} is not a checkpoint; remove it or choose another path.")
 
 
 class Checkpoint:
@@ -57,7 +78,7 @@ class Checkpoint:
     def _states(self) -> list[dict[str, Any]] | None:
         if not self.path.exists():
             return None
-        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        content = _read(self.path)
         if content["fingerprint"] != self.fingerprint:
             raise ConfigError(
                 f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine; remove "
@@ -75,9 +96,10 @@ class Checkpoint:
 
         A file that cannot be written is an error in the log, not the end of the run.
         """
-        content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": self.ranks.gather(state)}
+        states = self.ranks.gather_to_first(on_cpu(state) if self.ranks.size > 1 else state)
         if not self.ranks.first:
             return
+        content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": states}
         try:
             write_atomically(self.path, lambda target: torch.save(content, target))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
@@ -87,6 +109,14 @@ class Checkpoint:
         """Forget the checkpoint of a run that is finished."""
         if self.ranks.first:
             self.path.unlink(missing_ok=True)
+
+
+def on_cpu(value: Any) -> Any:
+    """Return nested dicts, lists and tuples with every tensor on the CPU.
+
+    A tensor that is sent from process to process would else be put on its sender's GPU in each of them.
+    """
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), value)
 
 
 class KeepsCheckpoint:
@@ -113,12 +143,22 @@ class KeepsCheckpoint:
             self.forget_checkpoint()
 
 
-def fingerprint(cfg: Any, shared_data: Sequence[dict[str, Any]], starts: Sequence[torch.Tensor], engine: str) -> str:
-    """Return a digest of everything that decides a run: config, engine, gradients and starts."""
+def fingerprint(
+    cfg: Any,
+    shared_data: Sequence[dict[str, Any]],
+    starts: Sequence[torch.Tensor],
+    engine: str,
+    also: Iterable[torch.Tensor] = (),
+) -> str:
+    """Return a digest of everything that decides a run: config, engine, gradients, starts and what `also` is known.
+
+    The latter are the labels (given or inferred) and the buffers of the models, which also say whether these were sent.
+    """
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings["impl"] = {k: v for k, v in settings["impl"].items() if k not in _NOT_PART_OF_THE_RUN}
     digest = hashlib.sha256(f"{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
-    for tensor in [*starts, *(g for data in shared_data for g in data["gradients"])]:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for tensor in [*starts, *(g for data in shared_data for g in data["gradients"]), *also]:
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())  # as bytes: numpy has no bfloat16
     return digest.hexdigest()

@@ -37,6 +37,8 @@ def check_config(cfg: Any) -> None:
         raise ConfigError(f"restarts.num_trials={restarts.num_trials} is not possible; valid: 1, 2, 3, ...")
     if not isinstance(optim.max_iterations, int) or optim.max_iterations < 1:
         raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
+    if not isinstance(optim.callback, int) or optim.callback < 1:
+        raise ConfigError(f"optim.callback={optim.callback} is not possible; valid: 1, 2, 3, ...")
     every = cfg.impl.get("checkpoint_every")
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
@@ -52,6 +54,11 @@ def check_config(cfg: Any) -> None:
     _check_option("objective.type", cfg.objective.type, objectives)
     for key in cfg.regularization or ():
         _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
+        scale = (cfg.regularization[key] or {"scale": 0}).get("scale")
+        if not isinstance(scale, (int, float)):
+            raise ConfigError(
+                f"regularization.{key}.scale={scale} is not possible; valid: a number, 0 to switch it off."
+            )
 
 
 def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:
@@ -92,6 +99,8 @@ def _check_gradients(gradients: list[torch.Tensor], expected: dict[str, torch.Te
             "require a gradient (frozen parameters have no gradient in the list)."
         )
     for (name, parameter), gradient in zip(expected.items(), gradients, strict=True):
+        if gradient is None:
+            raise SharedDataError(f"The gradient of {name} is None; a parameter that is not used has one of zeros.")
         if gradient.shape != parameter.shape:
             raise SharedDataError(
                 f"The gradient of {name} has shape {tuple(gradient.shape)}, the parameter {tuple(parameter.shape)}."
@@ -107,6 +116,20 @@ def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None)
         raise SharedDataError(f"The labels have shape {tuple(labels.shape)}, but there are {number} data points.")
     if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
+
+
+def check_inferred_labels(labels: torch.Tensor | None, number: int, strategy: Any) -> None:
+    """Check labels that the attack inferred: Breaching's bias-corrected takes every class whose bias gradient is below
+    zero, which noise on the gradient or several local steps make too many.
+
+    Raises:
+        SharedDataError: for another number of labels than images.
+    """
+    if labels is not None and labels.shape[:1] != (number,):
+        raise SharedDataError(
+            f"label_strategy={strategy} found {labels.shape[0]} labels for {number} images; valid: another one (yin "
+            "and random find as many as there are images), or case.user.provide_labels=true."
+        )
 
 
 def check_augmentations(

@@ -170,7 +170,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         checkpoint = self._kept = None
         if impl.get("checkpoint_every") and impl.get("checkpoint_path") and not dryrun:
             released = [{"gradients": list(model.parameters())}]
-            key = fingerprint(self.cfg, released, [search.x, search.lam], "kkt")
+            key = fingerprint(self.cfg, released, [search.x, search.lam], "kkt", model.buffers())
             checkpoint = self._kept = Checkpoint(impl.checkpoint_path, impl.checkpoint_every, key)
             state = checkpoint.load()
             if state is not None:

@@ -223,8 +223,10 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             std=self.ds.flatten() if normalised else None,
         )
         method = self.cfg.restarts.get("candidate_batching", "auto")
-        evaluations = self.cfg.optim.max_iterations * self.options.optimizer.inner_iterations
-        return SubsetMatching(what, self.options.term, self.options.prior, group, method, evaluations)
+        options, steps = self.options, self.cfg.optim.max_iterations
+        evaluations = steps * options.optimizer.inner_iterations
+        first_size = options.schedule.size(0, target.shape[0], steps)
+        return SubsetMatching(what, options.term, options.prior, group, method, evaluations, first_size)
 
     def _engine(self, matching: SubsetMatching, starts: list[torch.Tensor], seeds: list[int]) -> MagiaEngine:
         options = self.options

@@ -90,6 +90,10 @@ class MagiaOptions:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        except TypeError as error:  # numbers that are empty
+            parts = {part: cfg.get(part) or {} for part in ("subset", "image_prior", "optim", "pyramid")}
+            empty = [f"{part}.{key}" for part, keys in parts.items() for key, value in keys.items() if value is None]
+            raise ConfigError(f"One of {', '.join(empty)} is empty and must be a number ({error}).") from error
 
     def annealing_for(self, gradients: Sequence[torch.Tensor]) -> Annealing:
         """Weights of the prior against the distance from these gradients, which grows with their squared norm."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+
+from ..errors import SharedDataError
+
+log = logging.getLogger(__name__)
 
 
 def observe(
@@ -24,7 +29,8 @@ def observe(
     """Wrap a model and the update that a client sent for it, for `attacker.reconstruct`; no simulation involved.
 
     Args:
-        model: the model in the state in which the client received it.
+        model: the model in the state in which the client received it. Its gradient is matched in evaluation mode, with
+            the statistics of its buffers; a gradient that was taken in training mode with batch norm is another one.
         gradients: one tensor for each parameter that requires a gradient, in the order of `model.parameters()`;
             after several local steps, the parameters' change.
         shape: shape of one data point, for example (3, 32, 32).
@@ -37,7 +43,19 @@ def observe(
 
     Returns:
         (server_payload, shared_data), each a list with one entry, one query to the client.
+
+    Raises:
+        SharedDataError: for `local_hyperparams` without one of its keys.
     """
+    if local_hyperparams is not None:
+        lacking = {"steps", "data_per_step", "lr", "labels"} - set(local_hyperparams)
+        if lacking:
+            raise SharedDataError(f"local_hyperparams lacks {', '.join(sorted(lacking))}.")
+    if model.training and any(True for _ in model.buffers()):
+        log.warning(
+            "The model is in training mode and has buffers: its gradient is matched as in evaluation mode, with the "
+            "statistics that it has now. Call model.eval() where the client's gradient was taken so."
+        )
     metadata: dict[str, Any] = {
         "name": "observed",
         "modality": "vision",
@@ -84,4 +102,4 @@ def own_copy(shared_data: Sequence[dict[str, Any]], device: torch.device) -> lis
 
 
 def _clones(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.detach().clone() for t in tensors]
+    return [t if t is None else t.detach().clone() for t in tensors]

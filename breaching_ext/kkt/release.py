@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -99,7 +100,10 @@ class TrainedModelUser(UserSingleStep):
         if dataset is None or not hasattr(dataset, "other_split"):
             return None
         other = dataset.other_split()
-        start = int(self.user_idx or 0) * self.num_data_points % (len(other) - self.num_data_points)
+        room = len(other) - self.num_data_points
+        if room < 0:
+            return None
+        start = int(self.user_idx or 0) * self.num_data_points % max(room, 1)
         return torch.stack([other[start + i][0] for i in range(self.num_data_points)]).to(**self.setup)
 
     def _train(self, images: Tensor, labels: Tensor) -> None:
@@ -198,7 +202,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"case.training.weights={path} does not exist.")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ConfigError(f"case.training.weights={path} is not a file of tensors that torch saved.") from error
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
         nested = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
         if not nested:

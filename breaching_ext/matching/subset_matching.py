@@ -46,6 +46,8 @@ class SubsetMatching:
             model or the loss), 'compile' (the same, compiled; falls back to vmap), 'list' (one after another with plain
             autograd) or 'auto'.
         evaluations: evaluations that the run will make, about; 'auto' compiles for long runs.
+        first_size: size of the subsets at the run's first step, the one that is compiled for (each takes a while): a
+            run that goes on at another size then takes the same form as the one it continues. None: the first to come.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class SubsetMatching:
         extra: ImagePrior | None = None,
         method: str = "auto",
         evaluations: int = 0,
+        first_size: int | None = None,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
         self.target, self.term, self.prior, self.extra, self.method = target, term, prior, extra, method
-        self.evaluations, self._compiles, self._stacks = evaluations, True, True
+        self.evaluations, self.first_size = evaluations, first_size
+        self._compiles, self._stacks, self._has_compiled = True, True, False
         self._evaluations: dict[tuple, Evaluate] = {}
 
     def __call__(
@@ -155,14 +159,17 @@ class SubsetMatching:
         weight = pixels.new_tensor(prior_weight)  # a tensor, so that one graph serves the whole annealing
         inputs = [pixels, logits, index, weight]
         key = (use, pixels.dtype, *(stack.shape for stack in inputs))
-        evaluate = self._evaluations.get(key) or self._specialised(self._evaluation(use), inputs)
+        evaluate = self._evaluations.get(key) or self._specialised(use, inputs)
         (in_pixels, in_logits), values, _ = evaluate(*inputs)
         self._evaluations[key] = evaluate  # what has worked once
         return values, in_pixels, in_logits
 
-    def _specialised(self, evaluate: Evaluate, inputs: list[torch.Tensor]) -> Evaluate:
-        """The recorded form; for 'compile' the compiled one, of the first size of subset alone (each takes a while)."""
-        if self.chosen_method(inputs[0]) == "compile" and not self._evaluations:
+    def _specialised(self, use: bool, inputs: list[torch.Tensor]) -> Evaluate:
+        """The recorded form; for 'compile' the compiled one, of `first_size` alone."""
+        evaluate = self._evaluation(use)
+        due = not self._has_compiled and (not use or inputs[2].shape[1] == (self.first_size or inputs[2].shape[1]))
+        if due and self.chosen_method(inputs[0]) == "compile":
+            self._has_compiled = True
             try:
                 return compiled(evaluate, inputs)
             except SpecialisationError as error:

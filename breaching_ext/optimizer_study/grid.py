@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -101,6 +102,7 @@ def run_grid(
     )
     if isinstance(model, str):
         model = create_model(model, inputs.shape[-1], seed)
+    _check_model(model)
     parameter = next(model.parameters())
     task = TrainingTask(
         variant=variant,
@@ -114,6 +116,14 @@ def run_grid(
         sample_epochs=tuple(sample_epochs),
     )
     return _Grid(task, cells, checkpoint, progress).run(executor, compile, chunk)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what members of one stack cannot share, or what would make a test loss depend on the moment."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    require(not frozen, "model", f"frozen parameters {frozen[:4]}", "a model all of whose parameters are trained")
+    random = [name for name, m in model.named_modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
+    require(not random, "model", f"dropout in training mode {random[:4]}", "a model without it")
 
 
 class _Grid:

@@ -6,6 +6,7 @@ the trainers ask for the factor at every step, not once an epoch.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -88,6 +89,10 @@ class StepDrop(LRScheduler):
     def factor(self, epoch: float) -> float:
         """η at ``epoch``."""
         return self.gamma ** bisect_right(self.milestones, epoch)
+
+    def describe(self) -> dict[str, object]:
+        """Name, length, drops and their factor."""
+        return {**super().describe(), "milestones": self.milestones, "gamma": self.gamma}
 
 
 class Cosine(LRScheduler):
@@ -175,4 +180,7 @@ def create_schedule(name: str, epochs: int, **options: object) -> LRScheduler:
     """
     require_choice("schedule", name, SCHEDULES)
     kinds: dict[str, Callable[..., LRScheduler]] = {k.name: k for k in (Fixed, StepDrop, Cosine, WarmRestarts)}
+    valid = [key for key in inspect.signature(kinds[name]).parameters if key != "epochs"]
+    for key in options:
+        require(key in valid, f"schedule_options of {name}", key, ", ".join(valid) or "none")
     return kinds[name](epochs, **options)

@@ -26,13 +26,17 @@ def merge_seeds(experiments: Sequence[OptimizerExperiment]) -> OptimizerExperime
     """Average the losses of one variant over seeds; a cell that diverged for any seed stays diverged.
 
     Raises:
-        ValueError: If variants or grids differ, or there is no experiment.
+        ValueError: If variants, grids or settings differ, or there is no experiment.
     """
     require(bool(experiments), "experiments", "an empty list", "at least one experiment")
     first = experiments[0]
     for other in experiments[1:]:
         same = other.optimizer_id == first.optimizer_id and _grid(other) == _grid(first)
         require(same, "experiments", other.optimizer_id, f"of the same variant and grid as {first.optimizer_id}")
+        ours, theirs = _repeated(first), _repeated(other)
+        differ = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        what = f"{other.optimizer_id} with other {', '.join(differ)}"
+        require(not differ, "experiments", what, "runs that differ in seed and device only")
     cells = [{result.cell: result for result in experiment.results} for experiment in experiments]
     results = [_mean_result([by_cell[result.cell] for by_cell in cells]) for result in first.results]
     config = {**first.config, "seeds": [experiment.config["seed"] for experiment in experiments]}
@@ -42,6 +46,11 @@ def merge_seeds(experiments: Sequence[OptimizerExperiment]) -> OptimizerExperime
 def _grid(experiment: OptimizerExperiment) -> tuple[list[float], list[float]]:
     """The axes of a grid."""
     return experiment.lr_multipliers, experiment.wd_multipliers
+
+
+def _repeated(experiment: OptimizerExperiment) -> dict[str, Any]:
+    """What seeds of one study have in common, so that their losses can be averaged."""
+    return {k: v for k, v in experiment.config.get("study", {}).items() if k not in ("seed", "device")}
 
 
 def _mean_result(results: Sequence[GridSearchResult]) -> GridSearchResult:

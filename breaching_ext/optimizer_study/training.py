@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -196,15 +197,27 @@ class SequentialRun:
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Reconstructions (1, n, …)."""
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.model):
             return self.model(images).unsqueeze(0)
 
     def test_losses(self) -> Tensor:
         """Test loss (1,)."""
         test = self.task.test
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.model):
             parts = [F.mse_loss(self.model(x), x) * len(x) for x in test.split(self.task.budget.batch_size)]
         return torch.stack(parts).sum().view(1) / len(test)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode meanwhile: test images must not move the statistics of batch norm."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _plain_step(model: nn.Module, rule: UpdateRule, params: dict[str, Tensor], track: bool) -> StepFunction:

@@ -77,7 +77,7 @@ class GroupRegularization(torch.nn.Module):
         update_every: iterations between two computations of the consensus.
 
     Raises:
-        ConfigError: for an unknown aligner, a negative scale or warm-up, or update_every < 1.
+        ConfigError: for an unknown aligner or key, a negative scale or warm-up, or update_every < 1.
 
     References:
         Yin et al., "See through gradients: Image batch recovery via GradInversion", CVPR 2021, section 3.3.
@@ -93,6 +93,9 @@ class GroupRegularization(torch.nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if kwargs:
+            valid = ("scale", "warmup_iters", "aligner", "update_every")
+            raise unknown("regularization.group_regularization key", next(iter(kwargs)), valid)
         if aligner not in ALIGNERS:
             raise unknown("regularization.group_regularization.aligner", aligner, ALIGNERS)
         for key, value, least in (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from breaching_ext.ssigd.backends import implicit_gradient
 from breaching_ext.ssigd.cvxpy_backends import available
+from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.ssigd import SSIGD
 
@@ -51,7 +52,7 @@ class EnhancedSSIGD:
         if use_cvxpylayers and self.backend == "kkt" and not _fallback_told:
             _fallback_told = True
             logger.warning('cvxpylayers is not installed (pip install "breaching-ext[ssigd]"): using backend="kkt"')
-        self.q = self._algorithm("strongly_convex").perturbation()
+        self.q = self._algorithm("convex", step=1.0, lipschitz=1.0).perturbation()
 
     def grad_F(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # noqa: N802 (the prototype's name)
         """Return ∇F_q(x), (n,). y is accepted for compatibility and not needed."""
@@ -86,6 +87,8 @@ class EnhancedSSIGD:
             A dict with x_final, losses, grad_norms, final_loss, final_grad_norm, final_gradient_norm,
             iterations, method, and the full `result`.
         """
+        if not beta > 0:
+            raise SSIGDError(f"beta={beta} must be positive")
         if diminishing:
             algorithm = self._algorithm("strongly_convex", lipschitz=1.0 / beta, mu=mu_F)
         else:

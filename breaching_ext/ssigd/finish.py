@@ -66,8 +66,7 @@ def certified_finish(
         SSIGDError: f is not linear in y, Q_upper is singular, or there is no point.
         NotCertifiedError: the model was not solved.
     """
-    if bool(problem.Q_upper_y.any()) or bool(problem.R.any()):
-        raise SSIGDError("expected f linear in y: Q_upper_y and R must be zero")
+    check_finish(problem)
     planes: dict[tuple[int, ...], tuple[Array, float]] = {}
     values = [_add_plane(problem, x.detach().to("cpu", torch.float64).numpy(), planes) for x in points]
     if not values:
@@ -81,6 +80,14 @@ def certified_finish(
         if value < objective:
             objective, best = value, x
     return CertifiedPoint(torch.from_numpy(best.copy()), objective, float(bound), spent)
+
+
+def check_finish(problem: QuadraticBilevelProblem) -> None:
+    """Raise SSIGDError where the finish does not apply: f is not linear in y, or Q_upper is singular."""
+    if bool(problem.Q_upper_y.any()) or bool(problem.R.any()):
+        raise SSIGDError("expected f linear in y: Q_upper_y and R must be zero")
+    if not float(np.linalg.eigvalsh(problem.arrays.hessian)[0]) > 0:
+        raise SSIGDError("expected a positive definite Q_upper")
 
 
 def _add_plane(
@@ -128,8 +135,6 @@ def _dual_value(problem: QuadraticBilevelProblem, slope: Array, offset: float, x
     d = x - data.x_target
     gradient = data.hessian @ d + slope
     mu = float(np.linalg.eigvalsh(data.hessian)[0])
-    if mu <= 0:
-        raise SSIGDError("expected a positive definite Q_upper")
     lower, upper = problem.x_lower.numpy(), problem.x_upper.numpy()
     step = np.clip(-gradient / mu, lower - x, upper - x)
     return float(0.5 * d @ data.hessian @ d + slope @ x + offset + gradient @ step + 0.5 * mu * step @ step)

@@ -118,6 +118,9 @@ def enumerate_optimum(problem: QuadraticBilevelProblem) -> Optimum:
     return best
 
 
+_INFEASIBLE = -1  # daqp's exit flag
+
+
 def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | None:
     """Return the optimum over the x for which `side` is the active set, or None where there are none."""
     qp, data = problem.solver, problem.arrays
@@ -138,8 +141,10 @@ def _piece_optimum(problem: QuadraticBilevelProblem, side: Array) -> Optimum | N
     H = data.hessian + J.T @ data.hessian_y @ J
     f = J.T @ (data.c_upper + data.hessian_y @ y0) - data.hessian @ data.x_target
     x, _, flag, _ = daqp.solve(H, f, np.ascontiguousarray(rows), upper, lower, primal_tol=1e-10)
-    if flag != 1:
+    if flag == _INFEASIBLE:
         return None
+    if flag != 1:
+        raise NotCertifiedError(f"daqp stopped with exit flag {flag} on a piece of F; it must be convex on each")
     y = J @ x + y0
     return Optimum(torch.from_numpy(x), torch.from_numpy(y), float(problem.upper_objective(x, y)))
 

@@ -6,6 +6,8 @@ Cholesky factor of its Schur complement R_W Q⁻¹ R_Wᵀ.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from scipy.linalg import lapack
 
@@ -45,8 +47,11 @@ class KKTSystem:
         self.K = self.R @ self.T
         self.norms = np.linalg.norm(self.R, axis=1)
         self._refine = condition > REFINE_ABOVE
-        if self._refine:
-            self._Q_long, self._R_long = Q.astype(np.longdouble), self.R.astype(np.longdouble)
+
+    @cached_property
+    def _long(self) -> tuple[Array, Array]:
+        """Q and R in extended precision."""
+        return self.Q.astype(np.longdouble), self.R.astype(np.longdouble)
 
     def solve(self, index: Index, r: Array, e: Array, factor: Array | None = None) -> tuple[Array, Array, Array | None]:
         """Solve on the rows `index`.
@@ -67,14 +72,22 @@ class KKTSystem:
             factor = self._schur(index)
         y, signed = self._once(index, r, e, factor)
         if self._refine:
-            for _ in range(3):
-                lag = r - self._Q_long @ y - self._R_long[index].T @ signed
-                gap = e - self._R_long[index] @ y
-                dy, ds = self._once(index, lag.astype(float), gap.astype(float), factor)
-                y, signed = y + dy, signed + ds
-                if np.abs(dy).max() <= 1e-16 * np.abs(y).max():
-                    break
+            y, signed = self.refined(index, r, e, y, signed, factor)
         return y, signed, factor
+
+    def refined(
+        self, index: Index, r: Array, e: Array, y: Array, signed: Array, factor: Array | None
+    ) -> tuple[Array, Array]:
+        """Return a solution on the rows `index` improved by residuals in extended precision; arguments as above."""
+        Q, R = self._long
+        for _ in range(3):
+            lag = r - Q @ y - R[index].T @ signed
+            gap = e - R[index] @ y
+            dy, ds = self._once(index, lag.astype(float), gap.astype(float), factor)
+            y, signed = y + dy, signed + ds
+            if np.abs(dy).max() <= 1e-16 * np.abs(y).max():
+                break
+        return y, signed
 
     def stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
         """Return ‖Qy + c + R_Wᵀλ‖∞."""

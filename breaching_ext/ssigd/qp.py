@@ -110,13 +110,17 @@ class ParametricQP:
                 # a wrong guess may hold dependent rows although the solution's set does not
                 predicting, side = False, self._daqp_sides(c, lower, upper, h)
                 continue
-            Ry = self.R @ y
-            slack = np.minimum(upper - Ry, Ry - lower) / self.kkt.norms
+            Ry, slack, gap = self._slacks(y, index, lower, upper)
+            if gap > SIGN_TOLERANCE * (1.0 + np.abs(y).max()):  # y is a small difference of large numbers
+                y, signed = self.kkt.refined(index, -c, bound, y, signed, factor)
+                Ry, slack, gap = self._slacks(y, index, lower, upper)
             force = signed * sides * self.kkt.norms[index]
             reach, scale = 1.0 + np.abs(y).max(), 1.0 + np.abs(c).max()
             low_force, low_slack = force.min(initial=0.0), slack.min(initial=0.0)
             if low_force >= -SIGN_TOLERANCE * scale and low_slack >= -SIGN_TOLERANCE * reach:
-                residual = max(self._stationarity(c, y, index, signed) / scale, -low_slack / reach)
+                residual = max(self._stationarity(c, y, index, signed) / scale, -low_slack / reach, gap / reach)
+                if residual > RESIDUAL_TOLERANCE and gap / reach == residual:
+                    raise NotCertifiedError(f"active rows are off their bounds by {gap:.3g}; rescale Q, c, G and h")
                 margin = self._margin(side, index, force, slack, reach)
                 self._last_side = side
                 active, multipliers = self.rows.row_of(index, sides), np.maximum(signed * sides, 0.0)
@@ -150,6 +154,12 @@ class ParametricQP:
         index, side, factor = solution.work
         a, b, _ = self.kkt.solve(index, v, np.zeros(len(index)), factor)
         return a, b * side
+
+    def _slacks(self, y: Array, index: Index, lower: Array, upper: Array) -> tuple[Array, Array, float]:
+        """Return R y, each row's distance to its nearer bound, and how far active rows are from theirs at most."""
+        Ry = self.R @ y
+        slack = np.minimum(upper - Ry, Ry - lower) / self.kkt.norms
+        return Ry, slack, float(np.abs(slack[index]).max(initial=0.0))
 
     def _predict(self, c: Array, lower: Array, upper: Array) -> Array:
         """Return the sides of the last solution, or at first the bounds that the free minimiser violates."""
@@ -222,8 +232,8 @@ class ParametricQP:
             if not np.isfinite(h).all():
                 raise NonFiniteError("h holds NaN or infinity; leave out rows that do not bind instead of h = inf")
             lower, upper = self.rows.sides(h)
-            self._width = (upper - lower) / self.kkt.norms
+            width = (upper - lower) / self.kkt.norms
             if self._has_pairs:
-                check_gap(self.rows, lower, upper, self._width)
-            self._h, self._bounds = h.copy(), (lower, upper)
+                check_gap(self.rows, lower, upper, width)
+            self._h, self._bounds, self._width = h.copy(), (lower, upper), width  # together: an error leaves all
         return self._bounds

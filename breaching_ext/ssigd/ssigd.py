@@ -15,7 +15,7 @@ from torch import Tensor
 
 from breaching_ext.ssigd.descent import BilevelDescent, Update
 from breaching_ext.ssigd.errors import SSIGDError
-from breaching_ext.ssigd.finish import CertifiedPoint, certified_finish
+from breaching_ext.ssigd.finish import CertifiedPoint, certified_finish, check_finish
 from breaching_ext.ssigd.history import BilevelResult, Snapshot
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
@@ -97,6 +97,7 @@ class SSIGD(BilevelDescent):
         """
         if not 2 < finish_gradients < iterations:
             raise SSIGDError(f"finish_gradients={finish_gradients} is out of range; valid: 3 to {iterations - 1}")
+        check_finish(self.problem)
         result = self.solve(iterations - finish_gradients, x0)
         points = [result.x_last, result.x_average]
         return result, certified_finish(self.problem, points, max_gradients=finish_gradients)

@@ -226,6 +226,16 @@ def test_different_grids_are_not_averaged():
         merge_seeds([a, b])
 
 
+def test_seeds_of_other_settings_are_not_averaged():
+    runs = [make_experiment(lambda lr, wd: lr + wd, seed=seed) for seed in (42, 43)]
+    for run, decay in zip(runs, ("schedule", "lr"), strict=True):
+        run.config["study"] = {"seed": run.config["seed"], "device": "cpu", "settings": {"decay": decay}}
+    with pytest.raises(ValueError, match="other settings"):
+        merge_seeds(runs)
+    runs[1].config["study"] = {**runs[0].config["study"], "seed": 43, "device": "cuda"}
+    merge_seeds(runs)
+
+
 def test_intervals_need_two_values():
     assert confidence_interval([0.5]) == (0.5, pytest.approx(math.nan, nan_ok=True))
     assert all(math.isnan(v) for v in confidence_interval([]))

@@ -109,3 +109,12 @@ def test_fixed_and_cosine_end_where_they_should(epochs):
 def test_wrong_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_description_tells_schedules_apart():
+    """Records and checkpoints go by it."""
+    told = [create_schedule("step_drop", 10, gamma=gamma).describe() for gamma in (0.1, 0.5)]
+    told.append(create_schedule("step_drop", 10, fractions=(0.5,)).describe())
+    assert len({str(one) for one in told}) == 3
+    with pytest.raises(ValueError, match="gama"):
+        create_schedule("step_drop", 10, gama=0.1)

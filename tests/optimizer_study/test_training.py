@@ -222,6 +222,31 @@ def test_a_model_with_buffers_is_trained_sequentially():
         run_grid(**grid_arguments(model=model, executor="stacked", compile=False))
 
 
+def test_test_images_do_not_move_the_statistics_of_batch_norm(monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Unflatten(1, (1, 4, 4)))
+    seen, measure = [], SequentialRun.test_losses
+
+    def watched(self):
+        before = self.model[2].running_mean.clone()
+        losses = measure(self)
+        seen.append((self.model[2].running_mean == before).all() and self.model[2].training)
+        return losses
+
+    monkeypatch.setattr(SequentialRun, "test_losses", watched)
+    run_grid(**grid_arguments(model=model, executor="sequential"))
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("what", ["frozen", "dropout"])
+def test_models_that_executors_would_treat_differently_are_refused(what):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Dropout(0.5), nn.Unflatten(1, (1, 4, 4)))
+    model[2].p = 0.5 if what == "dropout" else 0.0
+    model[1].bias.requires_grad_(what != "frozen")
+    with pytest.raises(ValueError, match=what):
+        run_grid(**grid_arguments(model=model))
+
+
 @pytest.mark.parametrize(
     ("sequential", "plain", "compiled", "expected"),
     [

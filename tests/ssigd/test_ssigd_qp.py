@@ -213,3 +213,36 @@ def test_pairing_loses_no_row(seed, n, m):
     assert bool((G @ y <= h).all()) == bool(((lower <= Ry) & (Ry <= upper)).all())
     used = np.r_[rows.upper_of, rows.lower_of[rows.paired]]
     assert sorted(used.tolist()) == list(range(len(G)))
+
+
+def test_large_linear_terms_are_certified():
+    """y is then a small difference of large numbers, which one solve leaves off its bounds."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        Q, c = random_spd(rng, 20, 10), rng.normal(size=20) * 10.0 ** rng.uniform(3, 8)
+        G, h = np.vstack([np.eye(20), -np.eye(20)]), np.ones(40)
+        solution = ParametricQP(Q, G).solve(c, h)
+        assert np.abs(Q @ solution.y + c + G.T @ solution.multipliers).max() <= 1e-9 * (1 + np.abs(c).max())
+        assert np.abs(G[solution.active] @ solution.y - 1.0).max(initial=0) <= 1e-12 * 20
+
+
+def test_nearly_opposite_rows_hold_at_both():
+    """Row r is nearly -e_1: where both are active, they fix the second variable at 1/2."""
+    n = 100
+    row = np.zeros(n)
+    row[:2] = -1.0, 1e-7
+    G = np.vstack([np.eye(n), -np.eye(n), row])
+    h, c = np.r_[1.0, np.full(2 * n - 1, 10.0), -1.0 + 0.5e-7], np.zeros(n)
+    c[:2] = -3.0
+    solution = ParametricQP(np.eye(n), G).solve(c, h)
+    np.testing.assert_allclose(solution.y[:2], [1.0, 0.5], atol=1e-6)
+
+
+def test_widths_of_a_failed_solve_are_not_kept():
+    solver = ParametricQP(np.eye(2), BOX)
+    c = np.array([-3.0, 0.0])
+    margin = solver.solve(c, np.ones(4)).margin
+    assert margin == pytest.approx(1.0)
+    with pytest.raises(InfeasibleError):
+        solver.solve(c, np.array([-1.0, 1.0, -1.0, 1.0]))
+    assert solver.solve(c, np.ones(4)).margin == margin

@@ -1,0 +1,62 @@
+"""Checks of a full config (case and attack together), made before anything is computed; each error is one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import ConfigError
+from .ranks import current as ranks_of_run
+
+
+def check_values(cfg: Any) -> None:
+    """Check values of a config before the case is built from it.
+
+    Raises:
+        ConfigError: naming the key, its value and the valid ones.
+    """
+    if cfg.case.data.modality != "vision":
+        raise ConfigError(
+            f"case.data.modality={cfg.case.data.modality}: breaching-ext evaluates images; valid: vision. Text attacks "
+            "run through Breaching's own scripts, which know our attacks as well."
+        )
+    dtype = getattr(torch, str(cfg.case.impl.dtype), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"case.impl.dtype={cfg.case.impl.dtype} is not possible; valid: float, double, float32, ...")
+    for key, value, least in (("seed", cfg.seed, 0), ("case.user.num_data_points", cfg.case.user.num_data_points, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{key}={value} is not possible; valid: {least}, {least + 1}, {least + 2}, ...")
+    if cfg.case.user.user_type == "multiuser_aggregate":
+        raise ConfigError(
+            "case.user.user_type=multiuser_aggregate: Breaching's server keeps one client's images of several to "
+            "compare with; valid here: local_gradient, local_update. Its own scripts run our attacks on such an update."
+        )
+
+
+def check_case(cfg: Any, user: Any, attacker: Any) -> None:
+    """Refuse what cannot work together, before the client computes anything.
+
+    Args:
+        cfg: a full config.
+        user, attacker: Breaching's, as they were built from it.
+
+    Raises:
+        ConfigError: naming what can be done.
+    """
+    if ranks_of_run().size > 1 and not getattr(attacker, "shares_candidates", False):
+        raise ConfigError(
+            f"attack_type={cfg.attack.attack_type} runs in one process only; valid under torchrun: joint-candidates "
+            "with attack.restarts.parallel_candidates=true."
+        )
+    weights_only = cfg.case.user.user_type == "trained_model"
+    if weights_only and not getattr(attacker, "attacks_weights", False):
+        raise ConfigError(
+            f"The attack {cfg.attack.type} needs a gradient, and case.user.user_type=trained_model shares weights "
+            "alone; valid: attack=kkt."
+        )
+    images = cfg.case.user.num_data_points
+    data: Any = getattr(getattr(user, "dataloader", None), "dataset", None)  # a user of users has none of its own
+    owned = len(data) if hasattr(data, "__len__") else images
+    if images > owned:
+        raise ConfigError(f"case.user.num_data_points={images} is more than this client owns; valid: 1 to {owned}.")

@@ -304,3 +304,20 @@ def test_a_model_that_torch_func_cannot_transform_goes_one_by_one(method, level,
     said = [r for r in caplog.records if "one by one (list), because torch.func cannot" in r.message]
     assert [r.levelname for r in said] == [level]
     assert made.chosen_method(pixels) == "list"
+
+
+def test_a_run_that_goes_on_compiles_what_the_first_process_compiled(monkeypatch):
+    """With sizes that change, the one of the run's first step is compiled, not the first that a process sees."""
+    made_for = []
+    monkeypatch.setattr(
+        subset_matching, "compiled", lambda evaluate, inputs: made_for.append(inputs[2].shape[1]) or evaluate
+    )
+    target, _, _, pixels, logits, subsets = setting()
+    sizes = (1, subsets.shape[1])
+    for order in (sizes, sizes[::-1]):
+        made = SubsetMatching(
+            target, SubsetTerm("residual"), anisotropic_total_variation, method="compile", first_size=sizes[0]
+        )
+        for size in order:
+            made(pixels, logits, subsets[:, :size], 0.1)
+    assert made_for == [1, 1]

@@ -111,7 +111,9 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         return reconstruction, stats
 
     def report(self, reconstruction: dict[str, Tensor], true: Tensor, unseen: Tensor | None) -> dict[str, Any]:
-        """Return the paper's metrics for metrics.json: nearest candidates of training and of unseen images.
+        """Return metrics for metrics.json: the nearest candidates of training and of unseen images by NCC and SSIM.
+
+        NCC is the paper's for grey images; its code measures SSIM in windows of 3 x 3, this package in 7 x 7.
 
         Args:
             reconstruction: what `reconstruct` returned.
@@ -187,6 +189,8 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
 
     def _conclude(self, found: Extracted, problem: Problem, labels: Tensor, number: int) -> dict[str, Tensor]:
         if not bool(found.losses.isfinite().any()):
+            if found.interrupted:  # before the first step was done
+                raise KeyboardInterrupt
             raise SharedDataError(f"No restart stayed finite; lower attack.extraction.lr={self.options.lr}.")
         images = problem.pixels(found.coordinates)  # (R, k, C, H, W)
         best = int(found.losses.argmin())

@@ -62,11 +62,13 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optim.optimizer", self.optimizer, OPTIMIZERS)
+        if not isinstance(self.steps, int):
+            raise ConfigError(f"steps={self.steps} is not possible; valid: a whole number.")
         for name in ("steps", "lr", "lr_lambda", "init_scale", "lambda_init"):
-            if not getattr(self, name) > 0:
+            if not (getattr(self, name) or 0) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not possible; valid: above 0.")
         for name in ("lr_slack", "slack", "box_weight", "lambda_weight", "lambda_min"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is None or not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not possible; valid: 0 or more.")
 
 

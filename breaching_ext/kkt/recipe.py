@@ -43,11 +43,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("first_layer_std", "head_scale", "lr", "target_loss", "max_steps", "check_every"):
-            if not getattr(self, name) > 0:
+            if not (getattr(self, name) or 0) > 0:
                 raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: above 0.")
         for name in ("weight_decay", "target_residual"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is None or not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: 0 or more.")
+        for name in ("max_steps", "check_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: a whole number.")
         if self.dtype not in ("auto", "float", "float32", "double", "float64"):
             raise ConfigError(f"training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
 

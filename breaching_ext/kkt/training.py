@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ def train_or_load(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     key = repr((recipe, shapes, float(images.cpu().double().sum()), labels.tolist()))
     if path.exists():
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
         if content["key"] != key:
             raise ConfigError(
                 f"{path} holds a network of other shape, recipe, seed or images; set training.seed or another file."
@@ -157,6 +159,17 @@ def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int,
     report.converged = small_loss and report.residual <= recipe.target_residual
 
 
+def _load(path: Path) -> dict[str, Any]:
+    """Read what this module wrote; any other file is refused with ConfigError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ConfigError(f"{path} is not a file of a training run; remove it or name another.") from error
+    if not isinstance(content, dict) or "key" not in content:
+        raise ConfigError(f"{path} is not a file of a training run; published weights go to case.training.weights.")
+    return content
+
+
 def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
     state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
     write_atomically(checkpoint, lambda target: torch.save(state, target))
@@ -165,7 +178,7 @@ def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
 def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:
     if checkpoint is None or not checkpoint.exists():
         return 0
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = _load(checkpoint)
     if content["key"] != key:
         raise ConfigError(f"The checkpoint {checkpoint} belongs to another training run; remove it.")
     with torch.no_grad():

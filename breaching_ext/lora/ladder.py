@@ -67,6 +67,8 @@ class Ladder:
         if not path.exists():
             return cls(path, settings, [], {})
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not {"settings", "rows"} <= set(content):
+            raise ConfigError(f"out={folder} holds a rows.json of another program; take another folder.")
         wanted = json.loads(json.dumps(settings.fingerprint()))
         differing = sorted(key for key in wanted if content["settings"].get(key) != wanted[key])
         if any(row["model"] != settings.model for row in content["rows"]):

@@ -131,6 +131,9 @@ class Settings:
         for key in ("phases", "ranks", "starts", "seeds"):
             if not getattr(self, key):
                 raise ConfigError(f"{key}=[] leaves nothing to run; valid: a list of at least one.")
+            repeated = [value for value in getattr(self, key) if list(getattr(self, key)).count(value) > 1]
+            if repeated:
+                raise ConfigError(f"{key}={list(getattr(self, key))} names {repeated[0]} twice; valid: each once.")
         if self.attack.get("attack_type") != "joint-candidates":
             raise unknown("attack.attack_type", self.attack.get("attack_type"), ["joint-candidates"])
         check_config(self.attack)

@@ -103,6 +103,7 @@ def run_grid(
     if isinstance(model, str):
         model = create_model(model, inputs.shape[-1], seed)
     _check_model(model)
+    require(chunk is None or chunk >= 1, "chunk", chunk, "a whole number >= 1, or None")
     parameter = next(model.parameters())
     task = TrainingTask(
         variant=variant,

@@ -52,6 +52,11 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         self.eta = self.schedule.factor(epoch)
         self.decay_scale = decay_scale(self.config, self.schedule, self.budget, epoch)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything for a copy or a pickle; torch's own keeps groups and state only."""
+        own = ("config", "budget", "schedule", "epoch", "eta", "decay_scale")
+        return {**torch.optim.Optimizer.__getstate__(self), **{key: getattr(self, key) for key in own}}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.

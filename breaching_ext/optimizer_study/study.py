@@ -215,18 +215,27 @@ def load_results(folders: Iterable[str | Path], beyond: bool = False) -> list[Op
 
     Raises:
         FileNotFoundError: If there is no grid.
+        ValueError: If files of one name hold different studies.
     """
     folders = list(folders)
     found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(Path(folder).rglob("*_seed*.json")):
             if (path.parent.name == BEYOND) == beyond and not path.name.startswith("."):  # being written, or left so
-                found.setdefault(path.name, path)
+                _same_study(found.setdefault(path.name, path), path)
     if not found and not beyond:
         raise FileNotFoundError(f"no results (*_seed*.json) below {', '.join(map(str, folders))}.")
     experiments = [OptimizerExperiment.load(path) for path in found.values()]
     order = list(VARIANTS)
     return sorted(experiments, key=lambda e: (order.index(e.optimizer_id), e.config["seed"]))
+
+
+def _same_study(first: Path, other: Path) -> None:
+    """Refuse two files of one name that hold different studies: only one of them could count."""
+    if first == other:
+        return
+    a, b = ({**read_json(path)["config"].get("study", {}), "device": None} for path in (first, other))
+    require(a == b, "sources", str(other), f"folders without another study's {other.name} than {first}")
 
 
 def merge_results(folders: Iterable[str | Path], out: str | Path) -> list[Path]:

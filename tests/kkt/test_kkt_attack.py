@@ -170,8 +170,10 @@ def test_a_config_that_cannot_work(victim, overrides, words):
         (["extraction.candidates=0"], "candidates=0"),
         (["extraction.steepness=-1"], "steepness=-1"),
         (["extraction.span=x"], "span="),
+        (["extraction.slack=null"], "slack=None"),
+        (["extraction.init_scale=null"], "init_scale=None"),
     ],
-    ids=["candidates", "steepness", "span"],
+    ids=["candidates", "steepness", "span", "slack", "init_scale"],
 )
 def test_a_search_that_cannot_work(victim, overrides, words):
     with pytest.raises(ConfigError, match=words):

@@ -181,6 +181,12 @@ def test_another_seed_or_shape_is_another_run(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="seed"):
         train_or_load(network(), images, labels, recipe, file)
 
+    torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "weights.pt")
+    (tmp_path / "page.pt").write_text("<html>")
+    for other in ("weights.pt", "page.pt"):
+        with pytest.raises(ConfigError, match="not a file of a training run"):
+            train_or_load(network(), images, labels, recipe, tmp_path / other)
+
     partial = tmp_path / "training.pt"
     stop_after(15, monkeypatch, recipe, partial)
     torch.manual_seed(2)
@@ -229,7 +235,18 @@ def test_bad_training_sets(images, labels, words):
         train(network(), images, labels, RECIPE, progress=False)
 
 
-@pytest.mark.parametrize("values", [{"lr": 0.0}, {"weight_decay": -1.0}, {"dtype": "half"}, {"max_steps": 0}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr": 0.0},
+        {"weight_decay": -1.0},
+        {"dtype": "half"},
+        {"max_steps": 0},
+        {"max_steps": 1e5},
+        {"target_residual": None},
+        {"lr": None},
+    ],
+)
 def test_impossible_recipes(values):
     with pytest.raises(ConfigError, match=r"training\."):
         Recipe(**values)

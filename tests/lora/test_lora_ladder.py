@@ -182,6 +182,7 @@ def test_seen_is_the_cosine_of_the_projection():
         ("ranks=[half]", ["ranks='half'", "full"]),
         ("ranks=[1.5]", ["ranks=1.5"]),
         ("ranks=[]", ["ranks=[]"]),
+        ("seeds=[1,0,1]", ["seeds=[1, 0, 1]", "twice"]),
         ("phases=[0,4]", ["phases", "4", "0, 1, 2, 3"]),
         ("starts=[ones]", ["starts", "ones", "zero, random"]),
         ("layers=[conv1,conv7]", ["layers", "conv7", "conv1"]),

@@ -1,6 +1,8 @@
 """The rules against torch's and transformers' optimizers, in float64, and their own algebra."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -254,6 +256,18 @@ def test_state_survives_a_save():
     other.load_state_dict(optimizer.state_dict())
     for a, b in zip(train(model, optimizer), train(clone, other), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_copies_and_pickles_step_like_the_original():
+    model = make_model()
+    optimizer = create_optimizer("D3", model.parameters())
+    train(model, optimizer)
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    pickled_model, pickled = pickle.loads(pickle.dumps((model, optimizer)))
+    ours = train(model, optimizer)
+    for other in (train(copied_model, copied), train(pickled_model, pickled)):
+        for a, b in zip(ours, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_create_optimizer_without_parameters_is_a_factory():

@@ -162,6 +162,15 @@ def test_results_of_many_machines_merge_into_one_sheet(folder, tmp_path):
     assert [e.optimizer_id for e in load_results([one, two])] == ["A1", "A1", "D1", "D1"]
 
 
+def test_files_of_one_name_from_different_studies_are_not_mixed(folder, tmp_path):
+    """A study below another one's folder, with another setting: only one of the two could count."""
+    run_study(tmp_path, ["A1"], [1], small(folder), progress=False)
+    run_study(tmp_path / "inner", ["A1"], [1], small(folder, settings={"lr": 0.5}), progress=False)
+    with pytest.raises(ValueError, match="another study"):
+        load_results([tmp_path])
+    assert len(load_results([tmp_path / "inner"])) == 1
+
+
 def test_columns_beyond_the_grid_count_for_the_coupling_of_normalized_decay_alone(folder, tmp_path):
     run_study(tmp_path, ["B3", "B7"], [1], small(folder), progress=False)
     before = json.loads(merge_results([tmp_path], tmp_path)[2].read_text())

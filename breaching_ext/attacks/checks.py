@@ -118,20 +118,6 @@ def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None)
         raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
 
 
-def check_inferred_labels(labels: torch.Tensor | None, number: int, strategy: Any) -> None:
-    """Check labels that the attack inferred: Breaching's bias-corrected takes every class whose bias gradient is below
-    zero, which noise on the gradient or several local steps make too many.
-
-    Raises:
-        SharedDataError: for another number of labels than images.
-    """
-    if labels is not None and labels.shape[:1] != (number,):
-        raise SharedDataError(
-            f"label_strategy={strategy} found {labels.shape[0]} labels for {number} images; valid: another one (yin "
-            "and random find as many as there are images), or case.user.provide_labels=true."
-        )
-
-
 def check_augmentations(
     augmentations: torch.nn.Sequential, start: torch.Tensor, differentiable: bool, group: Any
 ) -> None:

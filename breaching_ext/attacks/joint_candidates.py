@@ -29,6 +29,7 @@ from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
+from .inferred_labels import infer_labels
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 
@@ -138,23 +139,10 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
 
     def _recover_label_information(self, user_data: list[dict], server_payload: list[dict], rec_models: Any) -> Any:
         """Infer labels as Breaching does, unless the client said them with its local steps; the number is checked."""
-        about, strategy = user_data[0]["metadata"], self.cfg.label_strategy
-        number = about["num_data_points"]
-        images = server_payload[0]["metadata"].get("modality", "vision") == "vision"
-        if images and about.get("local_hyperparams"):  # a step's data follow those of the step before
-            told = torch.cat([labels.flatten() for labels in about["local_hyperparams"]["labels"]])[:number]
-            if len(told) == number:
-                return told
-        try:
-            labels = super()._recover_label_information(user_data, server_payload, rec_models)
-        except (IndexError, RuntimeError, TypeError) as error:
-            raise SharedDataError(
-                f"label_strategy={strategy} cannot infer labels here ({str(error).splitlines()[0]}); it needs a last "
-                "layer with a bias. Give the labels, or take another strategy."
-            ) from error
-        if images:
-            checks.check_inferred_labels(labels, number, strategy)
-        return labels
+        infer = super()._recover_label_information
+        return infer_labels(
+            lambda: infer(user_data, server_payload, rec_models), user_data, server_payload, self.cfg.label_strategy
+        )
 
     # -- the two loops -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,52 @@
+"""Labels that the client did not send: told with its local steps, or inferred by Breaching's strategies and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import SharedDataError
+
+
+def infer_labels(
+    infer: Callable[[], torch.Tensor | None],
+    shared_data: Sequence[dict[str, Any]],
+    server_payload: Sequence[dict[str, Any]],
+    strategy: str | None,
+) -> torch.Tensor | None:
+    """Return labels (B,) for images; text and None come back as they are.
+
+    Several local steps are matched with the labels of every step, so that these are known where the steps are.
+    Inferring them from parameters after minus before would be wrong, too: its sign is that of the negative gradient.
+
+    Args:
+        infer: Breaching's own recovery.
+        shared_data, server_payload: one dict a query.
+        strategy: `label_strategy` of the config.
+
+    Raises:
+        SharedDataError: where the strategy cannot work with these gradients (most need a last layer with a bias), or
+            finds another number of labels than images: bias-corrected takes every class whose bias gradient is below
+            zero, which noise on the gradient makes too many.
+    """
+    about, images = shared_data[0]["metadata"], server_payload[0]["metadata"].get("modality", "vision") == "vision"
+    number = about["num_data_points"]
+    if images and about.get("local_hyperparams"):  # a step's data follow those of the step before
+        told = torch.cat([labels.flatten() for labels in about["local_hyperparams"]["labels"]])[:number]
+        if len(told) == number:
+            return told
+    try:
+        labels = infer()
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise SharedDataError(
+            f"label_strategy={strategy} cannot infer labels here ({str(error).splitlines()[0]}); it needs a last layer "
+            "with a bias. Give the labels, or take another strategy."
+        ) from error
+    if images and labels is not None and labels.shape != (number,):
+        raise SharedDataError(
+            f"label_strategy={strategy} found {labels.shape[0]} labels for {number} images; valid: another one (yin "
+            "and random find as many as there are images), or case.user.provide_labels=true."
+        )
+    return labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> 
 
 
 def _with_interval(row: dict[str, Any], figure: Callable[[dict[str, Any]], float]) -> str:
-    if figure(row) != figure(row):
+    if math.isnan(figure(row)):
         return "-"
     found = interval(row, figure)
     return f"{figure(row):.2f}" + (f" ({found[0]:.2f}-{found[1]:.2f})" if found else "")

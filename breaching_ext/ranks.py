@@ -167,6 +167,11 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def local_processes() -> int:
+    """Return how many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
+
+
 def local_device(device: torch.device) -> torch.device:
     """Return this process's own GPU where a device is CUDA in general; other devices as they are."""
     if device.type == "cuda" and device.index is None and started_by_torchrun():
@@ -176,7 +181,7 @@ def local_device(device: torch.device) -> torch.device:
 
 def _a_gpu_each(device: torch.device) -> bool:
     """Whether every process of this machine has a GPU of its own: NCCL refuses two on one, gloo does not."""
-    return device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    return device.type == "cuda" and local_processes() <= torch.cuda.device_count()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import random
 import sys
@@ -21,7 +20,7 @@ from .errors import ConfigError
 from .evaluation import Evaluation, assign, evaluate, to_images
 from .evaluation.figures import save_candidates, save_reconstruction
 from .files import write_atomically, write_json
-from .ranks import local_device, started_by_torchrun
+from .ranks import local_device, local_processes
 from .registration import register
 from .regularizers import registered_consensus
 from .run_checks import check_case, check_values
@@ -140,7 +139,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: when the device does not exist here.
     """
-    if started_by_torchrun() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
+    if local_processes() > 1 and name.startswith("cuda:"):
         raise ConfigError(f"device={name} under torchrun is one GPU for all processes; valid: cuda, auto, cpu.")
     if name == "auto":
         return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -157,11 +156,11 @@ def resolve_device(name: str) -> torch.device:
 
 def _choose_kernels(impl: Any) -> None:
     """Set what Breaching's own start sets: whether kernels are chosen by timing, and whether they are repeatable."""
-    torch.backends.cudnn.benchmark = bool(impl.benchmark) and not impl.deterministic
+    torch.backends.cudnn.benchmark = bool(impl.benchmark)
     if impl.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True)
+        from breaching.utils import set_deterministic
+
+        set_deterministic()
 
 
 def seed_everything(seed: int) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
-from ..files import write_atomically
+from ..files import read_tensors, write_atomically
+from ..matching.state import on_device
 from ..ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -30,22 +29,7 @@ def saved_engine(path: str | Path | None) -> str | None:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint.
-
-    Raises:
-        ConfigError: for a file that is none.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise _no_checkpoint(path) from error
-    if not isinstance(content, dict) or not {"fingerprint", "engine", "states"} <= set(content):
-        raise _no_checkpoint(path)
-    return content
-
-
-def _no_checkpoint(path: str | Path) -> ConfigError:
-    return ConfigError(f"impl.checkpoint_path={path} is not a checkpoint; remove it or choose another path.")
+    return read_tensors(path, "impl.checkpoint_path", "a checkpoint", ("fingerprint", "engine", "states"))
 
 
 class Checkpoint:
@@ -96,7 +80,9 @@ class Checkpoint:
 
         A file that cannot be written is an error in the log, not the end of the run.
         """
-        states = self.ranks.gather_to_first(on_cpu(state) if self.ranks.size > 1 else state)
+        if self.ranks.size > 1:  # what is sent from a GPU would be put on that GPU by the process that gets it
+            state = on_device(state, torch.device("cpu"))
+        states = self.ranks.gather_to_first(state)
         if not self.ranks.first:
             return
         content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": states}
@@ -109,14 +95,6 @@ class Checkpoint:
         """Forget the checkpoint of a run that is finished."""
         if self.ranks.first:
             self.path.unlink(missing_ok=True)
-
-
-def on_cpu(value: Any) -> Any:
-    """Return nested dicts, lists and tuples with every tensor on the CPU.
-
-    A tensor that is sent from process to process would else be put on its sender's GPU in each of them.
-    """
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), value)
 
 
 class KeepsCheckpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import read_tensors
 from .models import MLP, HomogeneousNetwork
 from .recipe import Recipe, initialise
 from .span import singular_values_in_span
@@ -202,10 +202,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"case.training.weights={path} does not exist.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ConfigError(f"case.training.weights={path} is not a file of tensors that torch saved.") from error
+    content = read_tensors(path, "case.training.weights", "a file of tensors that torch saved")
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
         nested = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
         if not nested:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, SharedDataError
-from ..files import write_atomically
+from ..files import read_tensors, write_atomically
 from .descent import Descent, descent_of
 from .models import HomogeneousNetwork
 from .multipliers import kkt_residual
@@ -84,7 +82,9 @@ def train_or_load(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     key = repr((recipe, shapes, float(images.cpu().double().sum()), labels.tolist()))
     if path.exists():
-        content = _load(path)
+        content = read_tensors(
+            path, "case.training.cache_path", "a network that this package trained", ("key", "report")
+        )
         if content["key"] != key:
             raise ConfigError(
                 f"{path} holds a network of other shape, recipe, seed or images; set training.seed or another file."
@@ -159,17 +159,6 @@ def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int,
     report.converged = small_loss and report.residual <= recipe.target_residual
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Read what this module wrote; any other file is refused with ConfigError."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ConfigError(f"{path} is not a file of a training run; remove it or name another.") from error
-    if not isinstance(content, dict) or "key" not in content:
-        raise ConfigError(f"{path} is not a file of a training run; published weights go to case.training.weights.")
-    return content
-
-
 def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
     state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
     write_atomically(checkpoint, lambda target: torch.save(state, target))
@@ -178,7 +167,7 @@ def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
 def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:
     if checkpoint is None or not checkpoint.exists():
         return 0
-    content = _load(checkpoint)
+    content = read_tensors(checkpoint, "case.training.checkpoint_path", "a training checkpoint", ("key", "step"))
     if content["key"] != key:
         raise ConfigError(f"The checkpoint {checkpoint} belongs to another training run; remove it.")
     with torch.no_grad():

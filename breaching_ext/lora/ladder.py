@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from ..evaluation.statistics import mean_interval, plus_minus
-from ..files import write_atomically, write_json
+from ..files import read_tensors, write_atomically, write_json
 from ..run import describe_device, versions
 from .adapters import adapt, only_weights_of, require_peft
 from .case import Case
@@ -78,7 +78,12 @@ class Ladder:
                 f"out={folder} holds cells made with another {', '.join(differing)}; take another folder."
             )
         pictures = path.with_name(IMAGES)
-        return cls(path, settings, content["rows"], torch.load(pictures) if pictures.exists() else {})
+        return cls(
+            path,
+            settings,
+            content["rows"],
+            read_tensors(pictures, "out", "a ladder's pictures") if pictures.exists() else {},
+        )
 
     def missing(self) -> list[Cell]:
         """Return the cells that are still to be run, in order."""

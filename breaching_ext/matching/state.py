@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -38,10 +39,8 @@ def restore_optimizer(
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """Return a value with its tensors, in lists too, on a device; nothing is cast, and other values stay.
+    """Return a value with its tensors, in lists and dicts too, on a device; nothing is cast, and other values stay.
 
     Checkpoints are read onto the CPU. A step count (`step`) belongs where `load_state_dict` puts it.
     """
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return [on_device(entry, device) for entry in value] if isinstance(value, list) else value
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)

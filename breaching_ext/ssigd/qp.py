@@ -119,7 +119,7 @@ class ParametricQP:
             low_force, low_slack = force.min(initial=0.0), slack.min(initial=0.0)
             if low_force >= -SIGN_TOLERANCE * scale and low_slack >= -SIGN_TOLERANCE * reach:
                 residual = max(self._stationarity(c, y, index, signed) / scale, -low_slack / reach, gap / reach)
-                if residual > RESIDUAL_TOLERANCE and gap / reach == residual:
+                if gap > RESIDUAL_TOLERANCE * reach:
                     raise NotCertifiedError(f"active rows are off their bounds by {gap:.3g}; rescale Q, c, G and h")
                 margin = self._margin(side, index, force, slack, reach)
                 self._last_side = side

@@ -184,7 +184,7 @@ def test_another_seed_or_shape_is_another_run(tmp_path, monkeypatch):
     torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "weights.pt")
     (tmp_path / "page.pt").write_text("<html>")
     for other in ("weights.pt", "page.pt"):
-        with pytest.raises(ConfigError, match="not a file of a training run"):
+        with pytest.raises(ConfigError, match="is not a network that this package trained"):
             train_or_load(network(), images, labels, recipe, tmp_path / other)
 
     partial = tmp_path / "training.pt"

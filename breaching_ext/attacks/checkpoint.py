@@ -12,9 +12,10 @@ import torch
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError
-from ..files import read_tensors, write_atomically
+from ..files import write_atomically
 from ..matching.state import on_device
 from ..ranks import Ranks
+from ..tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..files import read_tensors
+from ..tensor_files import read_tensors
 from .models import MLP, HomogeneousNetwork
 from .recipe import Recipe, initialise
 from .span import singular_values_in_span

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, SharedDataError
-from ..files import read_tensors, write_atomically
+from ..files import write_atomically
+from ..tensor_files import read_tensors
 from .descent import Descent, descent_of
 from .models import HomogeneousNetwork
 from .multipliers import kkt_residual

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from ..evaluation.statistics import mean_interval, plus_minus
-from ..files import read_tensors, write_atomically, write_json
+from ..files import write_atomically, write_json
 from ..run import describe_device, versions
+from ..tensor_files import read_tensors
 from .adapters import adapt, only_weights_of, require_peft
 from .case import Case
 from .decode import Factors, completed, cosine, is_determined, minimum_norm, unseen

@@ -118,19 +118,30 @@ def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, 
         folder / "reconstruction.png", true, data[result.evaluation.order], result.evaluation.per_image["psnr"], title
     )
     if "candidates" in tensors:
-        _save_candidate_sheet(folder / "candidates.png", true, tensors, mean, std, title)
+        consensus = cfg.attack.restarts.get("output", "best") == "consensus"
+        _save_candidate_sheet(folder / "candidates.png", true, tensors, mean, std, title, consensus)
 
 
-def _save_candidate_sheet(path: Path, true: torch.Tensor, tensors: dict, mean: Any, std: Any, title: str) -> None:
+def _save_candidate_sheet(
+    path: Path, true: torch.Tensor, tensors: dict, mean: Any, std: Any, title: str, of_consensus: bool = False
+) -> None:
+    """Draw all candidates; `of_consensus`: what was chosen is their consensus, which may be a registered one."""
     candidates = to_images(tensors["candidates"], mean, std)
     scores = tensors["candidate_scores"]
     best = int(scores.argmin())
     # attacks that do not know labels put each candidate's images in an order of its own
     candidates = torch.stack([c[assign(c, candidates[best])] for c in candidates])
-    consensus, _ = registered_consensus(candidates)
+    marks = [" (chosen)" if i == best and not of_consensus else "" for i in range(len(candidates))]
+    names = [
+        f"candidate {i}{mark}\nscore {s:.3g}" for i, (mark, s) in enumerate(zip(marks, scores.tolist(), strict=True))
+    ]
+    if of_consensus:
+        data = to_images(tensors["data"], mean, std)
+        last, last_name = data[assign(data, candidates[best])], "consensus\n(chosen)"
+    else:
+        last, last_name = registered_consensus(candidates)[0], "mean of all"
     order = assign(candidates[best], true)  # one order for all rows, so that a column shows one image
-    names = [f"candidate {i}{' (chosen)' if i == best else ''}\nscore {s:.3g}" for i, s in enumerate(scores.tolist())]
-    save_candidates(path, true, candidates[:, order], consensus[order], names, title)
+    save_candidates(path, true, candidates[:, order], last[order], names, title, last_name)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -141,3 +141,21 @@ def test_a_column_of_the_candidates_picture_shows_one_image(monkeypatch, tmp_pat
     assert len(shown) == 4
     for row in shown:
         torch.testing.assert_close(row.float(), true, atol=1e-5, rtol=0)
+
+
+def test_the_candidates_picture_shows_the_consensus_where_that_is_the_result(monkeypatch, tmp_path):
+    noise = torch.rand(4, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    candidates = 0.9 * noise[0] + 0.1 * noise[1:]
+    tensors = {"candidates": candidates, "candidate_scores": torch.tensor([2.0, 1.0, 3.0])}
+    tensors["data"] = (0.9 * candidates[1])[[2, 0, 3, 1]]  # a registered consensus, in another order
+    found = {}
+    monkeypatch.setattr(
+        "breaching_ext.run.save_candidates",
+        lambda path, true, rows, last, names, title, last_name: found.update(last=last, names=[*names, last_name]),
+    )
+    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "", True)
+    torch.testing.assert_close(found["last"].float(), 0.9 * candidates[1], atol=1e-5, rtol=0)
+    assert ["chosen" in name for name in found["names"]] == [False, False, False, True]
+    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
+    assert ["chosen" in name for name in found["names"]] == [False, True, False, False]
+    torch.testing.assert_close(found["last"].float(), candidates.mean(dim=0), atol=1e-5, rtol=0)

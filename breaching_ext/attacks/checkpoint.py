@@ -19,6 +19,8 @@ from ..tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
 
+#: Raised where a state changes its form or its meaning, so that older checkpoints are refused.
+_FORMAT = 2
 _NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress", "memory_budget")
 
 
@@ -66,8 +68,8 @@ class Checkpoint:
         content = _read(self.path)
         if content["fingerprint"] != self.fingerprint:
             raise ConfigError(
-                f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine; remove "
-                "it or choose another path."
+                f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine, or of "
+                "another version of this package; remove it or choose another path."
             )
         log.info("Resuming after iteration %d from %s.", content["states"][0]["iteration"], self.path)
         return content["states"]
@@ -136,7 +138,7 @@ def fingerprint(
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings["impl"] = {k: v for k, v in settings["impl"].items() if k not in _NOT_PART_OF_THE_RUN}
-    digest = hashlib.sha256(f"{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
+    digest = hashlib.sha256(f"{_FORMAT}\n{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
     for tensor in [*starts, *(g for data in shared_data for g in data["gradients"]), *also]:
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().tobytes())  # as bytes: numpy has no bfloat16

@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..matching.engine import CandidateEngine
 from ..matching.memory import is_out_of_memory
-from ..matching.track import Track, advancing
+from ..matching.track import Track, advancing, settle
 from ..ranks import Ranks
 from ..regularizers import GroupRegularization
 from .checkpoint import Checkpoint
@@ -102,6 +102,8 @@ class JointLoop:
                         break
                     if self.ranks.size > 1 and self.ranks.number(self.ranks.interrupted):
                         raise KeyboardInterrupt
+                if start < iterations:
+                    settle(self.engine, self.track)
                 self._save_the_end()
         except KeyboardInterrupt:
             log.warning("Interrupted in iteration %d: returning the best candidates so far.", len(self._values) + 1)
@@ -121,7 +123,7 @@ class JointLoop:
             living, before = self.engine.parameters[0], self.group.active
             self.group.update(living if self.track.whole else living[self.track.alive], iteration)
             if self.group.active and not before:  # a term more: earlier values do not compare with what follows
-                self.track.best_values.fill_(float("inf"))
+                self.track.forget_values()
         values, task_losses, failed = self._advance(iteration, self.track)
         self._values.append(values)
         self._report(iteration, values, task_losses, bar)

@@ -152,6 +152,8 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
     def _say_sizes(self, batch_size: int) -> None:
         options, steps = self.options, self.cfg.optim.max_iterations
         if options.term.kind == "none":
+            if options.without_effect:
+                log.warning("%s: no effect with subset.term=none.", ", ".join(options.without_effect))
             return
         if options.schedule.mode == "constk" and not 1 <= options.schedule.k <= batch_size:
             size = options.schedule.size(0, batch_size, steps)

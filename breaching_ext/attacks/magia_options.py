@@ -95,6 +95,23 @@ class MagiaOptions:
             empty = [f"{part}.{key}" for part, keys in parts.items() for key, value in keys.items() if value is None]
             raise ConfigError(f"One of {', '.join(empty)} is empty and must be a number ({error}).") from error
 
+    @property
+    def without_effect(self) -> list[str]:
+        """What the config says about subsets although there is no subset term, as "subset.key=value"."""
+        if self.term.kind != "none":
+            return []
+        said = [("alpha", self.term.alpha, SubsetTerm().alpha), ("rescaling", self.term.rescaling, "none")]
+        keys = {
+            "mode": "sel_mode",
+            "k": "sel_k",
+            "l_iter": "sel_l_iter",
+            "a": "sig_a",
+            "b": "sig_b",
+            "redraw": "redraw",
+        }
+        said += [(key, getattr(self.schedule, name), getattr(Schedule(), name)) for name, key in keys.items()]
+        return [f"subset.{key}={value}" for key, value, default in said if value != default]
+
     def annealing_for(self, gradients: Sequence[torch.Tensor]) -> Annealing:
         """Weights of the prior against the distance from these gradients, which grows with their squared norm."""
         if not self.relative:

@@ -59,6 +59,7 @@ def save_candidates(
     consensus: torch.Tensor,
     names: Sequence[str],
     title: str = "",
+    consensus_name: str = "consensus",
 ) -> Path:
     """Draw the true images, every candidate and the consensus, a row each (the first eight images).
 
@@ -69,8 +70,9 @@ def save_candidates(
         consensus: (B, C, H, W).
         names: N row names, for example "candidate 0, score 0.01".
         title: one line above the picture.
+        consensus_name: what to call the last row.
     """
-    rows = [("true", true), *zip(names, candidates, strict=True), ("consensus", consensus)]
+    rows = [("true", true), *zip(names, candidates, strict=True), (consensus_name, consensus)]
     columns = min(len(true), _MOST_COLUMNS)
     figure, axes = _grid(len(rows), columns, title)
     for row, (name, images) in enumerate(rows):

@@ -10,10 +10,20 @@ import torch
 
 
 class StepResult(NamedTuple):
-    """Objective and task loss of every candidate, (N,) each, at the point where the step started."""
+    """What a step found at the point where it started.
+
+    Attributes:
+        values: objective of every candidate, (N,).
+        task_losses: their task losses, (N,).
+        rankings: what a candidate's points are compared by, (N,), where the objective changes from step to step;
+            None: the values.
+        comparable: whether these compare with earlier steps' at all.
+    """
 
     values: torch.Tensor
     task_losses: torch.Tensor
+    rankings: torch.Tensor | None = None
+    comparable: bool = True
 
 
 class CandidateEngine(Protocol):

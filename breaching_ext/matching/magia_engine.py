@@ -56,7 +56,8 @@ class MagiaEngine:
         self._generators = [torch.Generator().manual_seed(seed % 2**63) for seed in self.seeds]
         self._alive = torch.ones(len(self.starts[0]), dtype=torch.bool)
         self._subsets: torch.Tensor | None = None
-        self._prior_weight = 0.0
+        self._prior_weight = math.inf
+        self._rankings: torch.Tensor | None = None
         self.gradient_evaluations = 0
         #: evaluations in units of a full-batch gradient (a subset counts S/B), summed over candidates
         self.full_gradients = 0.0
@@ -87,19 +88,32 @@ class MagiaEngine:
         """
         done = iteration / max(self.iterations - 1, 1) if progress is None else progress
         self._alive = alive.cpu()
-        self._prior_weight = self.annealing.at(done)
-        self._draw(iteration)
+        comparable = self._next_objective(iteration, done)
         if self.pyramid.factor(done) != self._factor:
             self._on_grid(self.pyramid.factor(done), self.parameters)
         frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
         before = self._asked()
+        self._rankings = None
         values = self._run_optimizer(iteration, done)
         asked = self._asked() - before
         self.gradient_evaluations += asked
         self.full_gradients += asked * self.evaluation_cost
         if frozen is not None:
             self._put(frozen, ~alive)
-        return StepResult(values, torch.zeros_like(values))
+        assert self._rankings is not None
+        return StepResult(values, torch.zeros_like(values), self._rankings, comparable)
+
+    def rankings(self) -> torch.Tensor:
+        """‖G − g*‖² + tv · TV (and the group's term) of every candidate as it is, (N,), with the last step's tv.
+
+        Unlike the objective it depends neither on the subset that was drawn nor on its size.
+        """
+        self._rankings = None
+        self._evaluate()
+        self.gradient_evaluations += len(self._alive)
+        self.full_gradients += len(self._alive) * self.evaluation_cost
+        assert self._rankings is not None
+        return self._rankings
 
     def overwrite(self, parameters: list[torch.Tensor], where: torch.Tensor | None = None) -> None:
         """Put pixels and logits, each (N, ...), into the candidates `where` (N,); on a coarse grid, their averages."""
@@ -124,6 +138,7 @@ class MagiaEngine:
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "generators": [generator.get_state() for generator in self._generators],
             "subsets": None if self._subsets is None else self._subsets.clone(),
+            "prior_weight": self._prior_weight,
             "failed": self._failed.clone(),
             "counters": [self._adam_asked, self._asked_before, self.gradient_evaluations, self.full_gradients],
         }
@@ -136,6 +151,7 @@ class MagiaEngine:
         for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
         self._subsets = None if state["subsets"] is None else state["subsets"].to(self.starts[0].device)
+        self._prior_weight = state["prior_weight"]
         self._failed = state["failed"].to(self.starts[0].device)
         self._adam_asked, self._asked_before, self.gradient_evaluations, self.full_gradients = state["counters"]
 
@@ -186,9 +202,11 @@ class MagiaEngine:
         leaf = grid.detach().requires_grad_()
         with torch.enable_grad():
             pixels = enlarge(leaf, self._size)
-        values, in_pixels, in_logits = self.matching(
+        values, rankings, in_pixels, in_logits = self.matching(
             pixels.detach(), labels.detach() * scale, self._subsets, self._prior_weight
         )
+        if self._rankings is None:
+            self._rankings = rankings.clone()
         grid.grad = in_pixels if pixels is leaf else torch.autograd.grad(pixels, leaf, in_pixels)[0]
         labels.grad = in_logits * scale
         return values
@@ -198,6 +216,15 @@ class MagiaEngine:
         if isinstance(self._optimizer, BatchedLBFGS):
             return self._asked_before + sum(self._optimizer.func_evals)
         return self._adam_asked
+
+    def _next_objective(self, iteration: int, done: float) -> bool:
+        """Set the step's prior weight and subsets; returns whether rankings compare with those before.
+
+        They do not where the prior has grown: every point would be worse than the first.
+        """
+        weight, self._prior_weight = self._prior_weight, self.annealing.at(done)
+        self._draw(iteration)
+        return self._prior_weight <= weight
 
     def _draw(self, iteration: int) -> None:
         """Draw every candidate's subset from its own random stream."""

@@ -11,7 +11,7 @@ from torch.func import grad, grad_and_value, vmap
 
 from .compilation import compiled
 from .evaluation import Evaluate, first_line
-from .magia_objective import data_term, rescaling
+from .magia_objective import data_term, full_term, rescaling
 from .magia_problem import SubsetTerm, Target
 from .memory import is_out_of_memory
 from .tracing import SpecialisationError, replayed
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 __all__ = ["SubsetMatching", "SubsetTerm", "Target"]
 
 ImagePrior = Callable[[torch.Tensor], torch.Tensor]
+
+#: values, rankings, gradients in pixels and in logits; of one candidate, or of a stack
+Evaluated = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 METHODS = ("auto", "list", "vmap", "compile")
 
@@ -73,7 +76,7 @@ class SubsetMatching:
         logits: torch.Tensor,
         subsets: torch.Tensor | None,
         prior_weight: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Evaluated:
         """Evaluate all candidates.
 
         Args:
@@ -83,19 +86,22 @@ class SubsetMatching:
             prior_weight: weight of the image prior.
 
         Returns:
-            Values (N,), gradients in the pixels (N, B, C, H, W) and in the logits (N, B, K).
+            Values (N,), what points are ranked by (N,), which is the value without subset term and rescaling, and
+            gradients in the pixels (N, B, C, H, W) and in the logits (N, B, K).
         """
-        values, in_pixels, in_logits = self._evaluate(pixels.detach(), logits.detach(), subsets, prior_weight)
+        values, rankings, in_pixels, in_logits = self._evaluate(pixels.detach(), logits.detach(), subsets, prior_weight)
         if self.extra is not None:
+            added = torch.zeros_like(values)
             for n, candidate in enumerate(pixels.detach()):
                 leaf = candidate.clone().requires_grad_()
                 value = self.extra(leaf)
                 if value.requires_grad:
                     in_pixels[n] += torch.autograd.grad(value, leaf)[0]
-                    values[n] += value.detach()
-        return values, in_pixels, in_logits
+                    added[n] = value.detach()
+            values, rankings = values + added, rankings + added
+        return values, rankings, in_pixels, in_logits
 
-    def _evaluate(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _evaluate(self, *arguments: Any) -> Evaluated:
         method = self.chosen_method(arguments[0])
         if method == "list":
             return self._one_by_one(*arguments)
@@ -134,35 +140,38 @@ class SubsetMatching:
         pixels: torch.Tensor,
         size: int,
         prior_weight: float | torch.Tensor,
-    ) -> torch.Tensor:
-        term, count = self.term, len(pixels)
-        value = data_term(
-            batch,
-            subset,
-            gradients,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The objective of a candidate, and what its points are ranked by."""
+        term, count, prior = self.term, len(pixels), prior_weight * self.prior(pixels)
+        full = full_term(batch, gradients) + prior
+        if subset is None:
+            return full, full.detach()
+        scale = rescaling(term.rescaling, size, count)
+        data = data_term(
+            *(batch, subset, gradients),
             kind=term.kind,
-            alpha=term.alpha if subset is not None else 1.0,
-            scale=rescaling(term.rescaling, size, count) if subset is not None else 1.0,
+            alpha=term.alpha,
+            scale=scale,
             size=size,
             batch_size=count,
         )
-        return value + prior_weight * self.prior(pixels)
+        return data + prior, full.detach()
 
     def _uses_subset(self, subsets: torch.Tensor | None) -> bool:
         return subsets is not None and self.term.kind != "none"
 
     def _stacked(
         self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Evaluated:
         use = subsets is not None and self._uses_subset(subsets)
         index = subsets if subsets is not None and use else pixels.new_zeros(len(pixels), 1, dtype=torch.long)
         weight = pixels.new_tensor(prior_weight)  # a tensor, so that one graph serves the whole annealing
         inputs = [pixels, logits, index, weight]
         key = (use, pixels.dtype, *(stack.shape for stack in inputs))
         evaluate = self._evaluations.get(key) or self._specialised(use, inputs)
-        (in_pixels, in_logits), values, _ = evaluate(*inputs)
+        (in_pixels, in_logits), values, rankings = evaluate(*inputs)
         self._evaluations[key] = evaluate  # what has worked once
-        return values, in_pixels, in_logits
+        return values, rankings, in_pixels, in_logits
 
     def _specialised(self, use: bool, inputs: list[torch.Tensor]) -> Evaluate:
         """The recorded form; for 'compile' the compiled one, of `first_size` alone."""
@@ -189,7 +198,7 @@ class SubsetMatching:
             weight: torch.Tensor,
             parameters: dict[str, torch.Tensor],
             gradients: list[torch.Tensor],
-        ) -> torch.Tensor:
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             probs = logits.softmax(dim=-1)
             batch = list(model_gradient(parameters, pixels, probs).values())
             if not use:
@@ -198,33 +207,33 @@ class SubsetMatching:
             return self._objective(batch, subset, gradients, pixels, len(index), weight)
 
         own = 0 if self.target.per_candidate else None
-        gradient = grad_and_value(objective, argnums=(0, 1))
+        gradient = grad_and_value(objective, argnums=(0, 1), has_aux=True)
         run = vmap(gradient, in_dims=(0, 0, 0, None, own, own))
 
         def evaluate(*stacks: torch.Tensor) -> tuple:  # named as `compilation` expects it
             pixels, logits, index, weight = stacks
             if len(pixels) == 1:  # an axis of one candidate would be carried through every operation
-                gradients, value = gradient(pixels[0], logits[0], index[0], weight, *self.target.of(0))
-                return tuple(g.unsqueeze(0) for g in gradients), value.unsqueeze(0), value.unsqueeze(0)
+                gradients, (value, ranking) = gradient(pixels[0], logits[0], index[0], weight, *self.target.of(0))
+                return tuple(g.unsqueeze(0) for g in gradients), value.unsqueeze(0), ranking.unsqueeze(0)
             target = dict(self.target.parameters), list(self.target.gradients)
-            gradients, values = run(pixels, logits, index, weight, *target)
-            return gradients, values, values
+            gradients, (values, rankings) = run(pixels, logits, index, weight, *target)
+            return gradients, values, rankings
 
         return evaluate
 
     def _one_by_one(
         self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Evaluated:
         results = []
         for n in range(len(pixels)):
             index = subsets[n] if subsets is not None and self._uses_subset(subsets) else None
             results.append(self._candidate(n, pixels[n], logits[n], index, prior_weight))
-        values, in_pixels, in_logits = (torch.stack(column) for column in zip(*results, strict=True))
-        return values, in_pixels, in_logits
+        values, rankings, in_pixels, in_logits = (torch.stack(column) for column in zip(*results, strict=True))
+        return values, rankings, in_pixels, in_logits
 
     def _candidate(
         self, n: int, pixels: torch.Tensor, logits: torch.Tensor, index: torch.Tensor | None, prior_weight: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Evaluated:
         pixels, logits = pixels.clone().requires_grad_(), logits.clone().requires_grad_()
         parameters, gradients = self.target.of(n)
         leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
@@ -232,11 +241,13 @@ class SubsetMatching:
         batch = self._gradient(leaves, pixels, probs)
         subset = None if index is None else self._gradient(leaves, pixels[index], probs[index])
         size = len(pixels) if index is None else len(index)
-        value = self._objective(batch, subset, gradients, pixels, size, prior_weight)
+        value, ranking = self._objective(batch, subset, gradients, pixels, size, prior_weight)
         in_pixels, in_logits = torch.autograd.grad(value, [pixels, logits])
-        return value.detach(), in_pixels, in_logits
+        return value.detach(), ranking, in_pixels, in_logits
 
     def _gradient(
         self, leaves: dict[str, torch.Tensor], pixels: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(self.target.loss(leaves, pixels, probs), list(leaves.values()), create_graph=True)
+        loss, wanted = self.target.loss(leaves, pixels, probs), list(leaves.values())
+        # a parameter that is not used has a gradient of zeros, as torch.func's have
+        return torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)

@@ -18,7 +18,8 @@ Box = tuple[torch.Tensor, torch.Tensor]
 class Track:
     """What a step changes besides the candidates.
 
-    As in Breaching, the value that decides is the objective before a step, and what is kept is the point after it.
+    As in Breaching, the value that decides is the objective before a step, and what is kept is the point after it;
+    not so with engines whose steps are long (`LongStepEngine`).
 
     Attributes:
         alive: (N,) candidates that have not failed.
@@ -42,6 +43,10 @@ class Track:
         infinite = torch.full((len(first),), float("inf"), dtype=first.dtype, device=first.device)
         return cls(alive, [p.detach().clone() for p in parameters], infinite, box)
 
+    def forget_values(self) -> None:
+        """Let the next finite value of every candidate count as its best: earlier ones do not compare with it."""
+        self.best_values.fill_(float("inf"))
+
 
 class Advance(NamedTuple):
     """Objective and task loss of every candidate before the step, and which candidates failed in it, (N,) each."""
@@ -59,6 +64,16 @@ class TrackingEngine(CandidateEngine, Protocol):
         """Do what :func:`advance` does."""
 
 
+class LongStepEngine(CandidateEngine, Protocol):
+    """An engine whose step has many iterations, so that the value before it says nothing about the point after it.
+
+    What is kept is the point before the step then, and the last point is looked at once more (:func:`settle`).
+    """
+
+    def rankings(self) -> torch.Tensor:
+        """Return what the present points are ranked by, (N,), as in `StepResult`."""
+
+
 def advancing(engine: CandidateEngine) -> Callable[[int, Track], Advance]:
     """Return the function that takes an iteration with an engine: its own, or :func:`advance`."""
     return engine.advance if isinstance(engine, TrackingEngine) else partial(advance, engine)
@@ -66,15 +81,25 @@ def advancing(engine: CandidateEngine) -> Callable[[int, Track], Advance]:
 
 def advance(engine: CandidateEngine, iteration: int, track: Track) -> Advance:
     """Step the living candidates, project them into the box, keep what improved, freeze what failed at its best."""
-    values, task_losses = engine.step(iteration, track.alive)
+    before = engine.parameters if hasattr(engine, "rankings") else None
+    values, task_losses, rankings, comparable = engine.step(iteration, track.alive)
+    if not comparable:
+        track.forget_values()
     if track.box is not None:
         _project(engine, track.box, None if track.whole else track.alive)  # None: all, which needs no mask
-    _keep_best(engine, values, track)
+    _keep_best(engine, values if rankings is None else rankings, values.isfinite(), track, before)
     failed = track.alive & ~values.isfinite()
     if bool(failed.any()):
         track.alive, track.whole = track.alive & ~failed, False
         engine.overwrite(track.best, failed)
     return Advance(values, task_losses, failed)
+
+
+def settle(engine: CandidateEngine, track: Track) -> None:
+    """After the last step: keep where a `LongStepEngine`'s candidates have arrived, where that is best."""
+    if hasattr(engine, "rankings"):
+        rankings = engine.rankings()
+        _keep_best(engine, rankings, rankings.isfinite(), track)
 
 
 def _project(engine: CandidateEngine, box: Box, where: torch.Tensor | None) -> None:
@@ -87,12 +112,21 @@ def _project(engine: CandidateEngine, box: Box, where: torch.Tensor | None) -> N
     engine.overwrite([torch.clamp(images, *box), *others], where)
 
 
-def _keep_best(engine: CandidateEngine, values: torch.Tensor, track: Track) -> None:
-    """Keep candidates that improved. A step can leave a point that is not finite behind a finite value."""
-    better = track.alive & (values < track.best_values)
+def _keep_best(
+    engine: CandidateEngine,
+    values: torch.Tensor,
+    finite: torch.Tensor,
+    track: Track,
+    points: list[torch.Tensor] | None = None,
+) -> None:
+    """Keep candidates that improved, where they are or at `points`.
+
+    A step can leave a point that is not finite behind a finite value.
+    """
+    better = track.alive & finite & (values < track.best_values)
     if not bool(better.any()):
         return
-    parameters = engine.parameters
+    parameters = engine.parameters if points is None else points
     better &= all_finite(parameters)
     track.best_values = torch.where(better, values, track.best_values)
     for best, parameter in zip(track.best, parameters, strict=True):

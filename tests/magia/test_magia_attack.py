@@ -76,6 +76,18 @@ def test_every_term_and_optimizer_lowers_the_objective(term, rest):
     assert values[-1] < values[0]
 
 
+def test_settings_of_a_subset_term_that_is_off_are_said_to_have_no_effect(caplog):
+    reconstruct("subset.rescaling=ratio", "subset.sel_mode=sigmoid", "subset.sel_k=3", iterations=1)
+    assert (
+        "subset.rescaling=ratio, subset.sel_mode=sigmoid, subset.sel_k=3: no effect with subset.term=none."
+        in caplog.text
+    )
+    caplog.clear()
+    reconstruct("subset.rescaling=ratio", "subset.term=residual", iterations=1)
+    reconstruct(iterations=1)
+    assert "no effect" not in caplog.text
+
+
 def test_relative_weights_are_in_units_of_the_gradients_squared_norm():
     _, shared, _, _ = observed(build_model("lenet_zhu"), 2)
     norm = sum(g.square().sum().item() for g in shared[0]["gradients"])

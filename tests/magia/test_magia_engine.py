@@ -8,7 +8,7 @@ from test_magia_objective import setting
 
 from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Pyramid, Schedule
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm
-from breaching_ext.matching.track import Track, advance
+from breaching_ext.matching.track import Track, advance, settle
 from breaching_ext.regularizers.color_tv import color_total_variation
 
 ONE_GRID = Pyramid((1,), ())
@@ -143,6 +143,74 @@ def test_a_restored_engine_goes_on_bit_for_bit(optimizer):
         second.step(iteration, alive)
     assert all(torch.equal(a, b) for a, b in zip(second.parameters, straight, strict=True))
     assert second.gradient_evaluations == 3 * 5 * 4
+
+
+@pytest.mark.parametrize(("annealing", "expected"), [(Annealing(0.1, 1.0), True), (Annealing(1.0, 0.1), False)])
+def test_points_compare_unless_the_prior_grows(annealing, expected):
+    objective, starts = matching()
+    made, everybody = engine(objective, starts, annealing=annealing, iterations=6), torch.ones(3, dtype=torch.bool)
+    assert [made.step(i, everybody).comparable for i in range(3)] == [True, expected, expected]
+    again = engine(objective, starts, annealing=annealing, iterations=6)
+    again.restore(made.state(), 3)
+    assert again.step(3, everybody).comparable == expected
+
+
+@pytest.mark.parametrize("kind", ["none", "released", "mean", "residual"])
+@pytest.mark.parametrize("method", ["list", "vmap"])
+def test_what_points_are_ranked_by_does_not_know_of_subsets(kind, method):
+    """‖G − g*‖² + tv · TV, which is the objective where there is no subset term; also with a group's term."""
+    plain, (pixels, logits) = matching()
+    other, _ = matching(SubsetTerm(kind, 0.5, "variance"), method)
+    for objective in (plain, other):
+        objective.extra = lambda x: 0.3 * x.square().mean()
+    subsets = torch.tensor([[0, 1, 3], [1, 2, 0], [3, 2, 1]])
+    expected, ranked, *_ = plain(pixels, logits, None, 0.07)
+    values, found, *_ = other(pixels, logits, subsets, 0.07)
+    torch.testing.assert_close(ranked, expected)
+    torch.testing.assert_close(found, expected)
+    assert (kind == "none") == torch.allclose(values, expected)
+
+
+@pytest.mark.parametrize(("kind", "rescaling"), [("mean", "none"), ("residual", "ratio"), ("none", "none")])
+def test_the_best_point_is_the_one_of_the_least_full_batch_objective(kind, rescaling):
+    """With c = S/B, which grows from 1/4 to 1, objectives of early steps are smaller than those of late ones."""
+    objective, starts = matching(SubsetTerm(kind, 0.9, rescaling))
+    options = {"pyramid": ONE_GRID, "annealing": Annealing(0.001), "schedule": Schedule("linear_inc_total")}
+    made = engine(objective, starts, iterations=8, **options)
+    track, seen = Track.start(made.parameters), []
+    for iteration in range(8):
+        before = made.parameters
+        advance(made, iteration, track)
+        seen.append((before, made._rankings))
+    seen.append((made.parameters, made.rankings()))
+    asked = made.gradient_evaluations
+    settle(made, track)
+    assert made.gradient_evaluations == asked + 3
+    least = torch.stack([rankings for _, rankings in seen]).min(dim=0)
+    torch.testing.assert_close(track.best_values, least.values)
+    for n, step in enumerate(least.indices.tolist()):
+        assert all(torch.equal(best[n], point[n]) for best, point in zip(track.best, seen[step][0], strict=True))
+
+
+def test_a_step_that_ends_far_away_does_not_take_the_best_point_with_it():
+    """Without a line search the last move of a step is not looked at before the next step."""
+    objective, starts = matching()
+    made = engine(objective, starts, pyramid=ONE_GRID, iterations=4)
+    track = Track.start(made.parameters)
+    for iteration in range(2):
+        advance(made, iteration, track)
+    good = made.parameters
+    run_optimizer = made._run_optimizer
+
+    def astray(iteration, done):
+        values = run_optimizer(iteration, done)
+        made.overwrite([100.0 * stack for stack in made.parameters])
+        return values
+
+    made._run_optimizer = astray
+    advance(made, 2, track)
+    settle(made, track)
+    assert all(torch.equal(best, point) for best, point in zip(track.best, good, strict=True))
 
 
 def test_annealing_is_geometric_and_can_be_off():

@@ -108,7 +108,7 @@ def test_value_and_gradient_equal_the_slow_version(kind, per_candidate, method, 
     for factor in ("none", "ratio", "variance", 2.5) if method == "list" else ("ratio",):
         term = SubsetTerm(kind, alpha=0.3, rescaling=factor)
         matching = SubsetMatching(target, term, anisotropic_total_variation, method=method)
-        values, in_pixels, in_logits = matching(pixels, logits, subsets, 0.07)
+        values, _, in_pixels, in_logits = matching(pixels, logits, subsets, 0.07)
         for n in range(len(pixels)):
             x, y = pixels[n].clone().requires_grad_(), logits[n].clone().requires_grad_()
             value = slow(target, n, x, y, subsets[n], term, 0.07)
@@ -172,14 +172,14 @@ def test_residual_has_the_value_of_the_scaled_full_term():
 def test_which_subset_terms_are_stationary_at_the_truth(kind, stationary):
     target, x, soft, _, _, subsets = setting()
     matching = SubsetMatching(target, SubsetTerm(kind, alpha=0.0), anisotropic_total_variation, method="list")
-    _, in_pixels, _ = matching(x[None], soft[None], subsets[:1], 0.0)
+    _, _, in_pixels, _ = matching(x[None], soft[None], subsets[:1], 0.0)
     assert (in_pixels.abs().max() < 1e-12) == stationary
 
 
 def test_residual_moves_only_the_subset():
     target, _, _, pixels, logits, subsets = setting(n=1)
     matching = SubsetMatching(target, SubsetTerm("residual", alpha=0.0), anisotropic_total_variation, method="list")
-    _, in_pixels, _ = matching(pixels, logits, subsets, 0.0)
+    _, _, in_pixels, _ = matching(pixels, logits, subsets, 0.0)
     moved = in_pixels[0].flatten(1).abs().amax(dim=1) > 0
     assert set(moved.nonzero().flatten().tolist()) == set(subsets[0].tolist())
 

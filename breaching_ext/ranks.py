@@ -13,12 +13,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .errors import ConfigError
+
+#: How long a process waits for the others before it gives up. One that dies is noticed at once.
+_PATIENCE = timedelta(hours=6)
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +200,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if own:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if _a_gpu_each(device) else "gloo")
+        # the others wait while the first measures and compiles, and in a step for the slowest
+        dist.init_process_group("nccl" if _a_gpu_each(device) else "gloo", timeout=_PATIENCE)
     if dist.is_available() and dist.is_initialized():
         place = device if dist.get_backend() == "nccl" else torch.device("cpu")
         _joined.append(Ranks(dist.get_rank(), dist.get_world_size(), place))

@@ -35,6 +35,7 @@ from breaching_ext.evaluation.figures import save_reconstruction
 from breaching_ext.evaluation.schedules import save_schedules
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, OptimizerOptions, Schedule
+from breaching_ext.matching.magia_optimizer import STEP_SIZES
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
 from breaching_ext.regularizers.color_tv import color_total_variation
 from breaching_ext.run import versions
@@ -134,9 +135,11 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, list[int
         classes = 100
     if args.indices:
         try:
-            indices = [int(text) % len(data) for text in args.indices.split(",")]
+            indices = [int(text) for text in args.indices.split(",")]
         except ValueError:
             sys.exit(f"--indices={args.indices} is not a list of numbers; valid: such as 25,40,3")
+        if not all(0 <= index < len(data) for index in indices):
+            sys.exit(f"--indices={args.indices} is out of range; valid: 0 to {len(data) - 1}")
     else:
         generator = torch.Generator().manual_seed(args.seed)
         indices = torch.randperm(len(data), generator=generator)[: args.batch_size].tolist()
@@ -161,7 +164,7 @@ def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
     target = Target(model, loss_fn, {k: p.detach() for k, p in model.named_parameters()}, gradients)
     start = [0.4 + 0.2 * torch.rand(1, *images.shape, dtype=dtype), torch.randn(1, len(labels), classes, dtype=dtype)]
     search = None if args.line_search == "none" else args.line_search
-    step = args.step_size or (1.0 if args.optimizer == "l-bfgs" else 0.05)
+    step = STEP_SIZES[args.optimizer] if args.step_size is None else args.step_size
     return MagiaEngine(
         SubsetMatching(target, SubsetTerm(args.subset_term, args.alpha, factor(args.rescaling)), color_total_variation),
         start,
@@ -176,6 +179,7 @@ def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
 def optimise(engine: MagiaEngine, args: argparse.Namespace) -> tuple[list[tuple[int, torch.Tensor]], list[float]]:
     """Run to the end or to Ctrl-C; returns snapshots (outer step, images (B, C, H, W)) and the losses."""
     alive, history, losses = torch.ones(1, dtype=torch.bool), [], []
+    finished = engine.parameters  # of the last whole step: within one, a line search stands at points that it tries
     try:
         with tqdm(range(args.n_iter), desc=f"magia {args.sel_mode}", unit="step", disable=None) as bar:
             for iteration in bar:
@@ -183,12 +187,14 @@ def optimise(engine: MagiaEngine, args: argparse.Namespace) -> tuple[list[tuple[
                 if not torch.isfinite(torch.tensor(losses[-1])):
                     print(f"The objective is not finite in outer step {iteration}: stopped at the last finite point.")
                     break
+                finished = engine.parameters
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
                 if iteration % args.checkpoint_every == 0 or iteration == args.n_iter - 1:
                     history.append((iteration, engine.parameters[0][0]))
                     save_point(args.out / "checkpoints" / f"step_{iteration:05d}.pt", engine, iteration)
     except KeyboardInterrupt:
         print(f"Interrupted after {len(losses)} outer steps; keeping what there is.")
+        engine.overwrite(finished)
     return history or [(0, engine.parameters[0][0])], losses
 
 

@@ -370,3 +370,66 @@ def test_lbfgs_counts_its_iterations_and_evaluations(monkeypatch, own_cache, clo
     _, stats = reconstruct(*options, iterations=10)
     assert stats["calibration"]["iterations"] == 10
     assert stats["calibration"]["step_seconds"] == {"list": 2.0, "vmap": 2.0}  # measured, as 200 evaluations
+
+
+def test_a_choice_that_another_process_made_meanwhile_holds(clock, own_cache, monkeypatch):
+    """Jobs of a sweep start together and measure under each other's load."""
+    clock(list=0.5, vmap=2.0)
+    reconstruct()
+    (file,) = own_cache.rglob("*.json")
+    of_the_other = file.read_text()
+    file.unlink()
+    clock(list=2.0, vmap=1.0)
+    measure = build._measure
+
+    def meanwhile(*arguments):
+        found = measure(*arguments)
+        file.write_text(of_the_other)
+        return found
+
+    monkeypatch.setattr(build, "_measure", meanwhile)
+    assert reconstruct()[1]["engine"] == "list"
+    assert file.read_text() == of_the_other
+
+
+@pytest.mark.parametrize("change", ["processor", "version"])
+def test_a_choice_holds_for_the_machine_and_the_version_that_it_was_made_by(clock, monkeypatch, change):
+    clock(list=0.5, vmap=2.0)
+    assert reconstruct()[1]["engine"] == "list"
+    clock(list=2.0, vmap=1.0)
+    if change == "processor":
+        monkeypatch.setattr(calibration, "_processor", lambda: "another")
+    else:
+        monkeypatch.setattr(calibration, "__version__", "99")
+    assert reconstruct()[1]["engine"] == "vmap"
+
+
+def test_a_user_without_a_home(clock, monkeypatch, caplog):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BREACHING_EXT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(calibration.Path, "home", homeless)
+    clock(list=0.5, vmap=2.0)
+    assert reconstruct()[1]["engine"] == "list"
+    assert "BREACHING_EXT_CACHE" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BREACHING_EXT_CACHE", str(tmp_path / "file"))
+    clock(list=0.5, vmap=2.0)
+    assert reconstruct()[1]["engine"] == "list"
+    assert "is not kept" in caplog.text
+
+
+def test_operations_that_cannot_be_timed_are_no_reason_to_stop(clock, monkeypatch):
+    def fail(self, stacks, seconds):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    clock(list=1000.0, vmap=400.0, compiling=40.0)
+    monkeypatch.setattr(StackedEvaluation, "costs", fail)
+    _, stats = reconstruct(candidates=2)
+    assert stats["engine"] == "vmap"
+    assert "cannot be timed (OutOfMemoryError" in stats["calibration"]["reason"]

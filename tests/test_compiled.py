@@ -265,6 +265,26 @@ def test_the_first_form_that_works_stays():
             broken(1)
 
 
+def test_no_other_form_is_tried_where_memory_ran_out():
+    def form():
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        FirstThatWorks([lambda: form, lambda: pytest.fail("tried another form")])()
+
+
+def test_an_update_that_cannot_be_compiled_leaves_the_compiled_evaluation(monkeypatch, traced_only, caplog):
+    def refuse(*arguments):
+        raise SpecialisationError("no update here")
+
+    expected, _ = reconstruct("compile")
+    monkeypatch.setattr("breaching_ext.matching.compiled_engine.CompiledUpdate", refuse)
+    result, stats = reconstruct("compile")
+    assert stats["engine"] == "compile"
+    assert "The optimizer's update is not compiled, because no update here" in caplog.text
+    torch.testing.assert_close(result["candidates"], expected["candidates"], rtol=0, atol=1e-9)
+
+
 def test_compiling_for_a_cpu_does_not_advise_about_cuda(caplog):
     logger = logging.getLogger("torch.utils.cpp_extension")
     before = logger.level

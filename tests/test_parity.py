@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
-from cases import attack_config, build_model, loss, observed, photos
+from cases import MEAN, STD, attack_config, build_model, loss, observed, photos
 from omegaconf import open_dict
 
 from breaching_ext.attacks import JointCandidateAttacker, observe
@@ -217,6 +217,23 @@ def test_frozen_parameters_are_not_matched():
     assert stats["engine"] == "vmap"
     assert (listed["candidates"] - batched["candidates"]).norm() / listed["candidates"].norm() < 1e-8
     assert torch.equal(listed["candidates"], sequential["candidates"])
+
+
+def test_a_parameter_that_is_not_used_has_a_gradient_of_zeros():
+    """A head that the loss does not look at: all three loops agree, and with the model that lacks it."""
+    model = build_model("own")
+    payload, shared, images, labels = observed(model)
+    expected, _ = joint(model, config(), payload, shared, "list")
+    model.unused = torch.nn.Linear(3, 2).double()
+    gradients = [*shared[0]["gradients"], torch.zeros(2, 3).double(), torch.zeros(2).double()]
+    payload, shared = observe(model, gradients, (3, 32, 32), len(images), 8, labels=labels, mean=MEAN, std=STD)
+    listed, _ = joint(model, config(), payload, shared, "list")
+    batched, stats = joint(model, config(), payload, shared, "vmap")
+    sequential, _ = joint(model, config("restarts.parallel_candidates=false"), payload, shared, "auto")
+    assert stats["engine"] == "vmap"
+    for found in (listed, batched, sequential):
+        torch.testing.assert_close(found["candidates"], expected["candidates"], rtol=0, atol=1e-8)
+        torch.testing.assert_close(found["candidate_scores"], expected["candidate_scores"], rtol=1e-6, atol=0)
 
 
 def test_float32_paths_differ_only_by_flipped_signs():

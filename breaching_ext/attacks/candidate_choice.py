@@ -84,7 +84,7 @@ class CandidateChoice:
                 return AnyChannelTotalVariation(self.setup, scale=1.0)(candidate)
         objective = Euclidean() if self.cfg.restarts.scoring == "euclidean" else CosineSimilarity()
         objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
-        match_only_trainable(objective, rec_model, self.loss_fn)
+        match_only_trainable(objective, rec_model, self.loss_fn, shared_data)
         queries = zip(rec_model, shared_data, strict=True)
         values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
         return torch.stack(values).sum().detach()

@@ -154,7 +154,8 @@ class CandidateEngines(KeepsCheckpoint):
         sizes = [[tuple(p.shape) for p in model.parameters()] for model in target.models]
         names = [repr(model) for model in target.models]
         optimizer = str(self.cfg.optim.optimizer).lower()
-        return f"{names} {sizes} {self.objective!r} {self.regularizers} {target.local_hyperparams} {optimizer}"
+        modes = [[model.training for model in target.models], self.cfg.impl.mixed_precision]
+        return f"{names} {sizes} {modes} {self.objective!r} {self.regularizers} {target.local_hyperparams} {optimizer}"
 
     def _init_stack_optimizer(
         self, stacks: list[torch.Tensor]

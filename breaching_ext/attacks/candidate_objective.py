@@ -14,15 +14,19 @@ from ..matching.objectives import gradient_distance
 
 
 def match_only_trainable(
-    objective: Any, rec_models: Sequence[torch.nn.Module], loss_fn: Callable[..., torch.Tensor]
+    objective: Any,
+    rec_models: Sequence[torch.nn.Module],
+    loss_fn: Callable[..., torch.Tensor],
+    shared_data: Sequence[dict[str, Any]],
 ) -> None:
-    """Let an initialised Breaching objective skip parameters that do not require a gradient.
+    """Let an initialised Breaching objective skip parameters that do not require a gradient, or are not used.
 
-    Clients send no gradient for frozen backbones, and Breaching would ask autograd for one. Where nothing is frozen,
-    nothing changes.
+    Clients send no gradient for frozen backbones, and zeros for a head that the loss does not look at; Breaching would
+    ask autograd for both. Where every parameter has a gradient, nothing changes.
     """
     frozen = any(not p.requires_grad for model in rec_models for p in model.parameters())
-    if not frozen or not isinstance(objective, GradientLoss):
+    unused = any(not bool(gradient.any()) for data in shared_data for gradient in data["gradients"])
+    if not (frozen or unused) or not isinstance(objective, GradientLoss):
         return
     hyperparams, mixed = objective.local_hyperparams, objective.cfg_impl.mixed_precision
     updates = {id(model): client_update(model, unscripted(loss_fn), hyperparams, mixed) for model in rec_models}

@@ -24,7 +24,7 @@ from ..matching.heap import keeping_freed_memory
 from ..ranks import Ranks, interrupts
 from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
-from ..regularizers import AnyChannelTotalVariation
+from ..regularizers import AnyChannelTotalVariation, GroupRegularization
 from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
@@ -154,7 +154,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         for regularizer in self.regularizers:
             regularizer.initialize(target.models, target.shared_data, target.labels)
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
-        match_only_trainable(self.objective, target.models, self.loss_fn)
+        match_only_trainable(self.objective, target.models, self.loss_fn, target.shared_data)
         ranks, trials = ranks_of_run(), self.cfg.restarts.num_trials
         start = torch.zeros(target.shape, **self.setup)
         checks.check_augmentations(self.augmentations, start, self.cfg.differentiable_augmentations, self.group)
@@ -164,13 +164,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
             initial_data = initial_data.expand(trials, *target.shape)[own.start : own.stop]
         starts = self._starts(target, streams, initial_data)
         if self.group is not None:
-            if self.group.warmup_iters >= self.cfg.optim.max_iterations > 1:
-                log.warning(
-                    "The group term never sets in: regularization.group_regularization.warmup_iters=%d, but "
-                    "optim.max_iterations=%d.",
-                    *(self.group.warmup_iters, self.cfg.optim.max_iterations),
-                )
-            self.group.prepare(starts[0])
+            self._prepare_group(self.group, starts[0])
             self.group.ranks = ranks
         parts = self._engine_parts(target, starts, streams, dryrun)
         built = self._choose_engine(parts, ranks, dryrun)
@@ -181,6 +175,15 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         self._record(stats, result, engine.name, ranks.number(engine.gradient_evaluations), ranks)
         record_choice(stats, built)
         return result.best[0]
+
+    def _prepare_group(self, group: GroupRegularization, start: torch.Tensor) -> None:
+        if group.warmup_iters >= self.cfg.optim.max_iterations > 1:
+            log.warning(
+                "The group term never sets in: regularization.group_regularization.warmup_iters=%d, but "
+                "optim.max_iterations=%d.",
+                *(group.warmup_iters, self.cfg.optim.max_iterations),
+            )
+        group.prepare(start)
 
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
@@ -216,7 +219,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
 
         def initialize_for_matched(*inner: Any, **named: Any) -> None:
             initialize(*inner, **named)
-            match_only_trainable(self.objective, rec_model, self.loss_fn)
+            match_only_trainable(self.objective, rec_model, self.loss_fn, shared_data)
 
         self.objective.initialize = initialize_for_matched
         try:

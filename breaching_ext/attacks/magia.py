@@ -94,7 +94,8 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             shared_data: what the client answered. It is not modified; labels in it are not looked at.
             server_secrets: Breaching's server.secrets; not used.
             initial_data: start (B, C, H, W) for all candidates or (N, B, C, H, W) for one each, in the network's
-                normalisation; None draws starts, candidate i from seed + i.
+                normalisation; None draws starts, candidate i from seed + i. With pyramid.factors (4, 2, 1) it is
+                averaged to the coarsest grid first.
             dryrun: stop after one outer step.
 
         Returns:
@@ -109,6 +110,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         target, stats, classes = self._prepare(server_payload, shared_data)
         if initial_data is not None:
             checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, target.shape)
+            self._say_grid()
         self._say_sizes(target.shape[0])
         streams = self._streams()
         starts = self._starts(target, streams, initial_data)
@@ -140,7 +142,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         device_shared = self._cast_shared_data(shared)
         labels = torch.zeros(shape[0], dtype=torch.long, device=self.setup["device"])
         with torch.no_grad():
-            output = models[0](torch.zeros(1, *self.data_shape, **self.setup))
+            output = models[0](torch.zeros(shape, **self.setup))  # as many as there are: batch norm may need several
         if output.dim() != 2:
             raise SharedDataError(f"The model's output has shape {tuple(output.shape)}; valid: (B, classes).")
         return Target(models, device_shared, labels, shape), stats, output.shape[1]
@@ -158,6 +160,15 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         if options.schedule.mode == "constk" and not 1 <= options.schedule.k <= batch_size:
             size = options.schedule.size(0, batch_size, steps)
             log.warning("subset.sel_k=%d is outside 1 ... %d; taking %d.", options.schedule.k, batch_size, size)
+
+    def _say_grid(self) -> None:
+        factor = self.options.pyramid.factors[0]
+        if factor > 1:
+            log.warning(
+                "initial_data loses its detail: it is averaged to a grid coarser by %d first; pyramid.factors=[1] "
+                "pyramid.shares=[] starts from it as it is.",
+                factor,
+            )
 
     # -- starts --------------------------------------------------------------------------------------------------
 
@@ -190,7 +201,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         group = self.group if jointly else None
         if group is not None:
             group.initialize(None)
-            group.prepare(starts[0])
+            self._prepare_group(group, starts[0])
         elif self.group is not None:
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
         if not jointly:

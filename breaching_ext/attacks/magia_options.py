@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from ..errors import ConfigError
 from ..matching.magia_engine import Annealing, OptimizerOptions, Pyramid, Schedule
+from ..matching.magia_optimizer import STEP_SIZES
 from ..matching.subset_matching import SubsetTerm
 from ..regularizers.color_tv import anisotropic_total_variation, color_total_variation
 
@@ -27,6 +28,9 @@ _UNUSED: dict[str, Any] = {
     "optim.warmup": 0,
     "optim.grad_clip": None,
     "augmentations": None,
+    "differentiable_augmentations": False,
+    "label_strategy": None,
+    "impl.memory_budget": None,
 }
 #: Breaching's keys that do not go together with this attack's objective, likewise.
 _IMPOSSIBLE: dict[str, Any] = {"normalize_gradients": False, "impl.mixed_precision": False, "impl.JIT": None}
@@ -70,11 +74,11 @@ class MagiaOptions:
         kind = str(prior.get("kind", "color"))
         if kind not in PRIORS:
             raise ConfigError(f"image_prior.kind={kind!r} is unknown; valid: {', '.join(PRIORS)}.")
-        if not float(prior.get("eps", 0.01)) > 0:  # equal neighbours, as on an enlarged grid, have no gradient at 0
-            raise ConfigError(f"image_prior.eps={prior['eps']} is out of range; valid: above 0.")
-        if not float(prior.get("chroma", 5.0)) >= 0:
-            raise ConfigError(f"image_prior.chroma={prior['chroma']} is out of range; valid: 0 or more.")
         try:
+            if not float(prior.get("eps", 0.01)) > 0:  # equal neighbours, as on an enlarged grid, have no gradient at 0
+                raise ConfigError(f"image_prior.eps={prior['eps']} is out of range; valid: above 0.")
+            if not float(prior.get("chroma", 5.0)) >= 0:
+                raise ConfigError(f"image_prior.chroma={prior['chroma']} is out of range; valid: 0 or more.")
             return cls(
                 term=_term(subset),
                 schedule=_schedule(subset),
@@ -89,10 +93,12 @@ class MagiaOptions:
         except ConfigError:
             raise
         except ValueError as error:
+            text = [name for name, value in _values(cfg) if isinstance(value, str) and f"'{value}'" in str(error)]
+            if text and str(error).startswith("could not convert"):
+                raise ConfigError(f"{text[0]}={str(error).split(': ')[-1]} is no number.") from error
             raise ConfigError(str(error)) from error
         except TypeError as error:  # numbers that are empty
-            parts = {part: cfg.get(part) or {} for part in ("subset", "image_prior", "optim", "pyramid")}
-            empty = [f"{part}.{key}" for part, keys in parts.items() for key, value in keys.items() if value is None]
+            empty = [name for name, value in _values(cfg) if value is None]
             raise ConfigError(f"One of {', '.join(empty)} is empty and must be a number ({error}).") from error
 
     @property
@@ -125,6 +131,12 @@ class MagiaOptions:
         return color_total_variation(pixels, self.chroma, self.eps)
 
 
+def _values(cfg: Any) -> list[tuple[str, Any]]:
+    """The attack's own keys with their values."""
+    parts = {part: cfg.get(part) or {} for part in ("subset", "image_prior", "optim", "pyramid")}
+    return [(f"{part}.{key}", value) for part, keys in parts.items() for key, value in keys.items()]
+
+
 def _check_unused(cfg: Any) -> None:
     for key, only in {**_UNUSED, **_IMPOSSIBLE}.items():
         value = OmegaConf.select(cfg, key)
@@ -139,6 +151,12 @@ def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _whole(key: str, value: Any) -> int:
+    if value is not None and int(value) != value:
+        raise ConfigError(f"{key}={value} is not possible; valid: a whole number.")
+    return int(value)
+
+
 def _term(subset: Mapping[str, Any]) -> SubsetTerm:
     factor = subset.get("rescaling", "none")
     factor = factor if isinstance(factor, str) else float(factor)
@@ -148,8 +166,8 @@ def _term(subset: Mapping[str, Any]) -> SubsetTerm:
 def _schedule(subset: Mapping[str, Any]) -> Schedule:
     return Schedule(
         mode=str(subset.get("sel_mode", "constk")),
-        k=int(subset.get("sel_k", 2)),
-        l_iter=int(subset.get("sel_l_iter", 100)),
+        k=_whole("subset.sel_k", subset.get("sel_k", 2)),
+        l_iter=_whole("subset.sel_l_iter", subset.get("sel_l_iter", 100)),
         a=float(subset.get("sig_a", -0.1)),
         b=float(subset.get("sig_b", 200.0)),
         redraw=str(subset.get("redraw", "step")),
@@ -157,11 +175,12 @@ def _schedule(subset: Mapping[str, Any]) -> Schedule:
 
 
 def _optimizer(optim: Mapping[str, Any]) -> OptimizerOptions:
+    name, step_size = str(optim.get("optimizer", "l-bfgs")).lower(), optim.get("step_size")
     return OptimizerOptions(
-        name=str(optim.get("optimizer", "l-bfgs")).lower(),
-        step_size=float(optim.get("step_size", 1.0)),
-        inner_iterations=int(optim.get("inner_iterations", 20)),
-        history_size=int(optim.get("history_size", 100)),
+        name=name,
+        step_size=float(STEP_SIZES.get(name, 1.0) if step_size is None else step_size),
+        inner_iterations=_whole("optim.inner_iterations", optim.get("inner_iterations", 20)),
+        history_size=_whole("optim.history_size", optim.get("history_size", 100)),
         line_search=optim.get("line_search"),
         label_scale=float(optim.get("label_scale", 5.0)),
     )

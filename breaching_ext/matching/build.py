@@ -14,6 +14,7 @@ from .agreement import check_objective
 from .calibration import Calibration
 from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, CandidateObjective, ClosureFactory, GradientRule, OptimizerFactory
+from .evaluation import first_line
 from .list_engine import ListEngine
 from .memory import MemoryPlan, plan_memory
 from .randomness import CandidateStreams
@@ -177,24 +178,28 @@ def _fastest(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     path = calibration.choice_file(_identity(parts, memory)) if parts.identity is not None else None
     known = calibration.remembered(path, BATCHING_MODES[1:]) if path is not None else None
     if known is not None:
-        if known.engine == "list":
-            return _list_engine(parts), known
-        engine = _stacked_engine(known.engine, parts, memory)
-        known.engine = engine.name
-        return engine, known
+        return _as_remembered(known, parts, memory)
     found, calibrated = _measure(parts, memory)
-    if path is not None:
-        calibration.remember(path, calibrated, BATCHING_MODES[1:])
+    kept = calibration.remember(path, calibrated, BATCHING_MODES[1:]) if path is not None else None
+    if kept is not None and kept.engine != found.name:  # another process has measured meanwhile: its choice holds
+        return _as_remembered(kept, parts, memory)
     return found, calibrated
+
+
+def _as_remembered(known: Calibration, parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
+    if known.engine == "list":
+        return _list_engine(parts), known
+    engine = _stacked_engine(known.engine, parts, memory)
+    known.engine = engine.name
+    return engine, known
 
 
 def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
     """What a remembered choice holds for; the number of steps to do counts, because compiling takes a fixed time."""
     shapes = [tuple(start.shape) for start in parts.starts]
     start = parts.starts[0]
-    device = torch.cuda.get_device_name(start.device) if start.device.type == "cuda" else start.device
-    machine = [device, torch.get_num_threads(), torch.__version__]
-    return [parts.identity, shapes, parts.alone, start.dtype, parts.iterations, memory.chunk, *machine]
+    step = [parts.augmentation is not None, parts.random_steps, parts.alone, start.dtype, memory.chunk]
+    return [parts.identity, shapes, *step, parts.iterations, *calibration.machine(start.device)]
 
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
@@ -241,7 +246,12 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float
     expected = calibration.expected_compile_seconds(evaluation.operations, recording, replayed)
     found.expected_compile_seconds = expected
     if calibration.compiling_may_pay(found.step_seconds, found.iterations, expected):
-        costs = evaluation.costs(engine.parameters, calibration.worth_measuring(found.iterations, replayed))
+        seconds = calibration.worth_measuring(found.iterations, replayed)
+        try:
+            costs = evaluation.costs(engine.parameters, seconds)
+        except Exception as error:  # memory may run out (an operation is run in two layouts), or a layout be refused
+            found.reason = f"its operations cannot be timed ({type(error).__name__}: {first_line(error)})"
+            return False
         step = found.expected_step_seconds = calibration.expected_step(replayed, costs)
         if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
             return True

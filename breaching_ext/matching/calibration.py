@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..files import write_json
 from .graph_costs import Costs
 
@@ -176,9 +178,15 @@ def compiling_pays(steps: Mapping[str, float], compiled: float, iterations: int,
     return max(best - compiled, WORTH_A_TRY * best) * iterations > expected_compile
 
 
-def choice_file(parts: Sequence[Any]) -> Path:
-    """Return where the choice for a problem (anything whose text identifies it) is kept."""
-    base = os.environ.get("BREACHING_EXT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def choice_file(parts: Sequence[Any]) -> Path | None:
+    """Return where the choice for a problem (anything whose text identifies it) is kept; None: nowhere."""
+    base: str | Path | None = os.environ.get("BREACHING_EXT_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:  # a user without a home, as in some containers
+            _not_kept(error)
+            return None
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
     return Path(base) / "breaching_ext" / "engines" / f"{digest}.json"
 
@@ -195,10 +203,37 @@ def remembered(path: Path, valid: Sequence[str]) -> Calibration | None:
     return found
 
 
-def remember(path: Path, calibration: Calibration, valid: Sequence[str]) -> None:
-    """Keep a choice for the next run, unless another process has; one that cannot be kept is measured again."""
+def remember(path: Path, calibration: Calibration, valid: Sequence[str]) -> Calibration | None:
+    """Keep a choice for the next run, unless another process has: then return that one's, which holds."""
+    earlier = remembered(path, valid)
+    if earlier is not None:
+        return earlier
     try:
-        if remembered(path, valid) is None:
-            write_json(path, calibration.as_dict())
+        write_json(path, calibration.as_dict())
     except OSError as error:
-        log.debug("The choice of the engine is not kept: %s", error)
+        _not_kept(error)
+    return None
+
+
+def _not_kept(error: Exception) -> None:
+    log.warning(
+        "The choice of the engine is not kept (%s), so the same command may take another one; BREACHING_EXT_CACHE "
+        "says where to.",
+        error,
+    )
+
+
+def machine(device: torch.device) -> list[Any]:
+    """Return what decides which engine is fast besides the problem: device, threads, and versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return [name, torch.get_num_threads(), torch.__version__, __version__]
+
+
+def _processor() -> str:
+    """The processor's name and vector instructions: nodes of a cluster may share a home and not these."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"

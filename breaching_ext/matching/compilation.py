@@ -13,6 +13,7 @@ import torch
 
 from .compile_time import on_a_second_core
 from .evaluation import Evaluate, first_line
+from .memory import is_out_of_memory
 from .tracing import TOLERANCE, SpecialisationError, between, results
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "ind
         SpecialisationError: when torch cannot compile it, or the result differs.
     """
     cuda_graphs = stacks[0].device.type == "cuda" and backend == "inductor"
-    function = compile_once(evaluate, backend, stacks[0].device, cuda_graphs)
     try:
+        function = compile_once(evaluate, backend, stacks[0].device, cuda_graphs)
         difference, allowed = _difference(function, evaluate, stacks)
     except Exception as error:  # dynamo and inductor raise what they like; the eager engine still works
         raise SpecialisationError(f"torch.compile failed ({type(error).__name__}: {first_line(error)})") from error
@@ -145,6 +146,8 @@ class FirstThatWorks:
             try:
                 return self._tried(form, arguments)
             except Exception as error:
+                if is_out_of_memory(error):  # another form would take as much
+                    raise
                 log.debug("Compiling in another way (%s: %s).", type(error).__name__, first_line(error))
         return self._tried(last, arguments)
 

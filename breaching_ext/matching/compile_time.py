@@ -22,7 +22,8 @@ from typing import Any
 #: What the second process runs: a small compilation with the same options, which leaves on disk what a large one needs.
 #: The vector instructions come first, because a large compilation asks for them first.
 _AHEAD = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no temporary folder behind
 import torch
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 pick_vec_isa()

@@ -72,7 +72,12 @@ class CompiledEngine(VmapEngine):
         rule = self._update_rule()
         if rule is None:
             return None
-        return CompiledUpdate(self.parameters, rule, self._rule, Track.start(self.parameters, box), self._backend)
+        track = Track.start(self.parameters, box)
+        try:
+            return CompiledUpdate(self.parameters, rule, self._rule, track, self._backend)
+        except SpecialisationError as error:
+            log.warning("The optimizer's update is not compiled, because %s; the evaluation is.", error)
+            return None
 
     def _update_rule(self) -> UpdateRule | None:
         if self._rule.random or self._augmentation is not None:

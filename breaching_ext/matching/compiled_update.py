@@ -39,8 +39,7 @@ class CompiledUpdate:
         self, stacks: Tensors, rule: UpdateRule, gradient_rule: GradientRule, track: Track, backend: str = "inductor"
     ) -> None:
         self.rule, self._gradient_rule = rule, gradient_rule
-        self._function = compile_once(self._update, backend, stacks[0].device)
-        self._check(stacks, track)
+        self._check(stacks, track, backend)
 
     def __call__(
         self, iteration: int, stacks: Tensors, gradients: Tensors, values: torch.Tensor, track: Track
@@ -84,9 +83,10 @@ class CompiledUpdate:
         alive.copy_(alive & ~failed)
         return failed
 
-    def _check(self, stacks: Tensors, track: Track) -> None:
+    def _check(self, stacks: Tensors, track: Track, backend: str) -> None:
         """Compile, and compare with the same function run eagerly, on copies."""
         try:
+            self._function = compile_once(self._update, backend, stacks[0].device)
             compiled, eager = (self._trial(function, stacks, track) for function in (self._function, self._update))
         except Exception as error:  # dynamo and inductor raise what they like; the eager step still works
             raise SpecialisationError(f"torch.compile failed ({type(error).__name__}: {first_line(error)})") from error

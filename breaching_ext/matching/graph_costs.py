@@ -62,7 +62,7 @@ class _Clock(Interpreter):
         super().__init__(graph)
         kinds = ("all", "light", "as it is", "laid out", "weights")
         self.spent: dict[str, list[float]] = {kind: [] for kind in kinds}
-        self._cuda = device.type == "cuda"
+        self._device = device
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         result, spent = self._timed(target, args, kwargs)
@@ -82,13 +82,15 @@ class _Clock(Interpreter):
             self.spent[name].append(self._timed(target, values, kwargs)[1])  # no result is kept: it may fill the memory
 
     def _timed(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, float]:
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         start = time.perf_counter()
         result = target(*args, **kwargs)
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         return result, time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _channels_last(value: Any) -> Any:

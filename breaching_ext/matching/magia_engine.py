@@ -94,7 +94,8 @@ class MagiaEngine:
         frozen = None if bool(alive.all()) else [stack.detach().clone() for stack in self._stacks]
         before = self._asked()
         self._rankings = None
-        values = self._run_optimizer(iteration, done)
+        # the learning rate is 0 at the end of the run, not before its last step
+        values = self._run_optimizer(iteration, iteration / self.iterations if progress is None else progress)
         asked = self._asked() - before
         self.gradient_evaluations += asked
         self.full_gradients += asked * self.evaluation_cost
@@ -185,7 +186,7 @@ class MagiaEngine:
             return torch.where(self._failed, float("nan"), values)
         first: torch.Tensor | None = None
         for inner in range(self.options.inner_iterations):
-            now = done + inner / self.options.inner_iterations / max(self.iterations, 1)
+            now = done + inner / self.options.inner_iterations / self.iterations
             lr = self.options.step_size * 0.5 * (1.0 + math.cos(math.pi * min(now, 1.0)))
             self._optimizer.param_groups[0]["lr"] = lr
             values = closure()

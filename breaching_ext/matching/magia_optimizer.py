@@ -8,7 +8,10 @@ import torch
 
 from .lbfgs import BatchedLBFGS
 
-__all__ = ["OptimizerOptions"]
+__all__ = ["STEP_SIZES", "OptimizerOptions"]
+
+#: What users get who name an optimizer and no step size.
+STEP_SIZES = {"l-bfgs": 1.0, "adam": 0.05}
 
 
 @dataclass(frozen=True)

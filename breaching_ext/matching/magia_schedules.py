@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..selection import subset_size
@@ -50,15 +51,18 @@ class Annealing:
         first: weight at the start; None keeps `last` throughout.
 
     Raises:
-        ValueError: for a negative weight, or a geometric run to or from 0.
+        ValueError: for a weight that is negative or not finite, or a geometric run to or from 0.
     """
 
     last: float
     first: float | None = None
 
     def __post_init__(self) -> None:
-        if self.last < 0 or (self.first is not None and (self.first <= 0 or self.last <= 0)):
-            raise ValueError(f"prior weights first={self.first}, last={self.last}; valid: above 0 (last=0 alone: off).")
+        weights = [self.last] if self.first is None else [self.last, self.first]
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or (self.first is not None and 0 in weights):
+            raise ValueError(
+                f"prior weights first={self.first}, last={self.last}; valid: numbers above 0 (last=0 alone: off)."
+            )
 
     def times(self, factor: float) -> Annealing:
         """The same course with every weight multiplied by a positive factor."""

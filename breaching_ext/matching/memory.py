@@ -9,7 +9,6 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
+from ..free_ram import free_ram
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ _WORKSPACE = 1.75
 #: Copies of a candidate that exist besides an evaluation: itself, best, gradient, moments, box, frozen.
 _COPIES = 8
 _UNITS = {"": 1, **{p + u: f**e for u, f in (("B", 1000), ("iB", 1024)) for e, p in enumerate("KMGT", 1)}, "B": 1}
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def parse_bytes(value: int | str | None) -> int | None:
@@ -63,26 +62,8 @@ def free_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    ram = _free_ram()
+    ram = free_ram()
     return None if ram is None else ram // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _free_ram() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    for name in _CGROUP_LIMITS:  # a container's limit, where it has one
-        try:
-            free = min(free, int(Path(name).read_text(encoding="ascii")) - _resident())
-        except (OSError, ValueError):
-            continue
-    return max(free, 0)
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

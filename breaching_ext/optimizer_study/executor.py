@@ -9,7 +9,6 @@ loses where one member keeps the processor busy on its own (the full convolution
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..free_ram import free_ram
 from .config import require_choice
 from .stacked import flushed_denormals
 from .training import Cell, SequentialRun, StackedRun, TrainingTask
@@ -220,7 +220,5 @@ def _activation_numbers(task: TrainingTask) -> int:
 
 def _free_memory() -> int:
     """Free memory of the machine in bytes (a guess of 4 GiB where the system does not say)."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 4 * 2**30
+    free = free_ram()
+    return 4 * 2**30 if free is None else free

@@ -33,7 +33,7 @@ class ActiveFactor:
         rows = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
         valid = mask.gather(1, rows)
         cholesky = K.new_empty(len(rows), count, count).mT  # the layout that LAPACK writes
-        step = len(rows) if K.is_cuda else max(1, CACHED // max(count * count, 1))
+        step = max(1, len(rows)) if K.is_cuda else max(1, CACHED // max(count * count, 1))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             cholesky[part] = _factor(K, rows[part], valid[part])

@@ -6,6 +6,8 @@ updates", IEEE TAC 2022.
 
 from __future__ import annotations
 
+from typing import Any
+
 import daqp
 import numpy as np
 
@@ -29,6 +31,10 @@ class WarmStartedSides:
         self._general = np.ascontiguousarray(R[len(Q) :] if simple_bounds else R)
         self._model: daqp.Model | None = None
         self._upper: Array | None = None  # the bounds that the solver holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without a warm start: it lives in C."""
+        return {**self.__dict__, "_model": None, "_upper": None}
 
     def find(self, c: Array, lower: Array, upper: Array) -> tuple[Array, int]:
         """Return the sides (1 upper, -1 lower, 0 not active, (p,)) and daqp's exit flag, 1 where they are found.

@@ -113,7 +113,16 @@ class BatchedQP:
         if len(solution.margin):
             tolerance = SIGN_TOLERANCE * (1.0 + float(solution.y.abs().max()))
             self.single.warn_kink(float(solution.margin.min()), tolerance)
-        return self._kkt(solution.factor, v, torch.zeros_like(solution.signed))
+        a, b = self._kkt(solution.factor, v, torch.zeros_like(solution.signed))
+        off = _most((a @ self.R.T).abs().div(self.norms).masked_fill(solution.side == 0, 0.0))
+        sound = off <= SIGN_TOLERANCE * (v @ self.Q_inverse).abs().amax(
+            dim=1
+        )  # not so with a failed factor, whose numbers are not finite
+        for member in (~sound).nonzero()[:, 0].tolist():
+            index = solution.side[member].nonzero()[:, 0]
+            one, other = self.single.adjoint_on(index.cpu().numpy(), v[member].cpu().numpy())
+            a[member], b[member] = self._to(one), torch.zeros_like(b[member]).index_copy(0, index, self._to(other))
+        return a, b
 
     def row_values(self, signed: Tensor, side: Tensor) -> Tensor:
         """Spread values b over two-sided rows (N, p) over the rows of G, in the orientation of G: (N, m)."""
@@ -199,14 +208,25 @@ class BatchedQP:
         mask = side != 0
         bound = torch.where(side > 0, upper, lower).masked_fill(~mask, 0.0)
         y, signed = self._kkt(factor, -c, bound)
-        Ry = y @ self.R.T
+        Ry, off = self._off_bounds(y, bound, mask)
+        rough = off > SIGN_TOLERANCE * (1.0 + y.abs().amax(dim=1))
+        if bool(rough.any()):  # y is a small difference of large numbers there
+            dy, ds = self._kkt_once(factor, -c - y @ self.Q - signed @ self.R, bound - Ry)
+            y, signed = torch.where(rough[:, None], y + dy, y), torch.where(rough[:, None], signed + ds, signed)
+            Ry, off = self._off_bounds(y, bound, mask)
         slack = torch.minimum(upper - Ry, Ry - lower) / self.norms
         opposite = (upper - lower) / self.norms
         gaps = torch.where(mask, torch.minimum(signed * side * self.norms, opposite), slack)
         lag = (y @ self.Q + c + signed @ self.R).abs().amax(dim=1)
         residual = lag / (1.0 + c.abs().amax(dim=1) + _most(signed.abs()))
+        residual = torch.maximum(residual, off / (1.0 + y.abs().amax(dim=1)))
         margin = gaps.amin(dim=1) if gaps.shape[1] else torch.full_like(residual, torch.inf)
         return BatchedSolution(y, side, signed, margin, residual, 0, factor)
+
+    def _off_bounds(self, y: Tensor, bound: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return R y (N, p), and how far active rows are from their bounds at most, (N,)."""
+        Ry = y @ self.R.T
+        return Ry, _most((Ry - bound).abs().div(self.norms).masked_fill(~mask, 0.0))
 
     def _certified(self, c: Tensor, solution: BatchedSolution) -> Tensor:
         """Return which members hold up: KKT signs with room to spare, small residual, sound factor, (N,)."""

@@ -92,7 +92,7 @@ def cvxpy_lower_level(
         program.solve(solver=solver, **options)
     if program.status in ("infeasible", "infeasible_inaccurate"):
         raise InfeasibleError(f"no y satisfies A x + B y ≤ b at this x: CVXPY reports {program.status}")
-    if y.value is None:
+    if y.value is None or program.status not in ("optimal", "optimal_inaccurate"):
         raise NotCertifiedError(f"CVXPY reports {program.status} for the lower level; try another solver")
     return np.asarray(y.value, dtype=float)
 

@@ -119,6 +119,8 @@ class BilevelDescent(ABC):
         """
         if iterations < 1:
             raise SSIGDError(f"iterations={iterations} must be at least 1")
+        if checkpoint_every < 1:
+            raise SSIGDError(f"checkpoint_every={checkpoint_every} must be at least 1")
         settings = {**self.settings(iterations), "x0": None if x0 is None else x0.tolist()}
         rng = np.random.default_rng(self.seed)
         resumed = None if checkpoint is None else load_checkpoint(checkpoint, settings)

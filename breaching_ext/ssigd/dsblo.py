@@ -97,9 +97,20 @@ def theorem_parameters(epsilon: float, radius: float, variance: float, lipschitz
 
     Returns:
         The parameters by their names in DSBLO (Algorithm 1, "Input").
+
+    Raises:
+        SSIGDError: a value that is not positive (the variance may be 0), or an ε so small or large that β is not in
+            (0, 1).
     """
+    if not (epsilon > 0 and radius > 0 and lipschitz > 0 and variance >= 0):
+        raise SSIGDError(
+            f"epsilon={epsilon}, radius={radius}, lipschitz={lipschitz} must be positive and variance={variance} not "
+            "negative"
+        )
     scale = math.sqrt(variance) + 2.0 * lipschitz
     beta = 1.0 - epsilon**2 / (960.0 * (variance + 2.0 * lipschitz**2))
+    if not 0.0 < beta < 1.0:
+        raise SSIGDError(f"epsilon={epsilon} makes beta={beta}; valid: an epsilon for which beta lies within (0, 1)")
     window = math.log(32.0 * scale / epsilon) / -math.log(beta)
     gamma1 = window / radius
     return {"beta": beta, "gamma1": gamma1, "gamma2": 4.0 * gamma1 * scale}

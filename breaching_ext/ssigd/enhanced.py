@@ -87,6 +87,8 @@ class EnhancedSSIGD:
             A dict with x_final, losses, grad_norms, final_loss, final_grad_norm, final_gradient_norm,
             iterations, method, and the full `result`.
         """
+        if T < 1:
+            raise SSIGDError(f"T={T} must be at least 1")
         if not beta > 0:
             raise SSIGDError(f"beta={beta} must be positive")
         if diminishing:

@@ -63,14 +63,17 @@ def certified_finish(
         max_gradients: most gradients to spend, default 50.
 
     Raises:
-        SSIGDError: f is not linear in y, Q_upper is singular, or there is no point.
+        SSIGDError: f is not linear in y, Q_upper is singular, or there is no point, or no gradient left for the model.
         NotCertifiedError: the model was not solved.
     """
     check_finish(problem)
     planes: dict[tuple[int, ...], tuple[Array, float]] = {}
-    values = [_add_plane(problem, x.detach().to("cpu", torch.float64).numpy(), planes) for x in points]
-    if not values:
+    starts = [x.detach().to("cpu", torch.float64).numpy() for x in points]
+    if not starts:
         raise SSIGDError("expected at least one point")
+    if not len(starts) < max_gradients:
+        raise SSIGDError(f"expected 1 to {max_gradients - 1} points for max_gradients={max_gradients}")
+    values = [_add_plane(problem, x, planes) for x in starts]
     objective, best = min(values, key=lambda value: value[0])
     spent, bound = len(values), -np.inf
     while spent < max_gradients and objective - bound > tolerance:
@@ -84,6 +87,9 @@ def certified_finish(
 
 def check_finish(problem: QuadraticBilevelProblem) -> None:
     """Raise SSIGDError where the finish does not apply: f is not linear in y, or Q_upper is singular."""
+    base = QuadraticBilevelProblem
+    if type(problem).upper_objective is not base.upper_objective:
+        raise SSIGDError(f"{type(problem).__name__} has an upper objective of its own; the finish knows the quadratic")
     if bool(problem.Q_upper_y.any()) or bool(problem.R.any()):
         raise SSIGDError("expected f linear in y: Q_upper_y and R must be zero")
     if not float(np.linalg.eigvalsh(problem.arrays.hessian)[0]) > 0:

@@ -74,6 +74,7 @@ def batched_implicit_gradient(
         The gradients, (N, n), float64, on `device`.
     """
     device = torch.device(device)
+    _check_shapes(problem, x, q)
     count = x.shape[0] if x.ndim == 2 else (q.shape[0] if q is not None and q.ndim == 2 else 1)
     x = x.detach().cpu().to(torch.float64).expand(count, problem.dim)
     q = None if q is None else q.detach().cpu()
@@ -86,6 +87,18 @@ def batched_implicit_gradient(
     if problem.coupled_constraints:
         gradient = gradient - batched.row_values(b, solution.side) @ problem.A.to(device)
     return gradient
+
+
+def _check_shapes(problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None) -> None:
+    counts: set[int] = set()
+    for name, value, width in (("x", x, problem.dim), ("q", q, problem.dim_lower)):
+        if value is None:
+            continue
+        if value.ndim not in (1, 2) or value.shape[-1] != width:
+            raise SSIGDError(f"{name} has shape {tuple(value.shape)}; expected ({width},) or (N, {width})")
+        counts.update(value.shape[:-1])
+    if len(counts) > 1:
+        raise SSIGDError(f"there are {x.shape[0]} points x and {len(q) if q is not None else 0} perturbations q")
 
 
 def smoothed_gradient(

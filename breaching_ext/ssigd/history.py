@@ -108,7 +108,13 @@ def load_checkpoint(path: str | Path, settings: dict[str, Any]) -> tuple[Snapsho
     """
     if not Path(path).exists():
         return None
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        complete = {"settings", "snapshot", "history"} <= set(data)
+    except (ValueError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"checkpoint={path} is not a checkpoint; delete it or change the path")
     if data["settings"] != json.loads(json.dumps(_plain(settings))):
         raise ValueError(f"checkpoint={path} belongs to a run with other settings; delete it or change the path")
     raw = data["snapshot"]
@@ -130,7 +136,9 @@ class BilevelResult:
         x_last, x_average, x_best: the last iterate, the weighted average, and the iterate of the lowest
             logged objective, (n,) each.
         objectives: F at these points, by the same names without "x_".
-        history: a list for each of SERIES, one entry an iteration. objective: F(x) at the unperturbed y*;
+        history: a list for each of SERIES, one entry an iteration. objective: F(x) at the unperturbed y* after
+            the iteration; gradient_norm, momentum_norm, margin and violation belong to the point that it started
+            from (DS-BLO: that it drew its gradient at);
             seconds: time spent in the algorithm so far, without this log; active_changes: rows that entered
                 or left the active
             set since the last iteration; margin: strict-complementarity margin; violation: of A x + B y ≤ b.

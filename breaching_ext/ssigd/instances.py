@@ -64,8 +64,8 @@ def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
         raise SSIGDError("expected a diagonal Q_lower, constraints y ≤ b, c_upper < 0 and f linear in y")
     d = diagonal.numpy()
     H = np.zeros((n + p, n + p))
-    H[:n, :n] = problem.Q_upper.numpy()
-    f = np.r_[-problem.Q_upper.numpy() @ problem.x_target.numpy(), problem.c_upper.numpy()]
+    H[:n, :n] = problem.arrays.hessian
+    f = np.r_[-problem.arrays.hessian @ problem.x_target.numpy(), problem.c_upper.numpy()]
     # daqp wants a positive definite Hessian; the solve on the active rows below removes this regularisation.
     H[n:, n:] = 1e-9 * np.eye(p)
     rows = np.c_[problem.P.numpy().T, np.diag(d)]

@@ -19,6 +19,8 @@ from breaching_ext.ssigd.solution import Index
 # double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
 # grows to about 1e-16 times the condition number.
 REFINE_ABOVE = 1e3
+#: Steps of a refinement at most; it ends where they no longer halve.
+MOST_REFINEMENTS = 10
 
 
 class KKTSystem:
@@ -80,13 +82,16 @@ class KKTSystem:
     ) -> tuple[Array, Array]:
         """Return a solution on the rows `index` improved by residuals in extended precision; arguments as above."""
         Q, R = self._long
-        for _ in range(3):
+        last = np.inf
+        for _ in range(MOST_REFINEMENTS):
             lag = r - Q @ y - R[index].T @ signed
             gap = e - R[index] @ y
             dy, ds = self._once(index, lag.astype(float), gap.astype(float), factor)
             y, signed = y + dy, signed + ds
-            if np.abs(dy).max() <= 1e-16 * np.abs(y).max():
+            size = np.abs(dy).max()
+            if size <= 1e-16 * np.abs(y).max() or size > 0.5 * last:
                 break
+            last = size
         return y, signed
 
     def stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:

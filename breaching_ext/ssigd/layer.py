@@ -7,17 +7,49 @@ differences and no unrolling, so its accuracy is that of a linear solve in float
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from breaching_ext.ssigd.batched import BatchedQP, BatchedSolution
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.qp import ParametricQP
 from breaching_ext.ssigd.solution import QPSolution
+
+
+class _Final(torch.autograd.Function):
+    """The identity, whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("QPLayer has no second derivatives: its gradient cannot be differentiated again")
+
+
+def _first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Let differentiating a gradient raise, whatever the loss.
+
+    torch's `once_differentiable` raises only where the cotangent depends on something; with a loss that is linear in y
+    it does not, and the gradient would pass as a constant, although it depends on Q and G.
+    """
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *grads: Any) -> tuple:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        final = iter(_Final.apply(*(r.detach().requires_grad_() for r in results if r is not None)))
+        return tuple(None if r is None else next(final) for r in results)
+
+    return first
 
 
 class _SingleQP(torch.autograd.Function):
@@ -27,11 +59,11 @@ class _SingleQP(torch.autograd.Function):
     def forward(ctx: Any, Q: Tensor, G: Tensor, c: Tensor, h: Tensor, layer: QPLayer) -> Tensor:
         ctx.qp = layer.single()
         ctx.solution = layer.last_solution = ctx.qp.solve(c.detach().cpu().numpy(), h.detach().cpu().numpy())
-        ctx.device = c.device
-        return torch.from_numpy(ctx.solution.y).to(c.device)
+        ctx.devices = [value.device for value in (Q, G, c, h)]
+        return torch.from_numpy(ctx.solution.y.copy()).to(c.device)  # the certificate's own stays as it is
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         solution: QPSolution = ctx.solution
         a, b = ctx.qp.adjoint(solution, grad.cpu().numpy())
@@ -47,7 +79,8 @@ class _SingleQP(torch.autograd.Function):
             grad_h = np.zeros(solution.rows)
             grad_h[solution.active] = b
         grads = (grad_Q, grad_G, -a if wanted[2] else None, grad_h)
-        return (*(None if g is None else torch.from_numpy(g).to(ctx.device) for g in grads), None)
+        placed = zip(grads, ctx.devices, strict=True)
+        return (*(None if g is None else torch.from_numpy(g).to(device) for g, device in placed), None)
 
 
 class _BatchedQP(torch.autograd.Function):
@@ -55,11 +88,12 @@ class _BatchedQP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, G: Tensor, c: Tensor, h: Tensor, qp: BatchedQP) -> tuple[Tensor, BatchedSolution]:
+        ctx.devices = [value.device for value in (Q, G, c, h)]
         ctx.qp, ctx.solution = qp, qp.solve(c, h)
         return ctx.solution.y.clone(), ctx.solution
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         qp, s = ctx.qp, ctx.solution
         a, b = qp.adjoint(s, grad)
@@ -72,7 +106,8 @@ class _BatchedQP(torch.autograd.Function):
             grad_G = -(qp.row_values(s.signed, s.side).T @ a) - qp.row_values(b, s.side).T @ s.y
         if wanted[3]:
             grad_h = qp.row_values(b, s.side)
-        return grad_Q, grad_G, -a if wanted[2] else None, grad_h, None
+        grads = (grad_Q, grad_G, -a if wanted[2] else None, grad_h)
+        return (*(None if g is None else g.to(device) for g, device in zip(grads, ctx.devices, strict=True)), None)
 
 
 def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
@@ -152,7 +187,10 @@ class QPLayer(nn.Module):
             return _SingleQP.apply(self.Q.to(torch.float64), self.G.to(torch.float64), c, h, self)
         if max(c.ndim, h.ndim) != 2:
             raise SSIGDError(f"c has {c.ndim} and h {h.ndim} dimensions; expected 1 or 2 (a batch)")
-        count = c.shape[0] if c.ndim == 2 else h.shape[0]
+        counts = {value.shape[0] for value in (c, h) if value.ndim == 2}
+        count = max(counts) if 0 not in counts else 0
+        if counts - {1, count} or 0 in (c.ndim, h.ndim):
+            raise SSIGDError(f"c of shape {tuple(c.shape)} and h of shape {tuple(h.shape)} are not of one batch")
         c, h = c.expand(count, -1), h.expand(count, -1)
         batched = self.batched(c.device)
         y, self.last_solution = _BatchedQP.apply(self.Q.to(torch.float64), self.G.to(torch.float64), c, h, batched)

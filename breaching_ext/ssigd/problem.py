@@ -177,6 +177,7 @@ class QuadraticBilevelProblem:
 
     def solve_lower_level(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """Return y*(x), differentiable in x and q, for x of shape (n,) or (N, n): (p,) or (N, p)."""
+        x, q = x.to(torch.float64), None if q is None else q.to(torch.float64)
         return self.layer(self.linear_term(x, q), self.right_hand_side(x))
 
     def certified_solution(self, x: Numbers, q: Numbers | None = None) -> QPSolution:
@@ -200,7 +201,7 @@ class QuadraticBilevelProblem:
 
 
 def _array(value: Numbers) -> Array:
-    return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+    return value if isinstance(value, np.ndarray) else value.detach().to("cpu", torch.float64).numpy()
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

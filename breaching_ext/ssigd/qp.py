@@ -152,8 +152,28 @@ class ParametricQP:
         if warn:
             self.warn_kink(solution.margin, SIGN_TOLERANCE * (1.0 + np.abs(solution.y).max()))
         index, side, factor = solution.work
-        a, b, _ = self.kkt.solve(index, v, np.zeros(len(index)), factor)
+        a, b = self.adjoint_on(index, v, factor)
         return a, b * side
+
+    def adjoint_on(self, index: Index, v: Array, factor: Array | None = None) -> tuple[Array, Array]:
+        """Solve the adjoint system on the two-sided rows `index`; b is positive on the upper side.
+
+        Raises:
+            NotCertifiedError: R_W a is not zero: the active rows are too nearly dependent.
+        """
+        zeros = np.zeros(len(index))
+        a, b, factor = self.kkt.solve(index, v, zeros, factor)
+        reach = np.abs(self.kkt.Q_inverse @ v).max(initial=0.0)  # of a where nothing is active
+        if self._off_rows(a, index) > SIGN_TOLERANCE * reach:
+            a, b = self.kkt.refined(index, v, zeros, a, b, factor)
+            off = self._off_rows(a, index)
+            if not off <= RESIDUAL_TOLERANCE * reach:
+                raise NotCertifiedError(f"the gradient leaves the active rows by {off:.3g}; they are nearly dependent")
+        return a, b
+
+    def _off_rows(self, a: Array, index: Index) -> float:
+        """Return by how much a leaves the active rows at most; exactly it does not."""
+        return float((np.abs(self.R.take(index, 0) @ a) / self.kkt.norms[index]).max(initial=0.0))
 
     def _slacks(self, y: Array, index: Index, lower: Array, upper: Array) -> tuple[Array, Array, float]:
         """Return R y, each row's distance to its nearer bound, and how far active rows are from theirs at most."""

@@ -54,7 +54,8 @@ class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
             "c_upper": 2.0 * rng.standard_normal(p), "Q_lower": random_spd(rng, p, condition),
             "c_lower": rng.standard_normal(p), "P": coupling * rng.standard_normal((dim, p)) / np.sqrt(dim),
         }  # fmt: skip
-        rows = 0 if constraints == "box" else num_constraints or max(1, dim // 2)
+        coupled = max(1, dim // 2) if num_constraints is None else num_constraints
+        rows = 0 if constraints == "box" else coupled
         A = 0.3 * coupling * rng.standard_normal((rows, dim)) / dim
         B = rng.standard_normal((rows, p)) / np.sqrt(p)
         b = x_bound * np.abs(A).sum(axis=1) + rng.uniform(0.02, 0.2, rows)

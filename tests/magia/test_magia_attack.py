@@ -5,9 +5,9 @@ from __future__ import annotations
 import breaching
 import pytest
 import torch
-from cases import MEAN, STD, attack_config, build_model, loss, observed
+from cases import MEAN, STD, attack_config, build_model, loss, observed, photos
 
-from breaching_ext.attacks import MagiaAttacker
+from breaching_ext.attacks import MagiaAttacker, observe
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.matching.candidate_order import GroupAnyOrder, aligned_to
@@ -213,6 +213,16 @@ def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
         ("image_prior.weight=-1", "last=-1"),
         ("image_prior.eps=0", "image_prior.eps=0"),
         ("image_prior.chroma=-1", "image_prior.chroma=-1"),
+        ("image_prior.chroma=null", r"image_prior.chroma.* is empty"),
+        ("image_prior.eps=little", "image_prior.eps='little' is no number"),
+        ("image_prior.weight=nan", "last=nan"),
+        ("image_prior.anneal_from=inf", "first=inf"),
+        ("optim.inner_iterations=2.5", r"optim.inner_iterations=2.5 is not possible; valid: a whole number"),
+        ("subset.sel_k=2.7", "subset.sel_k=2.7"),
+        ("pyramid.factors=[2.5,2,1]", "whole numbers"),
+        ("+impl.memory_budget=4GiB", "memory_budget=4GiB has no effect on magia"),
+        ("label_strategy=yin", "label_strategy=yin has no effect"),
+        ("differentiable_augmentations=true", "differentiable_augmentations=True has no effect"),
         ("optim.inner_iterations=0", "optim.inner_iterations=0"),
         ("optim.history_size=0", "optim.history_size=0"),
         ("optim.step_size=0", "optim.step_size=0"),
@@ -231,6 +241,36 @@ def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
 def test_bad_options_are_named_before_anything_is_computed(override, text):
     with pytest.raises(ConfigError, match=text):
         attacker(override)
+
+
+def test_each_optimizer_has_its_own_step_size():
+    assert attacker().options.optimizer.step_size == 1.0
+    assert attacker("optim.optimizer=adam").options.optimizer.step_size == 0.05
+    assert attacker("optim.optimizer=adam", "optim.step_size=0.2").options.optimizer.step_size == 0.2
+
+
+@pytest.mark.parametrize("options", [["restarts.num_trials=1"], ["restarts.num_trials=2"]])
+def test_a_parameter_that_the_loss_does_not_use(options):
+    """Its gradient is zeros; candidates are stepped one by one or stacked, and scored by Breaching's objective."""
+    model = build_model("own")
+    model.unused = torch.nn.Linear(3, 2).double()
+    images, labels = photos(2)
+    gradients = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(model(images), labels), list(model.parameters()), allow_unused=True
+    )
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)]
+    payload, shared = observe(model, gradients, (3, 32, 32), 2, 8, mean=MEAN, std=STD)
+    result, _ = attacker(*options, model=model).reconstruct(payload, shared)
+    assert result["data"].isfinite().all()
+    assert result["candidate_scores"].isfinite().all()
+
+
+def test_a_start_is_said_to_lose_its_detail_on_a_coarse_grid(caplog):
+    *_, images, _ = reconstruct(iterations=1)
+    reconstruct("pyramid.factors=[1]", "pyramid.shares=[]", iterations=1, start=images)
+    assert "detail" not in caplog.text
+    reconstruct(iterations=1, start=images)
+    assert "averaged to a grid coarser by 4" in caplog.text
 
 
 def test_what_is_off_is_not_refused():

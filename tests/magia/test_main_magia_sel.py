@@ -117,6 +117,8 @@ def test_the_published_scripts_options_mean_the_same(published, ours, command):
         (["--rescaling", "0"], "rescaling=0.0"),
         (["--rescaling", "binomial"], "none, ratio, variance"),
         (["--indices", "1,two"], "indices"),
+        (["--indices", "1,100000"], "out of range"),
+        (["--step_size", "0"], "step_size=0"),
     ],
 )
 def test_bad_options_end_in_one_line(options, text, command, capsys):

@@ -1,5 +1,8 @@
 """QPLayer: gradcheck in all four inputs, batches against loops, caching."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -199,3 +202,50 @@ def test_batch_reports_the_margins_of_the_single_solver(seed, dim, kind):
     single = ParametricQP(Q.numpy(), G.numpy())
     margins = [single.solve(ci, hi).margin for ci, hi in zip(c.numpy(), h.numpy(), strict=True)]
     np.testing.assert_allclose(BatchedQP(single).solve(c, h).margin.numpy(), margins, atol=1e-11)
+
+
+def test_what_is_done_to_the_result_in_place_does_not_reach_the_gradient():
+    Q, G = torch.tensor([[2.0, 0.3], [0.3, 1.0]], dtype=torch.float64), torch.cat([torch.eye(2), -torch.eye(2)])
+    c = torch.tensor([-3.0, 0.5], dtype=torch.float64)
+    gradients = []
+    for move in (lambda y: y.sub_(7.0), lambda y: y - 7.0):
+        layer = QPLayer(torch.nn.Parameter(Q.clone()), G)
+        move(layer(c, torch.ones(4))).square().sum().backward()
+        gradients.append(layer.Q.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_second_derivatives_raise_for_a_loss_that_is_linear_too(batch):
+    """The cotangent of y depends on nothing then, but the gradient depends on Q."""
+    layer = QPLayer(torch.nn.Parameter(torch.eye(2, dtype=torch.float64)), torch.eye(2))
+    c = torch.full((*batch, 2), -0.5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(c, torch.ones(2)).sum(), c, create_graph=True)
+    assert torch.equal(gradient, torch.full_like(c, -1.0))
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.square().sum().backward()
+
+
+def test_copies_and_pickles_of_a_layer_that_was_used():
+    layer = QPLayer(torch.eye(2), torch.cat([torch.eye(2), -torch.eye(2)]))
+    c = torch.tensor([-3.0, 0.5])
+    expected = layer(c, torch.ones(4))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(c, torch.ones(4)), expected)
+
+
+@pytest.mark.parametrize(("c", "h"), [((3, 2), (2, 2)), ((2, 2), ()), ((), (3, 2)), ((0, 2), (3, 2))])
+def test_shapes_that_are_no_batch(c, h):
+    with pytest.raises(SSIGDError, match="shape"):
+        QPLayer(torch.eye(2), torch.eye(2))(torch.zeros(c), torch.ones(h))
+
+
+def test_a_batch_of_one_goes_with_several():
+    layer, c, h = (
+        QPLayer(torch.eye(2), torch.eye(2)),
+        torch.tensor([[-3.0, 0.5]]),
+        torch.tensor([[1.0, 1], [2, 1], [9, 1]]),
+    )
+    expected = torch.stack([layer(c[0], row) for row in h])
+    assert torch.equal(layer(c, h), expected)
+    assert torch.equal(layer(h, c.abs()), torch.stack([layer(row, c[0].abs()) for row in h]))

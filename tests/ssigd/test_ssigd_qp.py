@@ -5,10 +5,12 @@ from itertools import combinations
 import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breaching_ext.ssigd import (
+    BatchedQP,
     DegenerateError,
     InfeasibleError,
     LICQError,
@@ -236,6 +238,40 @@ def test_nearly_opposite_rows_hold_at_both():
     c[:2] = -3.0
     solution = ParametricQP(np.eye(n), G).solve(c, h)
     np.testing.assert_allclose(solution.y[:2], [1.0, 0.5], atol=1e-6)
+
+
+def test_a_batch_with_large_linear_terms_is_on_its_bounds():
+    rng = np.random.default_rng(0)
+    single = ParametricQP(random_spd(rng, 20, 10), np.vstack([np.eye(20), -np.eye(20)]))
+    c = torch.from_numpy(rng.normal(size=(40, 20)) * 10.0 ** rng.uniform(3, 8, (40, 1)))
+    solution = BatchedQP(single).solve(c, torch.ones(40, 40, dtype=torch.float64))
+    assert solution.fallbacks < 10
+    assert bool((solution.residual <= 1e-12).all())
+    assert float((solution.y.abs() - 1.0)[solution.side != 0].abs().max()) <= 2e-12
+    for row, y in zip(c, solution.y, strict=True):
+        np.testing.assert_allclose(y, single.solve(row, np.ones(40)).y, atol=1e-11)
+
+
+@pytest.mark.parametrize("tilt", [1e-6, 1e-7, 3e-8])
+def test_the_gradient_at_nearly_opposite_rows(tilt):
+    """Both active rows fix the first two variables: a is zero, and b solves a two by two system."""
+    n = 100
+    pair = np.array([[1.0, 0.0], [-1.0, tilt]])
+    G = np.vstack([np.eye(n), -np.eye(n), np.r_[pair[1], np.zeros(n - 2)]])
+    h, c, v = np.r_[1.0, np.full(2 * n - 1, 10.0), -1.0 + 0.5 * tilt], np.zeros(n), np.zeros(n)
+    c[:2], v[:2] = -3.0, (0.3, 1.0)
+    expected = np.linalg.solve(pair.T, v[:2])
+    single = ParametricQP(np.eye(n), G)
+    solution = single.solve(c, h)
+    assert solution.active.tolist() == [0, 2 * n]
+    a, b = single.adjoint(solution, v)
+    np.testing.assert_allclose(a, 0.0, atol=1e-9)
+    np.testing.assert_allclose(b, expected, rtol=1e-9)
+    batched = BatchedQP(single)
+    many = batched.solve(*(torch.from_numpy(np.stack([value, value])) for value in (c, h)))
+    a, b = batched.adjoint(many, torch.from_numpy(np.stack([v, v])))
+    np.testing.assert_allclose(a, 0.0, atol=1e-9)
+    np.testing.assert_allclose(batched.row_values(b, many.side)[0][[0, 2 * n]], expected, rtol=1e-9)
 
 
 def test_widths_of_a_failed_solve_are_not_kept():

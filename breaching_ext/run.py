@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from .errors import ConfigError
 from .evaluation import Evaluation, assign, evaluate, to_images
@@ -131,7 +131,8 @@ def _save_candidate_sheet(
     best = int(scores.argmin())
     # attacks that do not know labels put each candidate's images in an order of its own
     candidates = torch.stack([c[assign(c, candidates[best])] for c in candidates])
-    marks = [" (chosen)" if i == best and not of_consensus else "" for i in range(len(candidates))]
+    chosen = not of_consensus and bool(scores[best].isfinite())  # else nothing was: the result is zeros
+    marks = [" (chosen)" if i == best and chosen else "" for i in range(len(candidates))]
     names = [
         f"candidate {i}{mark}\nscore {s:.3g}" for i, (mark, s) in enumerate(zip(marks, scores.tolist(), strict=True))
     ]
@@ -247,7 +248,8 @@ def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
     if output_dir is not None and training is not None and not training.get("checkpoint_path"):
         training.checkpoint_path = str(Path(output_dir) / "training.pt")
     if output_dir is not None and impl.get("checkpoint_every") and not impl.get("checkpoint_path"):
-        impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
+        with open_dict(impl):  # a config of Breaching's has no such key
+            impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
 
 
 def _labels_known(cfg: Any) -> bool:

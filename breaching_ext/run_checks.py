@@ -27,6 +27,11 @@ def check_values(cfg: Any) -> None:
     for key, value, least in (("seed", cfg.seed, 0), ("case.user.num_data_points", cfg.case.user.num_data_points, 1)):
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value} is not possible; valid: {least}, {least + 1}, {least + 2}, ...")
+    if cfg.case.user.user_type == "local_update" and not cfg.case.user.get("provide_local_hyperparams"):
+        raise ConfigError(
+            "case.user.provide_local_hyperparams=false: the update of several steps would be matched as one gradient, "
+            "whose sign is the opposite, and nothing would leak; valid: true."
+        )
     if cfg.case.user.user_type == "multiuser_aggregate":
         raise ConfigError(
             "case.user.user_type=multiuser_aggregate: Breaching's server keeps one client's images of several to "

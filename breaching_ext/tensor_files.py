@@ -26,7 +26,7 @@ def read_tensors(path: str | os.PathLike, name: str, what: str, keys: Iterable[s
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ConfigError(f"{name}={path} is not {what}; remove it or name another file.") from error
     if keys and not (isinstance(content, dict) and set(keys) <= set(content)):
         raise ConfigError(f"{name}={path} is not {what}; remove it or name another file.")

@@ -45,6 +45,10 @@ def attack(model, payload, shared, *overrides, **more):
         (["+regularization.magic.scale=1"], ["regularization", "magic", "total_variation"]),
         (["optim.callback=0"], ["optim.callback", "0"]),
         (["regularization.total_variation.scale=null"], ["regularization.total_variation.scale", "None"]),
+        (["regularization.total_variation.scale=-1"], ["regularization.total_variation.scale", "-1"]),
+        (["optim.langevin_noise=null"], ["optim.langevin_noise", "None"]),
+        (["optim.warmup=null"], ["optim.warmup", "None"]),
+        (["impl.dtype=float33"], ["impl.dtype", "float33"]),
         (["+regularization.group_regularization.warmup_iter=5"], ["warmup_iter", "warmup_iters"]),
         (["regularization.group_regularization.aligner=magic"], ["aligner", "magic", "ransac_flow"]),
     ],
@@ -148,6 +152,21 @@ def test_more_inferred_labels_than_images():
         attack(*without_labels(-0.01), "label_strategy=bias-corrected")
 
 
+def test_labels_of_another_last_layer():
+    """A normalisation behind a frozen head: channels are no classes."""
+    model, payload, shared = without_labels()
+    payload[0]["metadata"].classes = 1
+    with pytest.raises(SharedDataError, match="of 1 classes"):
+        attack(model, payload, shared, "label_strategy=yin")
+
+
+def test_a_folder_in_the_place_of_a_checkpoint(tmp_path):
+    model, payload, shared = build_model("own"), *observed(build_model("own"))[:2]
+    options = ("impl.checkpoint_every=1", f"impl.checkpoint_path={tmp_path}")
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        attack(model, payload, shared, *options)
+
+
 def test_labels_of_a_model_without_a_last_bias():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, bias=False)).double()
     images, labels = torch.rand(2, 3, 2, 2, dtype=torch.float64), torch.tensor([1, 3])
@@ -170,6 +189,8 @@ def test_observing_incomplete_or_training(caplog):
     gradients = [torch.zeros_like(p) for p in model.parameters()]
     with pytest.raises(SharedDataError, match="lacks data_per_step, labels"):
         observe(model, gradients, (2,), 2, 2, local_hyperparams={"steps": 2, "lr": 0.1})
+    with pytest.raises(SharedDataError, match="mean and std belong together"):
+        observe(model, gradients, (2,), 2, 2, mean=[0.5, 0.5])
     assert not caplog.records
     observe(model, gradients, (2,), 2, 2)
     assert "training mode" in caplog.text
@@ -184,6 +205,7 @@ def test_observing_incomplete_or_training(caplog):
         (["case.impl.dtype=float33"], ["case.impl.dtype", "float33"]),
         (["seed=null"], ["seed", "None"]),
         (["case.user.num_data_points=4.0"], ["num_data_points", "4.0"]),
+        (["case/user=local_updates", "case.user.provide_local_hyperparams=false"], ["provide_local_hyperparams"]),
         (["case/user=multiuser_aggregate", "case.user.user_range=[0,3]"], ["multiuser_aggregate", "local_update"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hydra.types import RunMode
 from PIL import Image
 
 from breaching_ext import cli
-from breaching_ext.run import _save_candidate_sheet
+from breaching_ext.registration import register
+from breaching_ext.run import _save_candidate_sheet, run
 
 
 def breaching_ext(root, cwd, *overrides: str, home: str = "") -> subprocess.CompletedProcess:
@@ -158,4 +160,19 @@ def test_the_candidates_picture_shows_the_consensus_where_that_is_the_result(mon
     assert ["chosen" in name for name in found["names"]] == [False, False, False, True]
     _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
     assert ["chosen" in name for name in found["names"]] == [False, True, False, False]
+    nothing = {**tensors, "candidate_scores": torch.full((3,), float("inf"))}
+    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], nothing, None, None, "")
+    assert not any("chosen" in name for name in found["names"])
+    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
     torch.testing.assert_close(found["last"].float(), candidates.mean(dim=0), atol=1e-5, rtol=0)
+
+
+def test_a_fishing_server(tmp_path):
+    """The server singles out one image; pictures and candidates have the whole batch's places."""
+    options = ["case/server=malicious-fishing", "case.model=cnn6", "attack.optim.max_iterations=2"]
+    register()
+    with initialize_config_module("breaching.config", version_base="1.3"):
+        cfg = compose("breaching_ext", overrides=options)
+    result = run(cfg, tmp_path)
+    assert result.reconstruction["candidates"].shape[1:] == result.true_data["data"].shape
+    assert (tmp_path / "candidates.png").exists()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from breaching_ext.attacks import JointCandidateAttacker
+from breaching_ext.attacks.candidate_choice import Target
 from breaching_ext.errors import ConfigError
 from breaching_ext.regularizers import ALIGNERS, AnyChannelTotalVariation, GroupRegularization, align, aligners
 from breaching_ext.regularizers.group import registered_consensus
@@ -206,3 +207,60 @@ def test_maps_are_estimated_by_older_scikit_image_too(works):
 
     found = aligners._estimated(Older, "source", "target")
     assert (found.given == ("source", "target")) if works else found is None
+
+
+def choice(*overrides: str, labels: torch.Tensor, candidates: torch.Tensor):
+    """What the attack would choose of these candidates, scored by their distance from the consensus."""
+    options = ["restarts.scoring=registered-group-regularization", *overrides]
+    attacker = JointCandidateAttacker(build_model("own"), loss(), attack_config("joint_candidates", options), SETUP)
+    attacker.dm, attacker.ds = torch.zeros(()).double(), torch.ones(()).double()
+    shared = [{"metadata": {"local_hyperparams": None}}]
+    return attacker._conclude(candidates, Target([], shared, labels, list(candidates.shape[1:])), {})
+
+
+def test_images_of_one_label_are_averaged_in_one_order():
+    """Which of two images with the same label is which, the averaged gradient does not say."""
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([2, 5, 2, 7])
+    candidates = torch.stack([images, images[[2, 1, 0, 3]], images])
+    found = choice("restarts.output=consensus", labels=labels, candidates=candidates)
+    torch.testing.assert_close(found["data"], images)
+    torch.testing.assert_close(found["candidate_scores"], torch.zeros(3).double(), atol=1e-20, rtol=0)
+    fixed = choice("restarts.output=consensus", labels=torch.arange(4), candidates=candidates)  # all labels differ
+    assert not torch.allclose(fixed["data"], images, atol=1e-2)
+
+
+def test_the_aligner_holds_where_the_pull_is_off(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "breaching_ext.attacks.candidate_choice.registered_consensus",
+        lambda candidates, aligner: (seen.append(aligner), registered_consensus(candidates))[1],
+    )
+    key = "regularization.group_regularization"
+    options = ("restarts.output=consensus", f"{key}.scale=0", f"{key}.aligner=phase_correlation")
+    choice(*options, labels=torch.arange(2), candidates=torch.rand(3, 2, 3, 8, 8).double())
+    assert set(seen) == {"phase_correlation"}
+
+
+def test_what_may_mislead_is_said(caplog):
+    model = build_model("own")
+    payload, shared, *_ = observed(model, 2)
+    shared[0]["metadata"]["labels"][1] = shared[0]["metadata"]["labels"][0]
+    cfg = attack_config("joint_candidates", ["regularization.group_regularization.scale=0.1"], 1)
+    JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
+    assert "Labels repeat" in caplog.text
+    caplog.clear()
+    options = ["restarts.scoring=registered-group-regularization", "restarts.num_trials=2"]
+    payload, shared, *_ = observed(model, 2)
+    JointCandidateAttacker(model, loss(), attack_config("joint_candidates", options, 1), SETUP).reconstruct(
+        payload, shared
+    )
+    assert "says nothing about 2 candidates" in caplog.text
+    assert "Labels repeat" not in caplog.text
+
+
+def test_text_has_no_images_to_align():
+    cfg = attack_config("joint_candidates", ["regularization.group_regularization.aligner=ransac"])
+    attacker = JointCandidateAttacker(build_model("own"), loss(), cfg, SETUP)
+    with pytest.raises(ConfigError, match=r"aligner=ransac aligns images.*valid: none"):
+        attacker._prepare_group(attacker.group, torch.zeros(4, 2, 16, 96))

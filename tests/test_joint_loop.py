@@ -52,6 +52,11 @@ def test_a_failing_candidate_is_frozen_and_named_and_the_others_go_on(batching, 
     assert stats["candidate_failures"] == {1: 0}
     assert "Candidate 1" in caplog.text
     assert torch.isinf(result["candidate_scores"][1])
+    for scoring in ("registered-group-regularization", "TV"):  # which would be finite for a start, too
+        options = [*overrides, f"restarts.scoring={scoring}", "restarts.output=consensus"]
+        scored, _ = attack(model, payload, shared, options, initial_data=starts)
+        assert scored["candidate_scores"].isfinite().tolist() == [True, False, True]
+        torch.testing.assert_close(scored["data"], scored["candidates"][[0, 2]].mean(dim=0))
     assert torch.allclose(result["candidates"][[0, 2]], alone["candidates"], atol=1e-12)
     assert stats["Trial_1_Val"] == []
     assert len(stats["Trial_0_Val"]) == 8
@@ -333,3 +338,10 @@ def test_a_case_that_names_a_normalisation_and_does_not_use_it():
     result, _ = attack(model, payload, shared)
     assert result["data"].min() >= 0
     assert result["data"].max() <= 1
+
+
+def test_a_checkpoint_without_a_place_is_said_to_have_no_effect(caplog):
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    attack(model, payload, shared, ["impl.checkpoint_every=2"])
+    assert "no effect without impl.checkpoint_path" in caplog.text

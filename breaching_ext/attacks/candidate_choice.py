@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
 
+from ..matching.candidate_order import aligned_within
 from ..ranks import current as ranks_of_run
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from .candidate_objective import match_only_trainable
@@ -48,28 +49,49 @@ class CandidateChoice:
 
     def _conclude(self, candidates: torch.Tensor, target: Target, stats: dict) -> dict[str, torch.Tensor]:
         """Score the candidates and choose the output; the ground truth plays no part in either."""
-        scores = self._score_candidates(candidates, target)
+        never = [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]  # still at their start
+        scores = self._score_candidates(candidates, target, never)
         best = self._select_optimal_reconstruction(list(candidates), scores, stats)
         if self.cfg.restarts.get("output", "best") == "consensus":
-            best = self._consensus(candidates[scores.isfinite()] if scores.isfinite().any() else candidates)
+            ordered = self._in_one_order(candidates, target)
+            best = self._consensus(ordered[scores.isfinite()] if scores.isfinite().any() else ordered)
         return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
 
     def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
-        consensus, _ = registered_consensus(candidates, self.group.aligner if self.group else "none")
+        options = (self.cfg.regularization or {}).get("group_regularization") or {}  # also where its scale is 0
+        consensus, _ = registered_consensus(candidates, options.get("aligner", "none"))
         box = self._box()
         return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
 
-    def _score_candidates(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
-        """Return a score for every candidate, (N,) on the CPU, lower is better; infinite where it is not finite."""
+    def _in_one_order(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
+        """Return candidates (N, B, C, H, W) whose images of one label stand in the first finite candidate's order.
+
+        The averaged gradient does not say which of two images with the same label is which. Local steps do.
+        """
+        if target.labels is None or target.labels.dim() != 1 or target.local_hyperparams is not None:
+            return candidates
+        reference = next((c for c in candidates if bool(c.isfinite().all())), candidates[0])
+        return torch.stack([c[aligned_within(reference, c, target.labels)] for c in candidates])
+
+    def _score_candidates(self, candidates: torch.Tensor, target: Target, never: Sequence[int] = ()) -> torch.Tensor:
+        """Return a score for every candidate, (N,) on the CPU, lower is better.
+
+        It is infinite where it is not finite, and for candidates that were never evaluated to a finite number.
+        """
         if self.cfg.restarts.scoring == "registered-group-regularization":
-            finite = candidates[candidates.flatten(1).isfinite().all(dim=1)]
+            candidates = self._in_one_order(candidates, target)
+            sound = candidates.flatten(1).isfinite().all(dim=1)
+            sound[list(never)] = False
+            finite = candidates[sound]
             centre = self._consensus(finite) if len(finite) else candidates[0]
             scores = (candidates - centre).pow(2).flatten(1).mean(dim=1)
         else:
             ranks = ranks_of_run()
             own = [self._score_trial(candidates[n], target.labels, *target[:2]) for n in ranks.share(len(candidates))]
             scores = ranks.collect(torch.stack(own).detach(), len(candidates))
-        return torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
+        scores = torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
+        scores[list(never)] = float("inf")
+        return scores
 
     def _score_trial(
         self,

@@ -84,6 +84,8 @@ class CandidateEngines(KeepsCheckpoint):
         """Return where the run keeps its state; None where the config does not ask for it, or for a single step."""
         ranks, self._kept = ranks or Ranks(), None
         every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
+        if every and not path and not dryrun:
+            log.warning("impl.checkpoint_every=%d has no effect without impl.checkpoint_path.", every)
         if not every or not path or dryrun:
             return None
         evaluated = [model for model in target.models if not model.training]  # the others go by the batch's statistics

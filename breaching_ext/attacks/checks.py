@@ -46,6 +46,13 @@ def check_config(cfg: Any) -> None:
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
     _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)
+    for name, least in (("langevin_noise", 0.0), ("warmup", 0)):
+        value = optim.get(name, least)
+        if not isinstance(value, (int, float)) or not value >= least:
+            raise ConfigError(f"optim.{name}={value} is not possible; valid: a number from {least}.")
+    dtype = getattr(torch, str(cfg.impl.dtype), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"impl.dtype={cfg.impl.dtype} is not possible; valid: float, double, float32, ...")
     _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
     _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
     _check_option("optim.signed", optim.signed or "none", SIGNS)
@@ -55,9 +62,9 @@ def check_config(cfg: Any) -> None:
     for key in cfg.regularization or ():
         _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
         scale = (cfg.regularization[key] or {"scale": 0}).get("scale")
-        if not isinstance(scale, (int, float)):
+        if not isinstance(scale, (int, float)) or not scale >= 0:
             raise ConfigError(
-                f"regularization.{key}.scale={scale} is not possible; valid: a number, 0 to switch it off."
+                f"regularization.{key}.scale={scale} is not possible; valid: a number from 0, which switches it off."
             )
 
 

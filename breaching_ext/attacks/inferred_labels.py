@@ -39,11 +39,17 @@ def infer_labels(
             return told
     try:
         labels = infer()
-    except (IndexError, RuntimeError, TypeError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise SharedDataError(
             f"label_strategy={strategy} cannot infer labels here ({str(error).splitlines()[0]}); it needs a last layer "
             "with a bias. Give the labels, or take another strategy."
         ) from error
+    classes = server_payload[0]["metadata"].get("classes")
+    if images and labels is not None and classes and len(labels) and int(labels.max()) >= classes:
+        raise SharedDataError(
+            f"label_strategy={strategy} found label {int(labels.max())} of {classes} classes: the last gradients are "
+            "not those of the classifying layer. Give the labels, or let that layer come last."
+        )
     if images and labels is not None and labels.shape != (number,):
         raise SharedDataError(
             f"label_strategy={strategy} found {labels.shape[0]} labels for {number} images; valid: another one (yin "

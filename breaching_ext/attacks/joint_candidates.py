@@ -19,7 +19,7 @@ from breaching.attacks.auxiliaries.regularizers import TotalVariation, regulariz
 from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from omegaconf import OmegaConf, open_dict
 
-from ..errors import SharedDataError
+from ..errors import ConfigError, SharedDataError
 from ..matching.heap import keeping_freed_memory
 from ..ranks import Ranks, interrupts
 from ..ranks import current as ranks_of_run
@@ -122,6 +122,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         if initial_data is not None:
             checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
         target = Target(rec_models, shared, labels, shape)
+        self._say_what_may_mislead(target)
         jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)
         reconstruction = self._conclude(candidates, target, stats)
@@ -176,7 +177,27 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         record_choice(stats, built)
         return result.best[0]
 
+    def _say_what_may_mislead(self, target: Target) -> None:
+        """Warn of a choice, or a group, that means less than it seems."""
+        labels, trials = target.labels, self.cfg.restarts.num_trials
+        if self.group is not None and trials > 1 and labels.dim() == 1 and len(labels.unique()) < len(labels):
+            log.warning(
+                "Labels repeat: nothing fixes the order of images with one label, so image k of one candidate may be "
+                "another photo in the next, and the group term compares them all the same."
+            )
+        if self.cfg.restarts.scoring == "registered-group-regularization" and trials < 3:
+            log.warning(
+                "restarts.scoring=registered-group-regularization says nothing about %d candidate%s; valid: euclidean, "
+                "cosine-similarity.",
+                *(trials, "s" if trials > 1 else ""),
+            )
+
     def _prepare_group(self, group: GroupRegularization, start: torch.Tensor) -> None:
+        if group.aligner != "none" and start.dim() != 5:
+            raise ConfigError(
+                f"regularization.group_regularization.aligner={group.aligner} aligns images, and candidates have "
+                f"{start.dim() - 1} dimensions; valid: none."
+            )
         if group.warmup_iters >= self.cfg.optim.max_iterations > 1:
             log.warning(
                 "The group term never sets in: regularization.group_regularization.warmup_iters=%d, but "
@@ -272,7 +293,11 @@ def _fill_in_class_attack(reconstruction: dict, secrets: dict) -> dict:
     """Put the images that a fishing server (Breaching's ClassAttack) singled out back into their batch."""
     if "ClassAttack" not in secrets:
         return reconstruction
-    secret, target = secrets["ClassAttack"], reconstruction["data"]
-    data = target.new_zeros(secret["true_num_data"], *target.shape[1:])
-    data[secret["target_indx"]] = target
-    return {**reconstruction, "data": data, "labels": secret["all_labels"]}
+    secret = secrets["ClassAttack"]
+    filled = {}
+    for name, axis in (("data", 0), ("candidates", 1)):
+        images = reconstruction[name].transpose(0, axis)
+        all_of_them = images.new_zeros(secret["true_num_data"], *images.shape[1:])
+        all_of_them[secret["target_indx"]] = images
+        filled[name] = all_of_them.transpose(0, axis)
+    return {**reconstruction, **filled, "labels": secret["all_labels"]}

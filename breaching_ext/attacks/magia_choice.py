@@ -21,7 +21,7 @@ class MagiaChoice:
     cfg: Any
     _select_optimal_reconstruction: Callable[..., torch.Tensor]
     _consensus: Callable[[torch.Tensor], torch.Tensor]
-    _score_candidates: Callable[[torch.Tensor, Target], torch.Tensor]
+    _score_candidates: Callable[..., torch.Tensor]
     _score_trial: Callable[..., torch.Tensor]
 
     def _finish(

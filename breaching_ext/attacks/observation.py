@@ -45,12 +45,14 @@ def observe(
         (server_payload, shared_data), each a list with one entry, one query to the client.
 
     Raises:
-        SharedDataError: for `local_hyperparams` without one of its keys.
+        SharedDataError: for `local_hyperparams` without one of its keys, or a mean without a deviation.
     """
     if local_hyperparams is not None:
         lacking = {"steps", "data_per_step", "lr", "labels"} - set(local_hyperparams)
         if lacking:
             raise SharedDataError(f"local_hyperparams lacks {', '.join(sorted(lacking))}.")
+    if (mean is None) != (std is None):
+        raise SharedDataError("mean and std belong together; valid: both or neither (0 and 1 change nothing).")
     if model.training and any(True for _ in model.buffers()):
         log.warning(
             "The model is in training mode and has buffers: its gradient is matched as in evaluation mode, with the "

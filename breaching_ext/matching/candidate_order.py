@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ..regularizers import GroupRegularization
 
-__all__ = ["GroupAnyOrder", "aligned_to"]
+__all__ = ["GroupAnyOrder", "aligned_to", "aligned_within"]
 
 
 def aligned_to(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -27,6 +27,21 @@ def aligned_to(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor
     worst = 1.0 + (float(finite.max()) if len(finite) else 0.0)
     _, columns = linear_sum_assignment(cost.nan_to_num(nan=worst, posinf=worst).numpy())
     return torch.as_tensor(columns, device=candidate.device)
+
+
+def aligned_within(reference: torch.Tensor, candidate: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Order (B,) in which `candidate`'s images are nearest to `reference`'s, changed among images of one label only.
+
+    Args:
+        reference, candidate: images (B, C, H, W).
+        labels: (B,), which fix the order of images with different labels.
+    """
+    order = torch.arange(len(labels), device=candidate.device)
+    for label in labels.unique():
+        places = (labels == label).nonzero()[:, 0].to(candidate.device)
+        if len(places) > 1:
+            order[places] = places[aligned_to(reference[places], candidate[places])]
+    return order
 
 
 class GroupAnyOrder(GroupRegularization):

@@ -146,6 +146,15 @@ def without_labels(bias_gradient=None, **more):
     return model, payload, shared
 
 
+def test_statistics_inside_a_model_do_not_go_with_local_steps():
+    model = build_model("ResNet20")
+    labels = torch.tensor([1, 2])
+    steps = {"labels": [labels, labels], "steps": 2, "data_per_step": 2, "lr": 0.1}
+    payload, shared, *_ = observed(model, local_hyperparams=steps)
+    with pytest.raises(ConfigError, match=r"DeepInversion compares.*deep_inversion.scale=0"):
+        attack(model, payload, shared, "+regularization.deep_inversion={scale: 0.1, first_bn_multiplier: 10}")
+
+
 def test_more_inferred_labels_than_images():
     """Noise on the gradient makes bias gradients of absent classes negative, and Breaching takes them all."""
     with pytest.raises(SharedDataError, match="label_strategy=bias-corrected found"):

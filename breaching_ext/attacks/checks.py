@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from breaching.attacks.auxiliaries.objectives import objective_lookup
-from breaching.attacks.auxiliaries.regularizers import regularizer_lookup
+from breaching.attacks.auxiliaries.regularizers import DeepInversion, FeatureRegularization, regularizer_lookup
 
 from ..errors import ConfigError, SharedDataError, unknown
 from ..matching import BATCHING_MODES
@@ -154,6 +154,20 @@ def check_augmentations(
     if group is not None:
         raise ConfigError(
             f"{sizes}, which cannot be compared with the consensus; valid: regularization.group_regularization.scale=0."
+        )
+
+
+def check_local_steps(regularizers: Sequence[Any], local_hyperparams: Any) -> None:
+    """Refuse regularizers that look into the model together with several local steps, which run in copies of it.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    names = [type(r).__name__ for r in regularizers if isinstance(r, (DeepInversion, FeatureRegularization))]
+    if local_hyperparams is not None and names:
+        raise ConfigError(
+            f"{', '.join(names)} compares what is inside the model, which changes from local step to local step; "
+            "valid: regularization.deep_inversion.scale=0 and regularization.features.scale=0."
         )
 
 

@@ -109,6 +109,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
 
         Raises:
             SharedDataError: for shared data that do not fit the model, before the loop starts.
+            ConfigError: for a config that does not go together with them.
         """
         payload, shared = _as_list(server_payload), _as_list(shared_data)
         modality = payload[0]["metadata"].get("modality", "vision")
@@ -122,6 +123,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         if initial_data is not None:
             checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
         target = Target(rec_models, shared, labels, shape)
+        checks.check_local_steps(self.regularizers, target.local_hyperparams)
         self._say_what_may_mislead(target)
         jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)

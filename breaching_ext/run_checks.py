@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from .attacks.checks import check_dtype
 from .errors import ConfigError
 from .ranks import current as ranks_of_run
 
@@ -21,9 +20,7 @@ def check_values(cfg: Any) -> None:
             f"case.data.modality={cfg.case.data.modality}: breaching-ext evaluates images; valid: vision. Text attacks "
             "run through Breaching's own scripts, which know our attacks as well."
         )
-    dtype = getattr(torch, str(cfg.case.impl.dtype), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"case.impl.dtype={cfg.case.impl.dtype} is not possible; valid: float, double, float32, ...")
+    check_dtype("case.impl.dtype", cfg.case.impl.dtype)
     for key, value, least in (("seed", cfg.seed, 0), ("case.user.num_data_points", cfg.case.user.num_data_points, 1)):
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value} is not possible; valid: {least}, {least + 1}, {least + 2}, ...")

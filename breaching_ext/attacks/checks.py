@@ -50,9 +50,7 @@ def check_config(cfg: Any) -> None:
         value = optim.get(name, least)
         if not isinstance(value, (int, float)) or not value >= least:
             raise ConfigError(f"optim.{name}={value} is not possible; valid: a number from {least}.")
-    dtype = getattr(torch, str(cfg.impl.dtype), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"impl.dtype={cfg.impl.dtype} is not possible; valid: float, double, float32, ...")
+    check_dtype("impl.dtype", cfg.impl.dtype)
     _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
     _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
     _check_option("optim.signed", optim.signed or "none", SIGNS)
@@ -66,6 +64,13 @@ def check_config(cfg: Any) -> None:
             raise ConfigError(
                 f"regularization.{key}.scale={scale} is not possible; valid: a number from 0, which switches it off."
             )
+
+
+def check_dtype(key: str, name: Any) -> None:
+    """Raise ConfigError where `name` is not one of torch's floating types."""
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"{key}={name} is not possible; valid: float, double, float32, ...")
 
 
 def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:
@@ -168,6 +173,28 @@ def check_local_steps(regularizers: Sequence[Any], local_hyperparams: Any) -> No
         raise ConfigError(
             f"{', '.join(names)} compares what is inside the model, which changes from local step to local step; "
             "valid: regularization.deep_inversion.scale=0 and regularization.features.scale=0."
+        )
+
+
+def warn_of_choice(restarts: Any, labels: torch.Tensor, group: Any) -> None:
+    """Warn of a group term, or a choice, that means less than it seems.
+
+    Args:
+        restarts: the config's part.
+        labels: (B,) of images, or (B, ...) of text.
+        group: the group term, or None.
+    """
+    trials = restarts.num_trials
+    if group is not None and trials > 1 and labels.dim() == 1 and len(labels.unique()) < len(labels):
+        log.warning(
+            "Labels repeat: nothing fixes the order of images with one label, so image k of one candidate may be "
+            "another photo in the next, and the group term compares them all the same."
+        )
+    if restarts.scoring == "registered-group-regularization" and trials < 3:
+        log.warning(
+            "restarts.scoring=registered-group-regularization says nothing about %d candidate%s; valid: euclidean, "
+            "cosine-similarity.",
+            *(trials, "s" if trials > 1 else ""),
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ..errors import ConfigError, SharedDataError
 from ..matching.heap import keeping_freed_memory
-from ..ranks import Ranks, interrupts
+from ..ranks import Ranks
 from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization
@@ -32,13 +31,14 @@ from .candidate_objective import match_only_trainable
 from .inferred_labels import infer_labels
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
+from .sequential_trials import SequentialTrials
 
 log = logging.getLogger(__name__)
 
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
-class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBasedAttacker):
+class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice, OptimizationBasedAttacker):
     """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
 
     Args:
@@ -54,7 +54,6 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
     cfg: Any
     augmentations: torch.nn.Sequential
     regularizers: list[Any]
-    _closure_calls = 0
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
             checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
         target = Target(rec_models, shared, labels, shape)
         checks.check_local_steps(self.regularizers, target.local_hyperparams)
-        self._say_what_may_mislead(target)
+        checks.warn_of_choice(self.cfg.restarts, target.labels, self.group)
         jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)
         reconstruction = self._conclude(candidates, target, stats)
@@ -147,7 +146,7 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
             lambda: infer(user_data, server_payload, rec_models), user_data, server_payload, self.cfg.label_strategy
         )
 
-    # -- the two loops -------------------------------------------------------------------------------------------
+    # -- the joint loop ------------------------------------------------------------------------------------------
 
     @keeping_freed_memory()
     def _run_jointly(
@@ -179,21 +178,6 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
         record_choice(stats, built)
         return result.best[0]
 
-    def _say_what_may_mislead(self, target: Target) -> None:
-        """Warn of a choice, or a group, that means less than it seems."""
-        labels, trials = target.labels, self.cfg.restarts.num_trials
-        if self.group is not None and trials > 1 and labels.dim() == 1 and len(labels.unique()) < len(labels):
-            log.warning(
-                "Labels repeat: nothing fixes the order of images with one label, so image k of one candidate may be "
-                "another photo in the next, and the group term compares them all the same."
-            )
-        if self.cfg.restarts.scoring == "registered-group-regularization" and trials < 3:
-            log.warning(
-                "restarts.scoring=registered-group-regularization says nothing about %d candidate%s; valid: euclidean, "
-                "cosine-similarity.",
-                *(trials, "s" if trials > 1 else ""),
-            )
-
     def _prepare_group(self, group: GroupRegularization, start: torch.Tensor) -> None:
         if group.aligner != "none" and start.dim() != 5:
             raise ConfigError(
@@ -207,58 +191,6 @@ class JointCandidateAttacker(CandidateEngines, CandidateChoice, OptimizationBase
                 *(group.warmup_iters, self.cfg.optim.max_iterations),
             )
         group.prepare(start)
-
-    def _run_sequentially(
-        self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
-    ) -> torch.Tensor:
-        """Breaching's loop: one trial after the other, each in its own random stream."""
-        if self.group is not None:
-            log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
-        self._say_no_checkpoint()
-        self._closure_calls = 0
-        streams, trials = self._streams(), self.cfg.restarts.num_trials
-        starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
-        candidates: list[torch.Tensor] = []
-        with interrupts() as interrupted:  # Breaching's trial ends with its best so far, and does not tell
-            try:
-                for trial, start in enumerate(starts):
-                    with streams.use(trial):
-                        candidates.append(self._run_trial(*target[:3], stats, trial, start, dryrun).detach())
-                    if interrupted:
-                        break
-            except KeyboardInterrupt:
-                if not candidates:
-                    raise
-                interrupted.append(signal.SIGINT)
-        if interrupted:
-            log.warning("Interrupted in candidate %d of %d: the others were not run.", len(candidates), trials)
-        stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=self._closure_calls)
-        stats["interrupted"] = bool(interrupted)
-        return torch.stack(candidates)
-
-    def _run_trial(self, rec_model: Any, shared_data: Any, labels: Any, stats: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run Breaching's trial; only the objective's treatment of frozen parameters differs."""
-        initialize = self.objective.initialize
-
-        def initialize_for_matched(*inner: Any, **named: Any) -> None:
-            initialize(*inner, **named)
-            match_only_trainable(self.objective, rec_model, self.loss_fn, shared_data)
-
-        self.objective.initialize = initialize_for_matched
-        try:
-            return super()._run_trial(rec_model, shared_data, labels, stats, *args, **kwargs)
-        finally:
-            del self.objective.initialize
-
-    def _compute_objective(self, *args: Any, **kwargs: Any) -> Callable[[], torch.Tensor]:
-        """Return Breaching's closure, counted: an optimizer may call it more than once a step."""
-        closure = super()._compute_objective(*args, **kwargs)
-
-        def counted() -> torch.Tensor:
-            self._closure_calls += 1
-            return closure()
-
-        return counted
 
     # -- small things --------------------------------------------------------------------------------------------
 

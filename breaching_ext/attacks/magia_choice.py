@@ -48,8 +48,7 @@ class MagiaChoice:
 
     def _scores(self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target) -> torch.Tensor:
         if self.cfg.restarts.scoring == "registered-group-regularization":
-            best = candidates[0]
-            return self._score_candidates(torch.stack([c[aligned_to(best, c)] for c in candidates]), target)
+            return self._score_candidates(candidates, target)  # in one order: the target's labels are all the same
         scores = [
             torch.as_tensor(self._score_trial(c, p, target.models, target.shared_data)).float().reshape(())
             for c, p in zip(candidates, probabilities, strict=True)

@@ -74,32 +74,26 @@ class MagiaOptions:
         kind = str(prior.get("kind", "color"))
         if kind not in PRIORS:
             raise ConfigError(f"image_prior.kind={kind!r} is unknown; valid: {', '.join(PRIORS)}.")
+        eps, chroma = _number(prior, "image_prior.eps", 0.01), _number(prior, "image_prior.chroma", 5.0)
+        if not eps > 0:  # equal neighbours, as on an enlarged grid, have no gradient at 0
+            raise ConfigError(f"image_prior.eps={eps} is out of range; valid: above 0.")
+        if not chroma >= 0:
+            raise ConfigError(f"image_prior.chroma={chroma} is out of range; valid: 0 or more.")
+        first = None if prior.get("anneal_from") is None else _number(prior, "image_prior.anneal_from")
         try:
-            if not float(prior.get("eps", 0.01)) > 0:  # equal neighbours, as on an enlarged grid, have no gradient at 0
-                raise ConfigError(f"image_prior.eps={prior['eps']} is out of range; valid: above 0.")
-            if not float(prior.get("chroma", 5.0)) >= 0:
-                raise ConfigError(f"image_prior.chroma={prior['chroma']} is out of range; valid: 0 or more.")
             return cls(
                 term=_term(subset),
                 schedule=_schedule(subset),
-                annealing=Annealing(float(prior.get("weight", 0.001)), _optional(prior.get("anneal_from"))),
+                annealing=Annealing(_number(prior, "image_prior.weight", 0.001), first),
                 optimizer=_optimizer(optim),
                 pyramid=Pyramid(tuple(grids.get("factors", (4, 2, 1))), tuple(grids.get("shares", (0.25, 0.3)))),
                 prior_kind=kind,
-                chroma=float(prior.get("chroma", 5.0)),
-                eps=float(prior.get("eps", 0.01)),
+                chroma=chroma,
+                eps=eps,
                 relative=bool(prior.get("relative", False)),
             )
-        except ConfigError:
-            raise
         except ValueError as error:
-            text = [name for name, value in _values(cfg) if isinstance(value, str) and f"'{value}'" in str(error)]
-            if text and str(error).startswith("could not convert"):
-                raise ConfigError(f"{text[0]}={str(error).split(': ')[-1]} is no number.") from error
             raise ConfigError(str(error)) from error
-        except TypeError as error:  # numbers that are empty
-            empty = [name for name, value in _values(cfg) if value is None]
-            raise ConfigError(f"One of {', '.join(empty)} is empty and must be a number ({error}).") from error
 
     @property
     def without_effect(self) -> list[str]:
@@ -131,12 +125,6 @@ class MagiaOptions:
         return color_total_variation(pixels, self.chroma, self.eps)
 
 
-def _values(cfg: Any) -> list[tuple[str, Any]]:
-    """The attack's own keys with their values."""
-    parts = {part: cfg.get(part) or {} for part in ("subset", "image_prior", "optim", "pyramid")}
-    return [(f"{part}.{key}", value) for part, keys in parts.items() for key, value in keys.items()]
-
-
 def _check_unused(cfg: Any) -> None:
     for key, only in {**_UNUSED, **_IMPOSSIBLE}.items():
         value = OmegaConf.select(cfg, key)
@@ -147,40 +135,46 @@ def _check_unused(cfg: Any) -> None:
             raise ConfigError(f"attack.{key}={value} {why} magia; valid: {valid}.")
 
 
-def _optional(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _number(part: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Read `name`, of which the last word is the key in that part of the config."""
+    value = part.get(name.rsplit(".", 1)[-1], default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name}={value} is not possible; valid: a number.")
+    return float(value)
 
 
-def _whole(key: str, value: Any) -> int:
-    if value is not None and int(value) != value:
-        raise ConfigError(f"{key}={value} is not possible; valid: a whole number.")
+def _whole(part: Mapping[str, Any], name: str, default: int) -> int:
+    value = _number(part, name, default)
+    if not value.is_integer():
+        raise ConfigError(f"{name}={value} is not possible; valid: a whole number.")
     return int(value)
 
 
 def _term(subset: Mapping[str, Any]) -> SubsetTerm:
     factor = subset.get("rescaling", "none")
-    factor = factor if isinstance(factor, str) else float(factor)
-    return SubsetTerm(str(subset.get("term", "none")), float(subset.get("alpha", 0.999)), factor)
+    factor = factor if isinstance(factor, str) else _number(subset, "subset.rescaling")
+    return SubsetTerm(str(subset.get("term", "none")), _number(subset, "subset.alpha", 0.999), factor)
 
 
 def _schedule(subset: Mapping[str, Any]) -> Schedule:
     return Schedule(
         mode=str(subset.get("sel_mode", "constk")),
-        k=_whole("subset.sel_k", subset.get("sel_k", 2)),
-        l_iter=_whole("subset.sel_l_iter", subset.get("sel_l_iter", 100)),
-        a=float(subset.get("sig_a", -0.1)),
-        b=float(subset.get("sig_b", 200.0)),
+        k=_whole(subset, "subset.sel_k", 2),
+        l_iter=_whole(subset, "subset.sel_l_iter", 100),
+        a=_number(subset, "subset.sig_a", -0.1),
+        b=_number(subset, "subset.sig_b", 200.0),
         redraw=str(subset.get("redraw", "step")),
     )
 
 
 def _optimizer(optim: Mapping[str, Any]) -> OptimizerOptions:
-    name, step_size = str(optim.get("optimizer", "l-bfgs")).lower(), optim.get("step_size")
+    name = str(optim.get("optimizer", "l-bfgs")).lower()
+    chosen = optim.get("step_size") is not None
     return OptimizerOptions(
         name=name,
-        step_size=float(STEP_SIZES.get(name, 1.0) if step_size is None else step_size),
-        inner_iterations=_whole("optim.inner_iterations", optim.get("inner_iterations", 20)),
-        history_size=_whole("optim.history_size", optim.get("history_size", 100)),
+        step_size=_number(optim, "optim.step_size") if chosen else STEP_SIZES.get(name, 1.0),
+        inner_iterations=_whole(optim, "optim.inner_iterations", 20),
+        history_size=_whole(optim, "optim.history_size", 100),
         line_search=optim.get("line_search"),
-        label_scale=float(optim.get("label_scale", 5.0)),
+        label_scale=_number(optim, "optim.label_scale", 5.0),
     )

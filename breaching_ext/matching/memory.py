@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
 from ..free_ram import free_ram
+from ..ranks import local_processes
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     ram = free_ram()
-    return None if ram is None else ram // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if ram is None else ram // local_processes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

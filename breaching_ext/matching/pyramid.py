@@ -29,9 +29,8 @@ class Pyramid:
     shares: tuple[float, ...] = (0.25, 0.3)
 
     def __post_init__(self) -> None:
-        if any(factor != int(factor) for factor in self.factors):
+        if not all(isinstance(factor, int) for factor in self.factors):
             raise ValueError(f"pyramid.factors={self.factors} must be whole numbers.")
-        object.__setattr__(self, "factors", tuple(int(factor) for factor in self.factors))
         if not self.factors or self.factors[-1] != 1 or min(self.factors) < 1:
             raise ValueError(f"pyramid.factors={self.factors} must be 1 or more each, and end with 1.")
         if len(self.shares) != len(self.factors) - 1 or min(self.shares, default=0) < 0 or sum(self.shares) > 1:

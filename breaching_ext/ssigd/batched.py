@@ -115,9 +115,8 @@ class BatchedQP:
             self.single.warn_kink(float(solution.margin.min()), tolerance)
         a, b = self._kkt(solution.factor, v, torch.zeros_like(solution.signed))
         off = _most((a @ self.R.T).abs().div(self.norms).masked_fill(solution.side == 0, 0.0))
-        sound = off <= SIGN_TOLERANCE * (v @ self.Q_inverse).abs().amax(
-            dim=1
-        )  # not so with a failed factor, whose numbers are not finite
+        reach = (v @ self.Q_inverse).abs().amax(dim=1)  # of a where nothing is active
+        sound = off <= SIGN_TOLERANCE * reach  # not so with a failed factor, whose numbers are not finite
         for member in (~sound).nonzero()[:, 0].tolist():
             index = solution.side[member].nonzero()[:, 0]
             one, other = self.single.adjoint_on(index.cpu().numpy(), v[member].cpu().numpy())

@@ -66,29 +66,36 @@ def convex_optimum(problem: QuadraticBilevelProblem) -> Optimum:
     H = np.zeros((n + p, n + p))
     H[:n, :n] = problem.arrays.hessian
     f = np.r_[-problem.arrays.hessian @ problem.x_target.numpy(), problem.c_upper.numpy()]
-    # daqp wants a positive definite Hessian; the solve on the active rows below removes this regularisation.
-    H[n:, n:] = 1e-9 * np.eye(p)
-    rows = np.c_[problem.P.numpy().T, np.diag(d)]
+    rows = np.vstack([np.eye(n + p), np.c_[problem.P.numpy().T, np.diag(d)]])
     upper = np.r_[problem.x_upper.numpy(), problem.b.numpy(), -problem.c_lower.numpy()]
     lower = np.r_[problem.x_lower.numpy(), np.full(2 * p, -1e30)]
-    z, _, flag, info = daqp.solve(H, f, rows, upper, lower, primal_tol=1e-12)
-    if flag != 1:
-        raise NotCertifiedError(f"daqp stopped with exit flag {flag} on the single-level QP")
-    H[n:, n:] = 0.0
-    multipliers: Array = info["lam"]
-    bounds = np.asarray(np.where(multipliers > 0, upper, lower), dtype=np.float64)
-    z = _equality_solution(H, f, np.vstack([np.eye(n + p), rows]), bounds, multipliers)
-    x, y = torch.from_numpy(z[:n]), torch.from_numpy(z[n:])
-    return Optimum(x, y, float(problem.upper_objective(x, y)))
+    # daqp wants a positive definite Hessian, and may cycle where it hardly is; the exact solve on the active rows that
+    # it finds removes the regularisation, and says whether they are the right ones.
+    for regularisation in (1e-9, 1e-8, 1e-7, 1e-6):
+        regularised = H + np.diag(np.r_[np.zeros(n), np.full(p, regularisation)])
+        _, _, flag, info = daqp.solve(regularised, f, rows[n + p :], upper, lower, primal_tol=1e-12)
+        z = _optimum_on_active_rows(H, f, rows, lower, upper, info["lam"]) if flag == 1 else None
+        if z is not None:
+            x, y = torch.from_numpy(z[:n]), torch.from_numpy(z[n:])
+            return Optimum(x, y, float(problem.upper_objective(x, y)))
+    raise NotCertifiedError(f"daqp stopped with exit flag {flag} on the single-level QP, or without its optimum")
 
 
-def _equality_solution(H: Array, f: Array, rows: Array, bounds: Array, multipliers: Array) -> Array:
-    """Minimise ½zᵀHz + fᵀz on the active rows, those with a multiplier."""
-    index = np.flatnonzero(multipliers)
-    active = rows[index]
-    zero = np.zeros((len(index), len(index)))
-    kkt = np.block([[H, active.T], [active, zero]])
-    return np.linalg.solve(kkt, np.r_[-f, bounds[index]])[: len(f)]
+def _optimum_on_active_rows(
+    H: Array, f: Array, rows: Array, lower: Array, upper: Array, sides: Array, tolerance: float = 1e-9
+) -> Array | None:
+    """Minimise ½zᵀHz + fᵀz on the rows with a side; None where other rows or signs say that it is not the optimum."""
+    index = np.flatnonzero(sides)
+    active, sign = rows[index], np.sign(sides[index])
+    bounds = np.where(sign > 0, upper[index], lower[index])
+    kkt = np.block([[H, active.T], [active, np.zeros((len(index), len(index)))]])
+    try:
+        z, multipliers = np.split(np.linalg.solve(kkt, np.r_[-f, bounds]), [len(f)])
+    except np.linalg.LinAlgError:
+        return None
+    excess = np.maximum(rows @ z - upper, lower - rows @ z).max() / (1.0 + np.abs(z).max())
+    wrong = (-sign * multipliers).max(initial=0.0) / (1.0 + np.abs(multipliers).max(initial=0.0))
+    return z if max(excess, wrong) <= tolerance else None
 
 
 def enumerate_optimum(problem: QuadraticBilevelProblem) -> Optimum:

@@ -206,14 +206,14 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     states = list(parts.streams.states)
     first = replace(parts, starts=[start[:1] for start in parts.starts])  # of `list`, one candidate says all
     engine, device = _vmap_engine(parts, memory), parts.starts[0].device
-    engines = {"list": _iteration(_list_engine(first), first), "vmap": _iteration(engine, parts)}
-    times = calibration.seconds(engines, device, parts.iterations, {"recording": record_a_little})
-    times["list"] *= len(parts.starts[0])
-    recording = times.pop("recording") / LITTLE
+    engines = {"vmap": _iteration(engine, parts), "list": _iteration(_list_engine(first), first)}
+    spent = calibration.seconds(engines, device, parts.iterations, {"recording": record_a_little})
+    times = {"list": spent["list"] * len(parts.starts[0]), "vmap": spent["vmap"]}
     best = "list" if times["list"] < calibration.CLEARLY * times["vmap"] else "vmap"
-    found = Calibration(best, "it is the fastest", parts.iterations, times)
+    tracing = spent["recording"] / LITTLE
+    found = Calibration(best, "it is the fastest", parts.iterations, times, tracing_seconds=tracing)
     chosen: CandidateEngine = engine
-    if _is_worth_compiling(engine, found, recording):
+    if _is_worth_compiling(engine, found):
         try:
             compiled = _compiled_engine(parts, memory)
         except SpecialisationError as error:
@@ -233,17 +233,15 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     return chosen, found
 
 
-def _is_worth_compiling(engine: VmapEngine, found: Calibration, recording: float) -> bool:
-    """Estimate what compiling takes and saves, from the recorded graph; says the reason where it is not worth it.
-
-    `recording` is what recording an operation takes on this machine, in seconds.
-    """
+def _is_worth_compiling(engine: VmapEngine, found: Calibration) -> bool:
+    """Estimate what compiling takes and saves, from the recorded graph; says the reason where it is not worth it."""
     evaluation, replayed = engine.evaluation, found.step_seconds["vmap"]
+    assert found.tracing_seconds is not None
     if not evaluation.operations:
         found.reason = "it is the fastest that works (no graph can be recorded, so nothing can be compiled)"
         return False
     found.recording_seconds, found.operations = evaluation.recording_seconds, evaluation.operations
-    expected = calibration.expected_compile_seconds(evaluation.operations, recording, replayed)
+    expected = calibration.expected_compile_seconds(evaluation.operations, found.tracing_seconds, replayed)
     found.expected_compile_seconds = expected
     if calibration.compiling_may_pay(found.step_seconds, found.iterations, expected):
         seconds = calibration.worth_measuring(found.iterations, replayed)

@@ -37,14 +37,14 @@ OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
 LEAST_OF_OPERATIONS = 0.5
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
 CLEARLY = 0.97
-#: What compiling takes from scratch on a machine that records an operation in RECORDING seconds: so many seconds, and
+#: What compiling takes from scratch on a machine that traces an operation in TRACING seconds: so many seconds, and
 #: so many for each operation of the recorded graph (docs/speed.md).
 COMPILING, COMPILING_PER_OPERATION = 12.0, 0.05
-RECORDING = 0.0013
+TRACING = 0.0013
 #: Evaluations that checking a compiled form takes: two, and six more where the start lies beside a kink of the model.
 CHECKING = 5
 #: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
-#: What is beyond it is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
+#: What differs by more is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
 PASSING, MOST_DIFFERENT = 1.4, 4.0
 #: What of `Costs` compiling is expected to save, less what weights and their gradients take to be laid out; at most
 #: MOST_SAVED of an iteration.
@@ -64,6 +64,7 @@ class Calibration:
         step_seconds: engine -> measured seconds for one iteration of all candidates.
         compile_seconds: measured, if the evaluation was compiled.
         expected_compile_seconds: the estimate that the decision went by.
+        tracing_seconds: measured, for one operation: how fast this machine is at what compiling mostly is.
         recording_seconds, operations: what recording the graph took, and how many operations it has.
         expected_step_seconds: what a compiled iteration was expected to take.
     """
@@ -74,6 +75,7 @@ class Calibration:
     step_seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: float | None = None
     expected_compile_seconds: float | None = None
+    tracing_seconds: float | None = None
     recording_seconds: float | None = None
     operations: int | None = None
     expected_step_seconds: float | None = None
@@ -96,16 +98,17 @@ def seconds(
     aside: Mapping[str, Callable[[], Any]] | None = None,
     repeats: int = 11,
 ) -> dict[str, float]:
-    """Return each function's median seconds of several calls, after one to warm up; random numbers are given back.
+    """Return each function's seconds, from several calls after one to warm up; random numbers are given back.
 
-    They are called in turn, because a machine's speed changes while one waits, and the median counts, because it
+    They are called in turn, forwards and backwards, because a machine's speed changes while one waits: of the first
+    engine the median counts, of the others the median of their ratio to it, round by round. The median, because speed
     changes from call to call, too: the least is that of a lucky moment, which not every function has.
 
     Args:
-        functions: iterations, by engine.
+        functions: iterations, by engine. The first is what others are compared with.
         device: where they run.
         iterations: how many the run will make, which says how long it may be measured.
-        aside: what else is timed in every round.
+        aside: what else is timed in every round; its median counts.
         repeats: most calls of each that count.
     """
     devices = [device] if device.type == "cuda" else []
@@ -113,16 +116,25 @@ def seconds(
     times: dict[str, list[float]] = {name: [] for name in everything}
     with torch.random.fork_rng(devices=devices):
         for repeat in range(repeats + 1):
-            for name, function in everything.items():
+            names = list(everything) if repeat % 2 else list(reversed(everything))
+            for name in names:
                 start = time.perf_counter()
-                function()
+                everything[name]()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[name].append(time.perf_counter() - start)
             run = iterations * max(times[name][-1] for name in functions)
             if repeat > 0 and _enough(repeat, sum(sum(spent[1:]) for spent in times.values()), run):
                 break
-    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+    counted = {name: spent[1:] for name, spent in times.items()}
+    first = counted[next(iter(functions))]
+    medians = {name: statistics.median(spent) for name, spent in counted.items()}
+    return {**medians, **{name: statistics.median(first) * _ratio(counted[name], first) for name in functions}}
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of one function's time in units of another's."""
+    return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
 def worth_measuring(iterations: int, step: float) -> float:
@@ -135,17 +147,17 @@ def _enough(calls: int, spent: float, run: float) -> bool:
     return spent > OF_THE_RUN * run and (calls >= LEAST_CALLS or spent > LEAST_SECONDS)
 
 
-def expected_compile_seconds(operations: int, recording: float, replayed: float = 0.0) -> float:
+def expected_compile_seconds(operations: int, tracing: float, replayed: float = 0.0) -> float:
     """Return what compiling a graph, and checking it, will take.
 
     Args:
         operations: of the recorded graph.
-        recording: seconds that recording an operation takes here, now. A slower machine is slower at both.
+        tracing: seconds that tracing an operation takes here, now. A slower machine is slower at both.
         replayed: seconds of an iteration.
     """
-    slowness = recording / RECORDING
-    slowness /= min(max(slowness, 1 / PASSING), PASSING)
-    slowness = min(max(slowness, 1 / MOST_DIFFERENT), MOST_DIFFERENT)
+    slowness = min(max(tracing / TRACING, 1 / MOST_DIFFERENT), MOST_DIFFERENT)
+    if 1 / PASSING <= slowness <= PASSING:
+        slowness = 1.0
     return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness + CHECKING * replayed
 
 

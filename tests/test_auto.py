@@ -43,7 +43,8 @@ def clock(monkeypatch):
                 name: (function(), known[name])[1] for name, function in {**functions, **(aside or {})}.items()
             },
         )
-        halved = Costs(light=0.5 / calibration.SAVED_LIGHT)
+        halved = Costs(light=0.5)
+        monkeypatch.setattr(calibration, "saved_shares", lambda device: dict.fromkeys(calibration.SAVED, 1.0))
         monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks, seconds: halved)
         monkeypatch.setattr(calibration, "SHORT", 1)
 
@@ -172,12 +173,12 @@ def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path
 
 
 @given(
-    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 1)] * 3)),
-    *(st.integers(1, 10**6), st.floats(0.1, 1000)),
+    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 1)] * 4)),
+    *(st.integers(1, 10**6), st.floats(0.1, 1000), st.sampled_from([calibration.SAVED, calibration.SAVED_AVX512])),
 )
-def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs, evaluations, expected):
+def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs, evaluations, expected, saved):
     steps = {"list": listed, "vmap": vmap}
-    compiled = calibration.expected_step(vmap, Costs(*costs))
+    compiled = calibration.expected_step(vmap, Costs(*costs), saved)
     assert 0 < compiled <= vmap
     if calibration.compiling_pays(steps, compiled, evaluations, expected):
         assert calibration.compiling_may_pay(steps, evaluations, expected)  # its operations would be timed
@@ -185,14 +186,18 @@ def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs
         assert calibration.compiling_pays(steps, compiled, 2 * evaluations, expected)
 
 
-def test_what_compiling_may_save_depends_on_where_the_time_goes_and_is_tried_in_a_long_run():
-    light, layout = (calibration.expected_step(0.2, Costs(**{name: 0.25})) for name in ("light", "layout"))
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_what_compiling_may_save_depends_on_where_the_time_goes_and_is_tried_in_a_long_run(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    saved = calibration.saved_shares(torch.device("cpu"))
+    assert saved == {"AVX512": calibration.SAVED_AVX512, "AVX2": calibration.SAVED}[capability]
+    light, layout = (calibration.expected_step(0.2, Costs(**{name: 0.25}), saved) for name in ("light", "layout"))
     assert max(light, layout) < 0.2
-    assert layout < calibration.expected_step(0.2, Costs(layout=0.25, weights=0.05)) < 0.2
-    assert calibration.expected_step(0.2, Costs(weights=0.25)) == 0.2
-    steps, saved = {"list": 0.4, "vmap": 0.2}, 0.2 - layout
-    assert calibration.compiling_pays(steps, layout, 1000, 0.99 * 1000 * saved)
-    assert not calibration.compiling_pays(steps, layout, 1000, 1.01 * 1000 * saved)
+    assert layout < calibration.expected_step(0.2, Costs(layout=0.25, weights=0.05), saved) < 0.2
+    assert calibration.expected_step(0.2, Costs(weights=0.25), saved) == 0.2
+    steps, gain = {"list": 0.4, "vmap": 0.2}, 0.2 - layout
+    assert calibration.compiling_pays(steps, layout, 1000, 0.99 * 1000 * gain)
+    assert not calibration.compiling_pays(steps, layout, 1000, 1.01 * 1000 * gain)
     steps = {"list": 0.01, "vmap": 0.2}  # compiling will not be faster than `list`: tried for a small share only
     assert not calibration.compiling_pays(steps, light, 1000, 0.03 * 0.01 * 1000)
     assert calibration.compiling_pays(steps, light, 1000, 0.015 * 0.01 * 1000)

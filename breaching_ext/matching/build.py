@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -250,7 +250,9 @@ def _is_worth_compiling(engine: VmapEngine, found: Calibration) -> bool:
         except Exception as error:  # memory may run out (an operation is run in two layouts), or a layout be refused
             found.reason = f"its operations cannot be timed ({type(error).__name__}: {first_line(error)})"
             return False
-        step = found.expected_step_seconds = calibration.expected_step(replayed, costs)
+        found.costs = asdict(costs)
+        saved = calibration.saved_shares(engine.parameters[0].device)
+        step = found.expected_step_seconds = calibration.expected_step(replayed, costs, saved)
         if calibration.compiling_pays(found.step_seconds, step, found.iterations, expected):
             return True
     found.reason = f"compiling would take about {expected:.0f} s, more than it saves"

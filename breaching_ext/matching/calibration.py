@@ -46,9 +46,11 @@ CHECKING = 5
 #: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
 #: What differs by more is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
 PASSING, MOST_DIFFERENT = 1.4, 4.0
-#: What of `Costs` compiling is expected to save, less what weights and their gradients take to be laid out; at most
-#: MOST_SAVED of an iteration.
-SAVED_LIGHT, SAVED_LAYOUT, LAID_OUT, MOST_SAVED = 0.9, 1.1, 1.9, 0.6
+#: What of the shares in `Costs` compiling is expected to save (weights and their gradients take time to be laid out):
+#: with AVX-512, and elsewhere. Fitted on 27 and 33 rows of docs/speed.md; at most MOST_SAVED of an iteration.
+SAVED_AVX512: Mapping[str, float] = {"light": 1.2, "large": 0.6, "layout": 0.3, "weights": -1.1}
+SAVED: Mapping[str, float] = {"light": 0.9, "large": 0.0, "layout": 1.1, "weights": -1.9}
+MOST_SAVED = 0.6
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
 WORTH_A_TRY = 0.02
 
@@ -66,7 +68,8 @@ class Calibration:
         expected_compile_seconds: the estimate that the decision went by.
         tracing_seconds: measured, for one operation: how fast this machine is at what compiling mostly is.
         recording_seconds, operations: what recording the graph took, and how many operations it has.
-        expected_step_seconds: what a compiled iteration was expected to take.
+        costs: where the time of a replayed evaluation goes (:class:`.graph_costs.Costs`), by share.
+        expected_step_seconds: what a compiled iteration was expected to take, from these.
     """
 
     engine: str
@@ -78,6 +81,7 @@ class Calibration:
     tracing_seconds: float | None = None
     recording_seconds: float | None = None
     operations: int | None = None
+    costs: dict[str, float] | None = None
     expected_step_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -161,15 +165,22 @@ def expected_compile_seconds(operations: int, tracing: float, replayed: float = 
     return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness + CHECKING * replayed
 
 
-def expected_step(replayed: float, costs: Costs) -> float:
+def expected_step(replayed: float, costs: Costs, saved: Mapping[str, float]) -> float:
     """Return the seconds that a compiled iteration will take.
 
     Args:
         replayed: seconds of a replayed one.
         costs: the shares of it that compiling makes smaller, and what it takes in return.
+        saved: what of each share is saved (:func:`saved_shares`).
     """
-    saved = SAVED_LIGHT * costs.light + SAVED_LAYOUT * costs.layout - LAID_OUT * costs.weights
-    return replayed * (1 - min(max(saved, 0.0), MOST_SAVED))
+    share = sum(saved[name] * value for name, value in asdict(costs).items())
+    return replayed * (1 - min(max(share, 0.0), MOST_SAVED))
+
+
+def saved_shares(device: torch.device) -> Mapping[str, float]:
+    """Return what of each share in `Costs` compiling is expected to save on this machine."""
+    wide = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return SAVED_AVX512 if wide else SAVED
 
 
 def compiling_may_pay(steps: Mapping[str, float], iterations: int, expected_compile: float) -> bool:

@@ -27,12 +27,14 @@ class Costs:
     Attributes:
         light: of everything but convolutions, matrix products and operations on tensors of more than `LARGE` bytes.
             What they cost is mostly the call, which a compiler saves where it fuses them.
+        large: of operations on larger tensors but convolutions and products, whose cost is reading and writing memory.
         layout: what convolutions would take less with their tensors laid out channels-last, as compilers do.
         weights: what laying out their weights takes, once for each of them. Images stay laid out from one operation to
             the next; weights come as they are, and their gradients go back so.
     """
 
     light: float = 0.0
+    large: float = 0.0
     layout: float = 0.0
     weights: float = 0.0
 
@@ -52,7 +54,8 @@ def measure_costs(graph: GraphModule, stacks: list[torch.Tensor], seconds: float
     spent = {kind: sum(map(median, zip(*(run[kind] for run in runs), strict=True))) for kind in runs[0]}
     everything = spent["all"] or 1.0
     layout = max(spent["as it is"] - spent["laid out"], 0.0)
-    return Costs(spent["light"] / everything, layout / everything, spent["weights"] / everything)
+    shares = (spent["light"], spent["large"], layout, spent["weights"])
+    return Costs(*(share / everything for share in shares))
 
 
 class _Clock(Interpreter):
@@ -60,7 +63,7 @@ class _Clock(Interpreter):
 
     def __init__(self, graph: GraphModule, device: torch.device) -> None:
         super().__init__(graph)
-        kinds = ("all", "light", "as it is", "laid out", "weights")
+        kinds = ("all", "light", "large", "as it is", "laid out", "weights")
         self.spent: dict[str, list[float]] = {kind: [] for kind in kinds}
         self._device = device
 
@@ -69,8 +72,8 @@ class _Clock(Interpreter):
         self.spent["all"].append(spent)
         if target in _CONVOLUTIONS:
             self._in_both_layouts(target, args, kwargs)
-        elif target not in _PRODUCTS and _largest((args, result)) <= LARGE:
-            self.spent["light"].append(spent)
+        elif target not in _PRODUCTS:
+            self.spent["light" if _largest((args, result)) <= LARGE else "large"].append(spent)
         return result
 
     def _in_both_layouts(self, target: Any, args: Any, kwargs: Any) -> None:

@@ -66,7 +66,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     attacker.keep_checkpoint = True  # until everything is written
     start = time.perf_counter()
     reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start + getattr(attacker, "seconds_before", 0.0)
     if output_dir is not None:  # before the evaluation, which may fail
         save_tensors(tensors_of(reconstruction, true_data), output_dir)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
-from breaching_ext.matching import build, calibration, tracing
+from breaching_ext.matching import build, calibration, choices, tracing
 from breaching_ext.matching.evaluation import StackedEvaluation
 from breaching_ext.matching.graph_costs import Costs
 from breaching_ext.matching.tracing import LITTLE, Replay, SpecialisationError, record, record_a_little, replayed
@@ -44,7 +44,7 @@ def clock(monkeypatch):
             },
         )
         halved = Costs(light=0.5)
-        monkeypatch.setattr(calibration, "saved_shares", lambda device: dict.fromkeys(calibration.SAVED, 1.0))
+        monkeypatch.setattr(calibration, "saved_shares", lambda device: {"light": 1.0})
         monkeypatch.setattr(StackedEvaluation, "costs", lambda self, stacks, seconds: halved)
         monkeypatch.setattr(calibration, "SHORT", 1)
 
@@ -193,8 +193,9 @@ def test_what_compiling_may_save_depends_on_where_the_time_goes_and_is_tried_in_
     assert saved == {"AVX512": calibration.SAVED_AVX512, "AVX2": calibration.SAVED}[capability]
     light, layout = (calibration.expected_step(0.2, Costs(**{name: 0.25}), saved) for name in ("light", "layout"))
     assert max(light, layout) < 0.2
-    assert layout < calibration.expected_step(0.2, Costs(layout=0.25, weights=0.05), saved) < 0.2
-    assert calibration.expected_step(0.2, Costs(weights=0.25), saved) == 0.2
+    heavy = {"weights": 0.05, "model": 0.05}
+    assert layout < calibration.expected_step(0.2, Costs(layout=0.25, **heavy), saved) < 0.2
+    assert calibration.expected_step(0.2, Costs(**heavy), saved) == 0.2
     steps, gain = {"list": 0.4, "vmap": 0.2}, 0.2 - layout
     assert calibration.compiling_pays(steps, layout, 1000, 0.99 * 1000 * gain)
     assert not calibration.compiling_pays(steps, layout, 1000, 1.01 * 1000 * gain)
@@ -412,9 +413,9 @@ def test_a_choice_holds_for_the_machine_and_the_version_that_it_was_made_by(cloc
     assert reconstruct()[1]["engine"] == "list"
     clock(list=2.0, vmap=1.0)
     if change == "processor":
-        monkeypatch.setattr(calibration, "_processor", lambda: "another")
+        monkeypatch.setattr(choices, "_processor", lambda: "another")
     else:
-        monkeypatch.setattr(calibration, "__version__", "99")
+        monkeypatch.setattr(choices, "__version__", "99")
     assert reconstruct()[1]["engine"] == "vmap"
 
 
@@ -424,7 +425,7 @@ def test_a_user_without_a_home(clock, monkeypatch, caplog):
 
     for name in ("BREACHING_EXT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(calibration.Path, "home", homeless)
+    monkeypatch.setattr(choices.Path, "home", homeless)
     clock(list=0.5, vmap=2.0)
     assert reconstruct()[1]["engine"] == "list"
     assert "BREACHING_EXT_CACHE" in caplog.text

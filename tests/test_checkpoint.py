@@ -187,10 +187,14 @@ def test_results_that_could_not_be_evaluated_are_there_and_not_run_again(tmp_pat
         once()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates.pt", "checkpoint.pt"]
     found = torch.load(tmp_path / "candidates.pt")["candidates"]
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    assert checkpoint["seconds"] > 0
+    torch.save({**checkpoint, "seconds": 1000.0}, tmp_path / "checkpoint.pt")
     monkeypatch.setattr(run_module, "evaluate", evaluate)
     monkeypatch.setattr(JointLoop, "_iterate", lambda *args: pytest.fail("run again"))
     result = once()
     assert torch.equal(result.reconstruction["candidates"], found)
+    assert 1000.0 < result.record["seconds"] < 2000.0  # of both processes
     assert {"candidates.pt", "metrics.json", "reconstruction.png"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "checkpoint.pt").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ class Checkpoint:
         ranks: the processes of the run; the first one writes the states of all.
         fingerprint: identifies config, shared gradients and engine (see :func:`fingerprint`); a checkpoint of
             another run is refused rather than continued.
+
+    Attributes:
+        seconds_before: what the run had taken up to the checkpoint that it goes on from; 0 for a new run.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Checkpoint:
     ) -> None:
         self.path, self.every, self.fingerprint, self.engine = Path(path), every, fingerprint, engine
         self.ranks = ranks or Ranks()
+        self.seconds_before, self._clock = 0.0, time.perf_counter()
 
     def load(self) -> dict[str, Any] | None:
         """Return this process's saved state, or None where there is no checkpoint.
@@ -71,6 +76,7 @@ class Checkpoint:
                 f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine, or of "
                 "another version of this package; remove it or choose another path."
             )
+        self.seconds_before = content.get("seconds", 0.0)
         log.info("Resuming after iteration %d from %s.", content["states"][0]["iteration"], self.path)
         return content["states"]
 
@@ -88,7 +94,8 @@ class Checkpoint:
         states = self.ranks.gather_to_first(state)
         if not self.ranks.first:
             return
-        content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": states}
+        seconds = self.seconds_before + time.perf_counter() - self._clock
+        content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": states, "seconds": seconds}
         try:
             write_atomically(self.path, lambda target: torch.save(content, target))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
@@ -105,9 +112,11 @@ class KeepsCheckpoint:
 
     Attributes:
         keep_checkpoint: leave it there when `reconstruct` returns; the caller calls :meth:`forget_checkpoint`.
+        seconds_before: what the run had taken in earlier processes, once `reconstruct` has returned.
     """
 
     keep_checkpoint = False
+    seconds_before = 0.0
     _kept: Checkpoint | None = None
 
     def forget_checkpoint(self) -> None:
@@ -118,6 +127,7 @@ class KeepsCheckpoint:
 
     def _finished(self, interrupted: bool) -> None:
         """Call where `reconstruct` returns; the checkpoint of an interrupted run stays, for the next one to go on."""
+        self.seconds_before = self._kept.seconds_before if self._kept is not None else 0.0
         if interrupted:
             self._kept = None
         elif not self.keep_checkpoint:

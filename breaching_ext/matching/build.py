@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import calibration
+from . import calibration, choices
 from .agreement import check_objective
 from .calibration import Calibration
 from .compiled_engine import CompiledEngine
@@ -175,12 +175,12 @@ def _stacked_arguments(parts: EngineParts, memory: MemoryPlan) -> dict[str, Any]
 def _fastest(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:
     if parts.evaluations < calibration.SHORT:
         return _vmap_engine(parts, memory), Calibration("vmap", "the run is too short to measure", parts.iterations)
-    path = calibration.choice_file(_identity(parts, memory)) if parts.identity is not None else None
-    known = calibration.remembered(path, BATCHING_MODES[1:]) if path is not None else None
+    path = choices.choice_file(_identity(parts, memory)) if parts.identity is not None else None
+    known = choices.remembered(path, BATCHING_MODES[1:]) if path is not None else None
     if known is not None:
         return _as_remembered(known, parts, memory)
     found, calibrated = _measure(parts, memory)
-    kept = calibration.remember(path, calibrated, BATCHING_MODES[1:]) if path is not None else None
+    kept = choices.remember(path, calibrated, BATCHING_MODES[1:]) if path is not None else None
     if kept is not None and kept.engine != found.name:  # another process has measured meanwhile: its choice holds
         return _as_remembered(kept, parts, memory)
     return found, calibrated
@@ -199,7 +199,7 @@ def _identity(parts: EngineParts, memory: MemoryPlan) -> list[Any]:
     shapes = [tuple(start.shape) for start in parts.starts]
     start = parts.starts[0]
     step = [parts.augmentation is not None, parts.random_steps, parts.alone, start.dtype, memory.chunk]
-    return [parts.identity, shapes, *step, parts.iterations, *calibration.machine(start.device)]
+    return [parts.identity, shapes, *step, parts.iterations, *choices.machine(start.device)]
 
 
 def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, Calibration]:

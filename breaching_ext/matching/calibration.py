@@ -1,28 +1,20 @@
 """Which engine is fastest here: measured before the loop, compile time against the steps still to do.
 
 Timing is not reproducible, and engines agree to rounding only. So a run of fewer than `SHORT` evaluations does not
-measure and follows a fixed rule, and what a longer run decides is kept in the user's cache folder: the same command on
-the same machine takes the same engine again. `restarts.candidate_batching` fixes the engine everywhere.
+measure and follows a fixed rule, and what a longer run decides is kept (:mod:`.choices`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
-from ..files import write_json
 from .graph_costs import Costs
 
 log = logging.getLogger(__name__)
@@ -46,10 +38,10 @@ CHECKING = 5
 #: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
 #: What differs by more is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
 PASSING, MOST_DIFFERENT = 1.4, 4.0
-#: What of the shares in `Costs` compiling is expected to save (weights and their gradients take time to be laid out):
-#: with AVX-512, and elsewhere. Fitted on 27 and 33 rows of docs/speed.md; at most MOST_SAVED of an iteration.
-SAVED_AVX512: Mapping[str, float] = {"light": 1.2, "large": 0.6, "layout": 0.3, "weights": -1.1}
-SAVED: Mapping[str, float] = {"light": 0.9, "large": 0.0, "layout": 1.1, "weights": -1.9}
+#: What of the shares in `Costs` compiling is expected to save (weights take time to be laid out): with AVX-512, and
+#: elsewhere. Fitted on 35 and 33 rows of docs/speed.md; at most MOST_SAVED of an iteration.
+SAVED_AVX512: Mapping[str, float] = {"light": 0.9, "layout": 0.9, "model": -1.7}
+SAVED: Mapping[str, float] = {"light": 0.9, "layout": 1.1, "weights": -1.9}
 MOST_SAVED = 0.6
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.
 WORTH_A_TRY = 0.02
@@ -173,7 +165,7 @@ def expected_step(replayed: float, costs: Costs, saved: Mapping[str, float]) -> 
         costs: the shares of it that compiling makes smaller, and what it takes in return.
         saved: what of each share is saved (:func:`saved_shares`).
     """
-    share = sum(saved[name] * value for name, value in asdict(costs).items())
+    share = sum(factor * getattr(costs, name) for name, factor in saved.items())
     return replayed * (1 - min(max(share, 0.0), MOST_SAVED))
 
 
@@ -199,64 +191,3 @@ def compiling_pays(steps: Mapping[str, float], compiled: float, iterations: int,
     """
     best = min(steps.values())
     return max(best - compiled, WORTH_A_TRY * best) * iterations > expected_compile
-
-
-def choice_file(parts: Sequence[Any]) -> Path | None:
-    """Return where the choice for a problem (anything whose text identifies it) is kept; None: nowhere."""
-    base: str | Path | None = os.environ.get("BREACHING_EXT_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if not base:
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError as error:  # a user without a home, as in some containers
-            _not_kept(error)
-            return None
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
-    return Path(base) / "breaching_ext" / "engines" / f"{digest}.json"
-
-
-def remembered(path: Path, valid: Sequence[str]) -> Calibration | None:
-    """Return an earlier choice, or None where there is none that can be read."""
-    try:
-        found = Calibration(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    if found.engine not in valid:
-        return None
-    found.reason = f"as an earlier run found ({path})"
-    return found
-
-
-def remember(path: Path, calibration: Calibration, valid: Sequence[str]) -> Calibration | None:
-    """Keep a choice for the next run, unless another process has: then return that one's, which holds."""
-    earlier = remembered(path, valid)
-    if earlier is not None:
-        return earlier
-    try:
-        write_json(path, calibration.as_dict())
-    except OSError as error:
-        _not_kept(error)
-    return None
-
-
-def _not_kept(error: Exception) -> None:
-    log.warning(
-        "The choice of the engine is not kept (%s), so the same command may take another one; BREACHING_EXT_CACHE "
-        "says where to.",
-        error,
-    )
-
-
-def machine(device: torch.device) -> list[Any]:
-    """Return what decides which engine is fast besides the problem: device, threads, and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return [name, torch.get_num_threads(), torch.__version__, __version__]
-
-
-def _processor() -> str:
-    """The processor's name and vector instructions: nodes of a cluster may share a home and not these."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
-_VIEWS = (
+#: Operations whose result shares its input's memory, element by element.
+VIEWS = (
     *_RESHAPES,
     _aten.alias.default,
     _aten.expand.default,
@@ -49,7 +50,7 @@ def drop_idle_views(graph: Graph) -> None:
     of them is read or written.
     """
     for node in graph.nodes:
-        if node.target not in _VIEWS:
+        if node.target not in VIEWS:
             continue
         source = node.args[0]
         if node.target in _RESHAPES and source.target in _RESHAPES and source.args[0].meta["val"].is_contiguous():

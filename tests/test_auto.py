@@ -267,7 +267,7 @@ def test_engines_are_compared_round_by_round(lasting):
     [
         (1.0, 1, 1 + 3),  # a short run: three, which take two seconds with the third
         (3.0, 1, 1 + 1),  # one that takes longer is enough
-        (0.01, 900, 1 + 5),  # 0.5 % of 9 s hold four; the fifth is above
+        (0.01, 1500, 1 + 5),  # 0.3 % of 15 s hold four; the fifth is above
         (1.0, 10**6, 1 + 11),
     ],
 )

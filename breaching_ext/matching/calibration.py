@@ -24,7 +24,7 @@ SHORT = 200
 #: The same for one candidate, which gains a fifth to a third, where recording and measuring take up to 60 evaluations.
 SHORT_ALONE = 300
 #: Measuring ends after OF_THE_RUN of it, but not before LEAST_CALLS of each engine, unless they take LEAST_SECONDS.
-OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.005, 3, 2.0
+OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.003, 3, 2.0
 #: Operations are timed for as much of the run, and for so many seconds at least.
 LEAST_OF_OPERATIONS = 0.5
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
@@ -40,7 +40,7 @@ CHECKING = 5
 PASSING, MOST_DIFFERENT = 1.4, 4.0
 #: What of the shares in `Costs` compiling is expected to save (weights take time to be laid out): with AVX-512, and
 #: elsewhere. Fitted on 35 and 33 rows of docs/speed.md; at most MOST_SAVED of an iteration.
-SAVED_AVX512: Mapping[str, float] = {"light": 0.9, "layout": 0.9, "model": -1.7}
+SAVED_AVX512: Mapping[str, float] = {"light": 1.0, "large": 0.2, "layout": 0.65, "model": -2.0}
 SAVED: Mapping[str, float] = {"light": 0.9, "layout": 1.1, "weights": -1.9}
 MOST_SAVED = 0.6
 #: Estimates are rough, so compiling is tried where it takes no more than this share of the run.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .graph_passes import VIEWS
 
-#: Operations on tensors of more bytes than this read and write memory, not a cache, fused or not.
+#: Operations on tensors of more bytes than this read and write memory, not a cache.
 LARGE = 2**19
 #: A graph is run so many times at most.
 REPEATS = 7
@@ -29,6 +29,8 @@ class Costs:
     Attributes:
         light: of everything but convolutions, matrix products and operations on tensors of more than `LARGE` bytes.
             What they cost is mostly the call, which a compiler saves where it fuses them.
+        large: of operations on larger tensors but convolutions and products. They read and write memory, fused or not,
+            but fused less often.
         layout: what convolutions would take less with their tensors laid out channels-last, as compilers do.
         weights: what laying out their weights takes, once for each of them. Images stay laid out from one operation to
             the next; weights come as they are, and their gradients go back so.
@@ -36,6 +38,7 @@ class Costs:
     """
 
     light: float = 0.0
+    large: float = 0.0
     layout: float = 0.0
     weights: float = 0.0
     model: float = 0.0
@@ -56,7 +59,7 @@ def measure_costs(graph: GraphModule, stacks: list[torch.Tensor], seconds: float
     spent = {kind: sum(map(median, zip(*(run[kind] for run in runs), strict=True))) for kind in runs[0]}
     everything = spent["all"] or 1.0
     layout = max(spent["as it is"] - spent["laid out"], 0.0)
-    shares = (spent["light"], layout, spent["weights"], spent["model"])
+    shares = (spent["light"], spent["large"], layout, spent["weights"], spent["model"])
     return Costs(*(share / everything for share in shares))
 
 
@@ -65,7 +68,7 @@ class _Clock(Interpreter):
 
     def __init__(self, graph: GraphModule, device: torch.device) -> None:
         super().__init__(graph)
-        kinds = ("all", "light", "as it is", "laid out", "weights", "model")
+        kinds = ("all", "light", "large", "as it is", "laid out", "weights", "model")
         self.spent: dict[str, list[float]] = {kind: [] for kind in kinds}
         self._device = device
 
@@ -78,8 +81,8 @@ class _Clock(Interpreter):
         self.spent["all"].append(spent)
         if target in _CONVOLUTIONS:
             self._in_both_layouts(target, args, kwargs)
-        elif target not in _PRODUCTS and _largest((args, result)) <= LARGE:
-            self.spent["light"].append(spent)
+        elif target not in _PRODUCTS:
+            self.spent["light" if _largest((args, result)) <= LARGE else "large"].append(spent)
         return result
 
     def _in_both_layouts(self, target: Any, args: Any, kwargs: Any) -> None:

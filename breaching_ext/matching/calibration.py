@@ -35,9 +35,8 @@ COMPILING, COMPILING_PER_OPERATION = 12.0, 0.05
 TRACING = 0.0013
 #: Evaluations that checking a compiled form takes: two, and six more where the start lies beside a kink of the model.
 CHECKING = 5
-#: A shared machine's speed changes by so much from one second to the next, which says nothing about the next minute.
-#: What differs by more is another machine, taken as MOST_DIFFERENT times as fast or slow at most.
-PASSING, MOST_DIFFERENT = 1.4, 4.0
+#: A machine is taken as so many times as fast or slow at most.
+MOST_DIFFERENT = 4.0
 #: What of the shares in `Costs` compiling is expected to save (weights take time to be laid out): with AVX-512, and
 #: elsewhere. Fitted on 35 and 33 rows of docs/speed.md; at most MOST_SAVED of an iteration.
 SAVED_AVX512: Mapping[str, float] = {"light": 1.0, "large": 0.2, "layout": 0.65, "model": -2.0}
@@ -148,12 +147,11 @@ def expected_compile_seconds(operations: int, tracing: float, replayed: float = 
 
     Args:
         operations: of the recorded graph.
-        tracing: seconds that tracing an operation takes here, now. A slower machine is slower at both.
+        tracing: seconds that tracing an operation takes here, now. A slower machine is slower at both, and so is a
+            moment at which other guests of a machine are busy, in which iterations are timed longer, too.
         replayed: seconds of an iteration.
     """
     slowness = min(max(tracing / TRACING, 1 / MOST_DIFFERENT), MOST_DIFFERENT)
-    if 1 / PASSING <= slowness <= PASSING:
-        slowness = 1.0
     return (COMPILING + COMPILING_PER_OPERATION * operations) * slowness + CHECKING * replayed
 
 

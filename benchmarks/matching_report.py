@@ -200,7 +200,8 @@ def _growth(content: dict[str, Any], path: Path) -> None:
             label = f"{model}, {'one stack' if chunk is None else f'chunks of {chunk}'}"
             count = [p["candidates"] for p in points]
             time_n.loglog(count, [p["ms"] * p["candidates"] for p in points], "o-", label=label)
-            memory.loglog(count, [(p["peak_rss_bytes"] or 0) / 2**20 for p in points], "o-", label=label)
+            grown = [p["peak_rss_bytes"] if (p["peak_rss_bytes"] or 0) > 0 else math.nan for p in points]
+            memory.loglog(count, [size / 2**20 for size in grown], "o-", label=label)
     for index, model in enumerate(sorted({row["model"] for row in content["rows"]}, key=str.lower)):
         for engine, style in (("vmap", "o-"), ("compile", "s--")):
             rows = [r for r in content["rows"] if r["model"] == model and r["candidates"] == 8 and engine in r["ms"]]

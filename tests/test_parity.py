@@ -51,7 +51,9 @@ def check(model, cfg, payload, shared):
     assert stats["engine"] == "list"
     assert torch.equal(result["candidates"], expected)
     for trial in range(CANDIDATES):
-        assert stats[f"Trial_{trial}_Val"] == expected_stats[f"Trial_{trial}_Val"]
+        # equal to the last bit but on Intel, where a sum's last bit may depend on where in memory its terms lie
+        expected_values = expected_stats[f"Trial_{trial}_Val"]
+        assert stats[f"Trial_{trial}_Val"] == pytest.approx(expected_values, rel=1e-14, abs=0)
     assert result["candidate_scores"].tolist() == pytest.approx(expected_scores, rel=1e-12)
     batched, stats = joint(model, cfg, payload, shared, "vmap")
     assert stats["engine"] == "vmap"

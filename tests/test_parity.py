@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 
 import pytest
@@ -23,6 +24,7 @@ def breaching_trials(model, cfg, payload, shared, trials=CANDIDATES, seed=SEED):
         if cfg.regularization and "group_regularization" in cfg.regularization:
             del cfg.regularization.group_regularization
     attacker = OptimizationBasedAttacker(model, loss(), cfg, SETUP)
+    shared = copy.deepcopy(shared)  # normalize_gradients works in place: twice may move a last bit
     rec_models, labels, _ = attacker.prepare_attack(payload, shared)
     stats, points = defaultdict(list), []
     for trial in range(trials):
@@ -51,9 +53,7 @@ def check(model, cfg, payload, shared):
     assert stats["engine"] == "list"
     assert torch.equal(result["candidates"], expected)
     for trial in range(CANDIDATES):
-        # equal to the last bit but on Intel, where a sum's last bit may depend on where in memory its terms lie
-        expected_values = expected_stats[f"Trial_{trial}_Val"]
-        assert stats[f"Trial_{trial}_Val"] == pytest.approx(expected_values, rel=1e-14, abs=0)
+        assert stats[f"Trial_{trial}_Val"] == expected_stats[f"Trial_{trial}_Val"]
     assert result["candidate_scores"].tolist() == pytest.approx(expected_scores, rel=1e-12)
     batched, stats = joint(model, cfg, payload, shared, "vmap")
     assert stats["engine"] == "vmap"

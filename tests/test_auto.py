@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -173,7 +174,7 @@ def test_a_resumed_run_takes_the_checkpoints_engine(clock, monkeypatch, tmp_path
 
 
 @given(
-    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 1)] * 4)),
+    *(st.floats(1e-5, 10), st.floats(1e-5, 10), st.tuples(*[st.floats(0, 1)] * len(fields(Costs)))),
     *(st.integers(1, 10**6), st.floats(0.1, 1000), st.sampled_from([calibration.SAVED, calibration.SAVED_AVX512])),
 )
 def test_compiling_never_takes_longer_than_the_run_it_is_for(listed, vmap, costs, evaluations, expected, saved):

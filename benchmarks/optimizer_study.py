@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from breaching_ext.files import write_atomically
 from breaching_ext.optimizer_study import LR_MULTIPLIERS, VARIANTS, WD_MULTIPLIERS, Budget
 from breaching_ext.optimizer_study.data import load_fashion_mnist
 from breaching_ext.optimizer_study.executor import make_plan
@@ -247,9 +248,9 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
         "rows": rows,
     }
     stem = args.out / args.device.split(":")[0]
-    stem.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(rows))
-    draw(rows, stem.with_suffix(".png"))
+    write_atomically(stem.with_suffix(".json"), lambda target: target.write_text(json.dumps(meta, indent=1) + "\n"))
+    write_atomically(stem.with_suffix(".md"), lambda target: target.write_text(table(rows)))
+    write_atomically(stem.with_suffix(".png"), lambda target: draw(rows, target))
 
 
 if __name__ == "__main__":

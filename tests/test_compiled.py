@@ -244,6 +244,26 @@ def test_a_compiler_that_fails_gives_way_to_vmap(monkeypatch, caplog):
     assert "no compiler here" in caplog.text
 
 
+class Breaking(AnySize):
+    """A model of which torch.compile can compile parts only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_a_model_that_is_compiled_in_parts_only_gives_way_to_vmap(traced_only, caplog):
+    """The parts would run one by one under torch.func, which takes longer than the replay."""
+    torch.manual_seed(3)
+    model = Breaking().double().eval()
+    model.name = "breaking"
+    payload, shared, *_ = observed(model)
+    cfg = attack_config(overrides=["restarts.candidate_batching=compile"], iterations=2)
+    _, stats = JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
+    assert stats["engine"] == "vmap"
+    assert "candidate_batching=compile: taking vmap, because torch.compile failed (Unsupported: " in caplog.text
+
+
 def test_the_first_form_that_works_stays():
     calls = []
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..matching.engine import CandidateEngine
-from ..matching.memory import is_out_of_memory
 from ..matching.track import Track, advancing, settle
+from ..out_of_memory import is_out_of_memory
 from ..ranks import Ranks
 from ..regularizers import GroupRegularization
 from .checkpoint import Checkpoint

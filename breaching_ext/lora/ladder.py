@@ -96,8 +96,9 @@ class Ladder:
         if row["seed"] == self.settings.seeds[0]:
             self.images[label(row)] = (255 * images).round().byte()
             write_atomically(self.path.with_name(IMAGES), lambda target: torch.save(self.images, target))
-        self.rows.append(row)
-        about = {"settings": self.settings.fingerprint(), "versions": versions(), "device": describe_device(device)}
+        where = {"versions": versions(), "device": describe_device(device)}  # of this call, and of the cell
+        self.rows.append({**row, "device": where["device"]})
+        about = {"settings": self.settings.fingerprint(), **where}
         write_json(self.path, {**about, "rows": self.rows})
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ..out_of_memory import is_out_of_memory
 from .compile_time import on_a_second_core
 from .evaluation import Evaluate, first_line
-from .memory import is_out_of_memory
 from .tracing import TOLERANCE, SpecialisationError, between, results
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 #: Compiled code calls torch's operators from C++, not from Python, and is two files instead of one a kernel: a step of
 #: ResNet20 takes a tenth less, and compiling it a third less. The file with the calls is optimised less: quick.
 _FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+#: How everything is compiled: for one shape, and whole or not at all. Where a model makes torch break its graph, the
+#: parts run one by one under torch.func, which takes longer than the replay.
+_WHOLE: dict[str, Any] = {"dynamic": False, "fullgraph": True}
 #: What compiled code need not look at in every call: its arguments are checked before.
 _LEAN = {"size_asserts": False, "alignment_asserts": False}
 #: Points a rounding away at which compiled and eager results are compared where they differ at the start.
@@ -92,9 +95,9 @@ def compile_once(
     does not change while an engine lives, so only the arguments (`ARGUMENTS`) are looked at again in every call.
     """
     if backend != "inductor":
-        return torch.compile(_with_own_code(function), backend=backend, dynamic=False)
+        return torch.compile(_with_own_code(function), backend=backend, **_WHOLE)
     if cuda_graphs:
-        return torch.compile(_with_own_code(function), mode="reduce-overhead", dynamic=False)
+        return torch.compile(_with_own_code(function), mode="reduce-overhead", **_WHOLE)
     plain: dict[str, Any] = _known(_LEAN)
     if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # an older torch has no filter, and takes no such option
         plain["guard_filter_fn"] = _arguments_only
@@ -106,7 +109,7 @@ def compile_once(
         helped = partial(on_a_second_core, options)
 
     def form(options: dict[str, Any]) -> Callable[..., Any]:
-        return torch.compile(_with_own_code(function), dynamic=False, options=options)
+        return torch.compile(_with_own_code(function), options=options, **_WHOLE)
 
     return FirstThatWorks([partial(form, options) for options in forms], helped)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.func import grad_and_value, vmap
 
+from ..out_of_memory import is_out_of_memory
 from .engine import CandidateObjective
 from .graph_costs import Costs
-from .memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

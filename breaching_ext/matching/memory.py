@@ -1,4 +1,4 @@
-"""How much memory an evaluation takes, how much there is, and what running out of it looks like."""
+"""How much memory an evaluation takes, and how much there is."""
 
 from __future__ import annotations
 
@@ -64,24 +64,6 @@ def free_memory(device: torch.device) -> int | None:
         return None
     ram = free_ram()
     return None if ram is None else ram // local_processes()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device or the machine has no memory left."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
-
-
-#: The last is all that compiled code says when an operation fails that has worked before: for want of memory.
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "cannot allocate memory",
-    "api call failed",
-)
 
 
 class _LiveTensors(TorchDispatchMode):

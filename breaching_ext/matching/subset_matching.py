@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.func import grad, grad_and_value, vmap
 
+from ..out_of_memory import is_out_of_memory
 from .compilation import compiled
 from .evaluation import Evaluate, first_line
 from .magia_objective import data_term, full_term, rescaling
 from .magia_problem import SubsetTerm, Target
-from .memory import is_out_of_memory
 from .tracing import SpecialisationError, replayed
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..out_of_memory import is_out_of_memory
 from .evaluation import Evaluate, first_line
 from .graph_costs import Costs, measure_costs
 from .graph_passes import shorten
-from .memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

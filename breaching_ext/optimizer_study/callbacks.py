@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 
 class MergeResults(Callback):
@@ -13,6 +16,11 @@ class MergeResults(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Merge the results below the study's folder."""
-        from .study import merge_results
+        from .merging import merge_results
 
-        merge_results([*(config.sources or []), config.out], config.out)
+        try:
+            files = merge_results([*(config.sources or []), config.out], config.out)
+        except Exception as error:  # Hydra makes a warning of what a callback raises, and ends as if all were well
+            log.error("The results are not merged: %s", error)
+            raise SystemExit(1) from error
+        log.info("Wrote %s.", ", ".join(map(str, files)))

@@ -21,7 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .config import require_choice
-from .study import Protocol, merge_results, run_study, select_variants
+from .merging import merge_results
+from .protocol import Protocol, select_variants
+from .study import run_study
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ exactly one place (`rules.py` for the update, `schedules.py` for the schedule):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Literal
 
 Decay = Literal["l2", "schedule", "lr"]
@@ -55,6 +56,8 @@ class OptimizerConfig:
         Raises:
             ValueError: Naming the field, its value and the valid ones.
         """
+        for name, value in asdict(self).items():
+            require(not isinstance(value, float) or isfinite(value), name, value, "a finite number")
         require_choice("decay", self.decay, DECAYS)
         require(self.lr > 0, "lr", self.lr, "a number > 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import struct
+import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -102,19 +105,31 @@ def _cache_root() -> Path:
 
 
 def _download() -> Path | None:
-    """Let torchvision download the data; None where there is no network."""
+    """Let torchvision download the data, whole or not at all.
+
+    Raises:
+        FileNotFoundError: If that fails: no network, no space.
+    """
     from torchvision.datasets import FashionMNIST
 
+    target = _cache_root() / "FashionMNIST" / "raw"
     try:
-        FashionMNIST(str(_cache_root()), download=True)
-    except (OSError, RuntimeError):
-        return None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_cache_root()) as beside:
+            FashionMNIST(beside, download=True)
+            if not _find(_cache_root()):  # another process may have been faster
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(Path(beside) / "FashionMNIST" / "raw", target)
+    except (OSError, RuntimeError) as error:
+        if not _find(_cache_root()):
+            raise FileNotFoundError(_advice(None, f" ({type(error).__name__}: {error})")) from error
     return _find(_cache_root())
 
 
-def _advice(folder: str | Path | None) -> str:
-    """The three ways to get the data, in one line."""
-    where = f"in {folder}" if folder is not None else f"in {DEBIAN_FOLDER} or {_cache_root()}, nor by download"
+def _advice(folder: str | Path | None, failure: str = "") -> str:
+    """The three ways to get the data, in one line; `failure` says why downloading did not work."""
+    here = f"in {DEBIAN_FOLDER} or {_cache_root()}, nor by download{failure}"
+    where = f"in {folder}" if folder is not None else here
     return (
         f"Fashion-MNIST was not found {where}. Either connect to a network, so that torchvision downloads "
         "it; or install Debian's package (apt-get install dataset-fashion-mnist); "
@@ -127,7 +142,10 @@ def _read_bytes(root: Path, name: str, dimensions: int) -> Tensor:
     path = _file(root, name)
     if path is None:
         raise FileNotFoundError(f"{root} has no {name}, plain or gzipped.")
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to get it anew.") from error
     magic, *shape = struct.unpack(f">{dimensions + 1}I", raw[: 4 * (dimensions + 1)])
     require(magic == _MAGIC + dimensions, "data.folder", str(path), "a folder with Fashion-MNIST's idx files")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 * (dimensions + 1)).reshape(shape).copy())

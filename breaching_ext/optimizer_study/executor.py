@@ -8,6 +8,7 @@ loses where one member keeps the processor busy on its own (the full convolution
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..free_ram import free_ram
+from ..out_of_memory import is_out_of_memory
 from .config import require_choice
 from .stacked import flushed_denormals
 from .training import Cell, SequentialRun, StackedRun, TrainingTask
@@ -88,10 +90,10 @@ def make_plan(
     """
     require_choice("executor", executor, EXECUTORS)
     require_choice("compile", compiled, COMPILE_CHOICES)
-    given = chunk is not None
-    chunk = even_chunks(len(cells), chunk or members_in_memory(task))
     if executor == "sequential":
         return Plan("sequential", False, 1)
+    given = chunk is not None
+    chunk = even_chunks(len(cells), chunk or members_in_memory(task))
     if executor == "stacked" and compiled != "auto":
         return Plan("stacked", bool(compiled), chunk)
     with flushed_denormals():
@@ -116,7 +118,7 @@ def _measure(
     chunk = even_chunks(len(cells), min(chunk, sample))
     sizes = {chunk} if given else {even_chunks(len(cells), min(chunk, n)) for n in (chunk, *_CACHED_CHUNKS)}
     try:
-        times = {n: time_step(lambda n=n: StackedRun(task, cells[:n]), task) / n for n in sizes}  # type: ignore[misc]
+        times = _stacked_times(task, cells, sizes)
     except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation that cannot be batched
         if executor == "stacked":
             raise
@@ -135,6 +137,27 @@ def _measure(
             log.info("The stacked step is not compiled (%s: %s).", type(error).__name__, str(error).split("\n")[0])
     choice = "sequential" if sequential is not None and sequential < stacked else "stacked"
     return Plan(choice, False, chunk if choice == "stacked" else 1, sequential, stacked)
+
+
+def _stacked_times(task: TrainingTask, cells: Sequence[Cell], sizes: set[int]) -> dict[int, float]:
+    """Milliseconds per member-step by size of the stack, without the sizes for which memory runs out.
+
+    Where it runs out for all, the least is halved until it fits; one member that does not fit raises.
+    """
+    times: dict[int, float] = {}
+    for size in sorted(sizes):
+        try:
+            times[size] = _stacked_time(task, cells[:size])
+        except Exception as error:
+            if not is_out_of_memory(error) or (not times and size == 1):
+                raise
+            log.info("Memory does not hold %d members in a stack.", size)
+            break
+    return times or _stacked_times(task, cells, {min(sizes) // 2})
+
+
+def _stacked_time(task: TrainingTask, cells: Sequence[Cell]) -> float:
+    return time_step(lambda: StackedRun(task, cells), task) / len(cells)
 
 
 def _measure_compiled(
@@ -207,11 +230,12 @@ def _activation_numbers(task: TrainingTask) -> int:
         nonlocal count
         count += output.numel() if isinstance(output, Tensor) else 0
 
-    leaves = [m for m in task.model.modules() if not list(m.children())]
+    model = copy.deepcopy(task.model)  # batch normalisation counts what it sees
+    leaves = [m for m in model.modules() if not list(m.children())]
     hooks = [leaf.register_forward_hook(add) for leaf in leaves]
     try:
         with torch.no_grad():
-            task.model(task.train[: task.budget.batch_size])
+            model(task.train[: task.budget.batch_size])
     finally:
         for hook in hooks:
             hook.remove()

@@ -70,24 +70,31 @@ def best_cells(data: np.ndarray, count: int = BEST) -> tuple[np.ndarray, np.ndar
     return rows, columns
 
 
-def save_sheet(experiments: Sequence[OptimizerExperiment], path: str | Path, columns: int = 5) -> Path:
+def save_sheet(
+    experiments: Sequence[OptimizerExperiment],
+    path: str | Path,
+    columns: int = 5,
+    titles: Sequence[str] | None = None,
+) -> Path:
     """Draw all variants on one sheet, with one colour scale and the coupling number in each title.
 
     Args:
         experiments: One a panel.
         path: A PNG, PDF or SVG file.
         columns: Panels in a row.
+        titles: Of the panels; default: `panel_title` with the coupling of the grid that is drawn.
 
     Returns:
         The path.
     """
+    titles = titles or [_own_title(experiment) for experiment in experiments]
     columns = min(columns, len(experiments))
     rows = math.ceil(len(experiments) / columns)
     figure = _new_figure(3.5 * columns, 3.6 * rows)
     norm = _norm([e.get_heatmap_data()[0] for e in experiments])
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, experiment in zip(axes, experiments, strict=False):
-        draw_heatmap(experiment, ax, panel_title(experiment), norm)
+    for ax, experiment, title in zip(axes, experiments, titles, strict=False):
+        draw_heatmap(experiment, ax, title, norm)
     for ax in axes[len(experiments) :]:
         ax.set_axis_off()
     used = list(axes[: len(experiments)])
@@ -96,14 +103,28 @@ def save_sheet(experiments: Sequence[OptimizerExperiment], path: str | Path, col
     return write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=110))
 
 
-def panel_title(experiment: OptimizerExperiment) -> str:
-    """Id and name, and in a second line the coupling number, where the grid has one."""
+def panel_title(experiment: OptimizerExperiment, slope: float | None, rows: Sequence[int]) -> str:
+    """Id and name, and in a second line the coupling number, where the grid has one.
+
+    Args:
+        experiment: The grid.
+        slope: The coupling number, of one seed or the mean of many; None or not a number: it is not reached.
+        rows: From how many rows it is, by seed; none where the grid has no column without weight decay.
+    """
     first = textwrap.fill(f"{experiment.optimizer_id} {experiment.optimizer_name}", 36)
-    if experiment.wd_multipliers[:1] != [0.0]:
+    if not rows:
         return first
-    found = coupling(experiment)
-    number = "not reached" if math.isnan(found.slope) else f"{found.slope:+.2f} ({len(found.lr_multipliers)} rows)"
+    reached = slope is not None and math.isfinite(slope)
+    number = f"{slope:+.2f} ({', '.join(map(str, rows))} rows)" if reached else "not reached"
     return f"{first}\ncoupling {number}"
+
+
+def _own_title(experiment: OptimizerExperiment) -> str:
+    """The title with the coupling of the grid that is drawn."""
+    if experiment.wd_multipliers[:1] != [0.0]:
+        return panel_title(experiment, None, [])
+    found = coupling(experiment)
+    return panel_title(experiment, found.slope, [len(found.lr_multipliers)])
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .clock import Spent
 from .config import Budget, require
 from .data import images_of
 from .executor import Plan, make_plan
@@ -79,8 +81,8 @@ def run_grid(
         schedule: Another schedule than the variant's.
         schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
         settings: Other settings than the variant's, such as ``{"decay": "lr"}``.
-        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments continues
-            there.
+        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments, and any cells,
+            continues there. It does not hold what `log_steps` and `sample_epochs` record, so it is not used with them.
         log_steps: Record loss, gradient norm, weight norm and learning rate of every step.
         sample_epochs: Epochs after which reconstructions of eight test images are kept.
         progress: Whether to show a bar over member-steps.
@@ -89,7 +91,7 @@ def run_grid(
         The experiment, its cells in the order of the multipliers, learning rate outermost.
 
     Raises:
-        ValueError: If an argument is not valid; checked before anything is trained.
+        ValueError: If an argument is not valid, or the checkpoint another run's; checked before anything is trained.
     """
     variant = get_variant(variant_id).with_settings(**(settings or {}))
     cells = _cells(lr_multipliers, wd_multipliers)
@@ -134,13 +136,17 @@ class _Grid:
         """Read what an earlier, interrupted call left."""
         self.task, self.cells, self.progress = task, cells, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self.checkpoint is not None and (task.log_steps or task.sample_epochs):
+            log.warning("checkpoint=%s is not used: it holds neither the logs of steps nor samples.", checkpoint)
+            self.checkpoint = None
         self.fingerprint = fingerprint(describe(task))
+        self.spent = Spent()
         self.done: dict[Cell, GridSearchResult] = self._resume()
         self._saved = time.monotonic()
 
     def run(self, executor: str, compiled: object, chunk: int | None) -> OptimizerExperiment:
         """Train the cells that are missing."""
-        started, cpu_started = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
         missing = [cell for cell in self.cells if cell not in self.done]
         plan = make_plan(self.task, missing, executor, compiled, chunk) if missing else None
         if plan is not None:
@@ -151,8 +157,7 @@ class _Grid:
         config = {
             **describe(self.task),
             "plan": None if plan is None else plan.to_dict(),
-            "wall_seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - cpu_started,
+            **self.spent.so_far(),
         }
         variant = self.task.variant
         results = [self.done[cell] for cell in self.cells]
@@ -190,20 +195,20 @@ class _Grid:
         if self.checkpoint is None or not self.done:
             return
         if force or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
-            values = {"fingerprint": self.fingerprint, "results": [r.to_dict() for r in self.done.values()]}
-            write_json(self.checkpoint, values)
+            results = [r.to_dict() for r in self.done.values()]
+            write_json(self.checkpoint, {"fingerprint": self.fingerprint, **self.spent.so_far(), "results": results})
             self._saved = time.monotonic()
 
     def _resume(self) -> dict[Cell, GridSearchResult]:
         """Cells that an interrupted call with the same arguments finished."""
-        if self.checkpoint is None or not self.checkpoint.exists() or self.task.log_steps or self.task.sample_epochs:
-            return {}  # optional logs are not kept in a checkpoint, so such runs start anew
-        saved = read_json(self.checkpoint)
-        if saved["fingerprint"] != self.fingerprint:
-            log.warning("%s belongs to another run and is ignored.", self.checkpoint)
+        if self.checkpoint is None or not self.checkpoint.exists():
             return {}
+        saved = read_json(self.checkpoint)
+        valid = "a file of this run, or a new one: this one holds an unfinished run of other settings, model or data"
+        require(saved["fingerprint"] == self.fingerprint, "checkpoint", str(self.checkpoint), valid)
+        self.spent.before = {name: saved.get(name, 0.0) for name in self.spent.before}
         results = [GridSearchResult.from_dict(values) for values in saved["results"]]
-        return {result.cell: result for result in results if result.cell in set(self.cells)}
+        return {result.cell: result for result in results}  # of other cells, too: they stay in the file
 
 
 def describe(task: TrainingTask) -> dict[str, Any]:
@@ -244,8 +249,8 @@ def _digest(*tensors: Tensor) -> str:
 def _cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:
     """The points of the grid, learning rate outermost."""
     lrs, wds = [float(x) for x in lr_multipliers], [float(x) for x in wd_multipliers]
-    require(bool(lrs) and min(lrs, default=0) > 0, "lr_multipliers", lrs, "a list of numbers > 0")
-    require(bool(wds) and min(wds, default=-1) >= 0, "wd_multipliers", wds, "a list of numbers >= 0")
+    require(bool(lrs) and all(0 < x < inf for x in lrs), "lr_multipliers", lrs, "a list of finite numbers > 0")
+    require(bool(wds) and all(0 <= x < inf for x in wds), "wd_multipliers", wds, "a list of finite numbers >= 0")
     require(len(set(lrs)) == len(lrs), "lr_multipliers", lrs, "without repetition")
     require(len(set(wds)) == len(wds), "wd_multipliers", wds, "without repetition")
     return [(lr, wd) for lr in lrs for wd in wds]

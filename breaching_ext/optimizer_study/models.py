@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
 import torch
@@ -81,16 +82,17 @@ def create_model(name: str, image_size: int, seed: int = 42, **options: Any) -> 
         **options: The model's own arguments (``hidden``, ``latent``, ``channels``).
 
     Raises:
-        ValueError: If the name is unknown or the image has no pixel.
+        ValueError: If the name or an option is unknown, or the image has no pixel.
     """
     require_choice("model", name, MODELS)
+    kind = MLPAutoencoder if name == "mlp" else ConvAutoencoder
+    for option in options:
+        require_choice(f"model_options of {name}", option, tuple(signature(kind).parameters)[1:])
     require(image_size >= 1, "image_size", image_size, "a whole number >= 1")
     if "channels" in options:
         options["channels"] = tuple(options["channels"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == "mlp":
-            return MLPAutoencoder(image_size, **options)
         if name == "small_conv":
             options = {"channels": (8, 16), "latent": 32} | options
-        return ConvAutoencoder(image_size, **options)
+        return kind(image_size, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,13 +14,16 @@ from .config import Budget, OptimizerConfig
 from .rules import StepScalars, UpdateRule, step_scalars
 from .schedules import Fixed, LRScheduler
 
+log = logging.getLogger(__name__)
+
 
 class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
     """Any optimizer of the study, for one model.
 
     The hooks ``compute_first_moment``, ``compute_second_moment``, ``compute_update`` and
     ``weight_decay_step`` are those of `UpdateRule`; a subclass may override them. ``param_groups`` carry
-    ``lr`` and ``weight_decay``, so torch's own schedulers work too.
+    ``lr`` and ``weight_decay``. The schedule moves only with `set_epoch`, called before every step; torch's own
+    schedulers change ``lr`` alone, so with ``decay="schedule"`` the decay does not follow them.
 
     Args:
         params: Parameters or parameter groups.
@@ -45,16 +49,17 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         self.schedule = schedule or Fixed(self.budget.epochs)
         torch.optim.Optimizer.__init__(self, params, {"lr": config.lr, "weight_decay": config.weight_decay})
         self.set_epoch(0.0)
+        self._moved = isinstance(self.schedule, Fixed)
 
     def set_epoch(self, epoch: float) -> None:
         """Move the schedule to ``epoch`` (fractional, from 0 on); call it before a step."""
-        self.epoch = epoch
+        self._moved, self.epoch = True, epoch
         self.eta = self.schedule.factor(epoch)
         self.decay_scale = decay_scale(self.config, self.schedule, self.budget, epoch)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything for a copy or a pickle; torch's own keeps groups and state only."""
-        own = ("config", "budget", "schedule", "epoch", "eta", "decay_scale")
+        own = ("config", "budget", "schedule", "epoch", "eta", "decay_scale", "_moved")
         return {**torch.optim.Optimizer.__getstate__(self), **{key: getattr(self, key) for key in own}}
 
     @torch.no_grad()
@@ -67,6 +72,10 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        if not self._moved:
+            self._moved = True
+            name = type(self.schedule).__name__
+            log.warning("The schedule %s stays at epoch 0: call set_epoch(epoch + batch / batches) before steps.", name)
         loss = None
         if closure is not None:
             with torch.enable_grad():

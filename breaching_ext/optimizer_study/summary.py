@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,19 +143,13 @@ def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[Optim
     return {key: to_json_floats(value) for key, value in values.items()}
 
 
-def write_tables(
-    by_variant: Mapping[str, Sequence[OptimizerExperiment]],
-    out: str | Path,
-    beyond: Sequence[OptimizerExperiment] = (),
-) -> list[Path]:
+def write_tables(rows: Sequence[dict[str, Any]], out: str | Path) -> list[Path]:
     """Write ``table.md`` and ``summary.json``.
 
     Args:
-        by_variant: The seeds of each variant.
+        rows: `summarize` of each variant.
         out: Folder to write to.
-        beyond: What was trained beyond the grids, for the coupling numbers.
     """
-    rows = [summarize(group, beyond) for group in by_variant.values()]
     text = "\n".join(_markdown(rows)) + "\n"
     table = write_atomically(Path(out) / "table.md", lambda file: file.write(text.encode()))
     return [table, write_json(Path(out) / "summary.json", rows)]

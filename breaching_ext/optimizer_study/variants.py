@@ -128,6 +128,7 @@ def create_optimizer(
         >>> optimizer = create_optimizer("B3", torch.nn.Linear(2, 1).parameters(), lr_multiplier=0.5)
         >>> optimizer.param_groups[0]["lr"]
         0.0005
+        >>> optimizer.set_epoch(3 + 0 / 469)  # epoch 3, batch 0 of 469: before every step, or the schedule stands still
     """
     variant, budget = get_variant(variant_id).with_settings(**settings), budget or Budget()
     over = variant.create_schedule(budget.epochs, schedule)

@@ -10,6 +10,7 @@ no knowledge of the optimum.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from breaching_ext.ssigd.errors import NotCertifiedError, SSIGDError
 from breaching_ext.ssigd.gradients import adjoint_gradient
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import UNBOUNDED, Array
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,13 @@ def certified_finish(
         tolerance: certified gap to stop at, default 1e-9.
         max_gradients: most gradients to spend, default 50.
 
+    Returns:
+        The best point. Where the model or a lower level on the way cannot be solved, the log says so and the bound
+        is what it was by then (minus infinity before the first model).
+
     Raises:
-        SSIGDError: f is not linear in y, Q_upper is singular, or there is no point, or no gradient left for the model.
-        NotCertifiedError: the model was not solved.
+        SSIGDError: f is not linear in y, Q_upper is singular, or there is no point, or no gradient left for the
+            model; or the lower level cannot be solved at one of `points`.
     """
     check_finish(problem)
     planes: dict[tuple[int, ...], tuple[Array, float]] = {}
@@ -77,8 +84,12 @@ def certified_finish(
     objective, best = min(values, key=lambda value: value[0])
     spent, bound = len(values), -np.inf
     while spent < max_gradients and objective - bound > tolerance:
-        x, bound = _minimise_model(problem, planes)
-        value, _ = _add_plane(problem, x, planes)
+        try:
+            x, bound = _minimise_model(problem, planes)
+            value, _ = _add_plane(problem, x, planes)
+        except SSIGDError as error:
+            logger.warning("The finish ends after %d gradients with a gap of %.1e: %s", spent, objective - bound, error)
+            break
         spent += 1
         if value < objective:
             objective, best = value, x

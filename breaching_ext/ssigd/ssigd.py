@@ -7,6 +7,7 @@ ICLR 2023 submission, which is public.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from breaching_ext.ssigd.finish import CertifiedPoint, certified_finish, check_f
 from breaching_ext.ssigd.history import BilevelResult, Snapshot
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
+
+logger = logging.getLogger(__name__)
 
 REGIMES = ("strongly_convex", "convex", "weakly_convex")
 
@@ -90,17 +93,22 @@ class SSIGD(BilevelDescent):
             finish_gradients: how many of them are kept for the finish.
 
         Returns:
-            The run of T − finish_gradients iterations, and the point after the finish with its certified gap.
+            The run of T − finish_gradients iterations, and the point after the finish with its certified gap. Where
+            the finish cannot start, the log says so, and the point is the run's best with an infinite gap.
 
         Raises:
-            SSIGDError: the finish would get no gradient or all of them, or see `certified_finish`.
+            SSIGDError: the finish would get no gradient or all of them, or does not apply (`check_finish`).
         """
         if not 2 < finish_gradients < iterations:
             raise SSIGDError(f"finish_gradients={finish_gradients} is out of range; valid: 3 to {iterations - 1}")
         check_finish(self.problem)
         result = self.solve(iterations - finish_gradients, x0)
         points = [result.x_last, result.x_average]
-        return result, certified_finish(self.problem, points, max_gradients=finish_gradients)
+        try:
+            return result, certified_finish(self.problem, points, max_gradients=finish_gradients)
+        except SSIGDError as error:  # the run is not lost with it
+            logger.warning("The finish cannot start, and the run's best point has no bound: %s", error)
+            return result, CertifiedPoint(result.x_best, result.objectives["best"], -np.inf, 0)
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters for the record."""

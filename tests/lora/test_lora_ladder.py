@@ -84,6 +84,7 @@ def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "rows.json").read_text())
     assert {"settings", "versions", "device", "rows"} <= set(content)
     assert content["rows"][0]["cosine_seen"] == 1.0
+    assert all(row["device"] == content["device"] for row in content["rows"])
     for row in content["rows"]:
         assert 0 < row["psnr"] < 100
         assert -1 <= row["cosine_full"] <= 1

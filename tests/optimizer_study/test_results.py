@@ -214,7 +214,7 @@ def test_seeds_are_averaged_and_summarized(tmp_path):
     low, high = stats.t.interval(0.95, 1, np.mean(slopes), stats.sem(slopes))
     assert row["coupling_half_width"] == pytest.approx((high - low) / 2)
     assert row["diverged_cells"] == 1
-    table, summary = write_tables({"B3": group}, tmp_path)
+    table, summary = write_tables([row], tmp_path)
     assert "| B3 AdamW |" in table.read_text()
     assert read_json(summary)[0]["seeds"] == [0, 1]
 

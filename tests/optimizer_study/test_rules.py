@@ -270,6 +270,17 @@ def test_copies_and_pickles_step_like_the_original():
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("variant", "moved", "told"), [("B3", False, True), ("B3", True, False), ("C1", False, False)])
+def test_a_schedule_that_is_never_moved_is_told_once(caplog, variant, moved, told):
+    model = make_model()
+    optimizer = create_optimizer(variant, model.parameters())
+    if moved:
+        optimizer.set_epoch(0.0)
+    for _ in range(2):
+        optimizer.step()
+    assert caplog.text.count("stays at epoch 0") == told
+
+
 def test_create_optimizer_without_parameters_is_a_factory():
     optimizer = create_optimizer("A2", lr_multiplier=0.5)(make_model().parameters())
     assert optimizer.param_groups[0]["lr"] == 0.05

@@ -14,17 +14,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import TensorDataset
 
-from breaching_ext.optimizer_study import cli, study
+from breaching_ext.optimizer_study import cli, merging, study
 from breaching_ext.optimizer_study import data as data_module
+from breaching_ext.optimizer_study.callbacks import MergeResults
 from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
+from breaching_ext.optimizer_study.merging import load_results, merge_results
 from breaching_ext.optimizer_study.models import create_model
-from breaching_ext.optimizer_study.study import (
-    Protocol,
-    load_results,
-    merge_results,
-    run_study,
-    select_variants,
-)
+from breaching_ext.optimizer_study.protocol import Protocol, select_variants
+from breaching_ext.optimizer_study.study import run_study
 from breaching_ext.optimizer_study.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,6 +209,92 @@ def test_schedule_options_and_settings_reach_their_variants(folder, tmp_path):
     assert "eps" not in c1["optimizer"]
 
 
+def test_conflicts_and_wrong_values_of_late_runs_are_found_before_the_first(folder, tmp_path, monkeypatch):
+    run_study(tmp_path, ["D3"], [1], small(folder), progress=False)
+    monkeypatch.setattr(study, "run_grid", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(study, "load_fashion_mnist", lambda *args: pytest.fail("loaded"))
+    for changes, words in (
+        ({"epochs": 3}, r"out=.*D3_seed1.*other settings"),
+        ({"schedule_options": {"warm_restarts": {"end": "middle"}}}, "end='middle'"),
+        ({"schedule_options": {"cosine": {"half": 1}}}, "schedule_options of cosine='half'"),
+        ({"settings": {"eps2": -1.0}}, "eps2=-1.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_study(tmp_path, ["A1", "C1", "D3"], [1], small(folder, **changes), progress=False)
+
+
+def test_variants_of_different_studies_are_not_merged(folder, tmp_path):
+    run_study(tmp_path / "one", ["A1"], [1], small(folder), progress=False)
+    run_study(tmp_path / "two", ["B3"], [1], small(folder, train_size=24), progress=False)
+    with pytest.raises(ValueError, match=r"sources='A1 and B3'.*train_size"):
+        merge_results([tmp_path], tmp_path)
+    assert not list(tmp_path.glob("*.*"))
+
+
+def test_the_sheet_and_the_table_carry_the_same_numbers(folder, tmp_path, monkeypatch):
+    """Those of the rows followed beyond the grid, over all seeds, not of the mean grid that is drawn."""
+    lrs = [2.0**power for power in range(-3, 2)]
+    protocol = small(folder, lr_multipliers=lrs, beyond=[2.0**power for power in range(6, 24)])
+    run_study(tmp_path, ["B3", "B7"], [1, 2], protocol, progress=False)
+    titles, real = [], merging.save_sheet
+
+    def watched(*args, **more):
+        titles.extend(more["titles"])
+        return real(*args, **more)
+
+    monkeypatch.setattr(merging, "save_sheet", watched)
+    rows = json.loads(merge_results([tmp_path], tmp_path)[2].read_text())
+    assert rows[1]["coupling"] is not None
+    for title, row in zip(titles, rows, strict=True):
+        number = "not reached" if row["coupling"] is None else f"{row['coupling']:+.2f}"
+        assert title.splitlines()[-1].startswith(f"coupling {number}")
+
+
+def test_a_multirun_whose_results_cannot_be_merged_does_not_end_well(tmp_path, caplog):
+    with pytest.raises(SystemExit) as end:  # Hydra lets only this one through
+        MergeResults().on_multirun_end(configured(f"out={tmp_path}"))
+    assert end.value.code == 1
+    assert "not merged: no results" in caplog.text
+
+
+class FakeDownload:
+    """In torchvision's place: writes the files, or fails on the way."""
+
+    def __init__(self, source, fails):
+        self.source, self.fails = source, fails
+
+    def __call__(self, root, download):
+        raw = Path(root) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for path in sorted(self.source.iterdir(), reverse=True):
+            (raw / path.name).write_bytes(path.read_bytes()[:100] if self.fails else path.read_bytes())
+            if self.fails:
+                raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+
+def test_a_download_is_whole_or_absent(folder, tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    monkeypatch.setattr(data_module, "DEBIAN_FOLDER", tmp_path / "no")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", FakeDownload(folder, fails=True))
+    with pytest.raises(FileNotFoundError, match=r"nor by download \(RuntimeError: Error downloading"):
+        load_fashion_mnist()
+    assert not list((tmp_path / "cache").rglob("*ubyte*"))
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", FakeDownload(folder, fails=False))
+    assert len(load_fashion_mnist()[0]) == 40
+    assert [path.name for path in (tmp_path / "cache" / "breaching_ext").iterdir()] == ["FashionMNIST"]
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", lambda *args, **kwargs: pytest.fail("again"))
+    assert len(load_fashion_mnist()[0]) == 40
+
+
+def test_a_damaged_file_is_named(folder):
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is damaged"):
+        load_fashion_mnist(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -247,7 +330,7 @@ def configured(*overrides):
 
 def test_the_default_configuration_is_the_default_protocol():
     protocol = cli.protocol_of(configured())
-    want = Protocol(model_options={"hidden": 64, "latent": 16})
+    want = Protocol()
     for key, value in vars(want).items():
         got = getattr(protocol, key)
         assert list(got) == list(value) if key.endswith("multipliers") else got == value
@@ -257,6 +340,22 @@ def test_the_full_protocol_is_the_one_of_the_study():
     protocol = cli.protocol_of(configured("protocol=full"))
     assert (protocol.model, protocol.epochs, protocol.batch_size) == ("autoencoder", 100, 128)
     assert (protocol.train_size, protocol.test_size, protocol.pool) == (None, None, 1)
+    study_model, ours = (create_model("autoencoder", 28, 0, **options) for options in ({}, protocol.model_options))
+    assert [p.shape for p in study_model.parameters()] == [p.shape for p in ours.parameters()]
+    assert protocol.model_options == {}
+
+
+@pytest.mark.parametrize("protocol", ["reduced", "full"])
+@pytest.mark.parametrize("model", ["autoencoder", "small_conv", "mlp"])
+def test_every_protocol_goes_with_every_model(protocol, model):
+    chosen = cli.protocol_of(configured(f"protocol={protocol}", f"protocol.model={model}"))
+    images = torch.rand(2, 1, 28 // chosen.pool, 28 // chosen.pool)
+    assert create_model(chosen.model, images.shape[-1], 0, **chosen.model_options)(images).shape == images.shape
+
+
+def test_an_option_that_a_model_does_not_have_is_named():
+    with pytest.raises(ValueError, match=r"model_options of mlp='channels'.*hidden, latent"):
+        create_model("mlp", 14, channels=[4, 8])
 
 
 @pytest.mark.parametrize(
@@ -329,5 +428,5 @@ def test_the_module_imports_nothing_from_the_attacks():
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
-    shared = {f"breaching_ext.{name}" for name in ("config", "files", "free_ram", "registration")}
+    shared = {f"breaching_ext.{name}" for name in ("config", "files", "free_ram", "out_of_memory", "registration")}
     assert others <= {"breaching_ext", *shared}

@@ -1,6 +1,7 @@
 """Stacked, compiled and sequential training give the same results; divergence, resuming and choosing."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -183,17 +184,84 @@ def test_a_killed_grid_resumes_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(grid_module, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_grid(**arguments, checkpoint=checkpoint)
-    assert checkpoint.exists()
+    before = json.loads(checkpoint.read_text())
+    assert before["wall_seconds"] > 0
+    checkpoint.write_text(json.dumps(before | {"wall_seconds": 1000.0, "cpu_seconds": 2000.0}))
     resumed = run_grid(**arguments, checkpoint=checkpoint)
     assert trained == [2, 2, 2, 2]
+    assert 1000 < resumed.config["wall_seconds"] < 1500
+    assert 2000 < resumed.config["cpu_seconds"] < 2500
     assert losses(resumed) == losses(whole)
 
 
-def test_a_checkpoint_of_another_run_is_ignored(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_and_stays(tmp_path):
     checkpoint = tmp_path / "grid.partial"
     run_grid(**grid_arguments(executor="stacked"), checkpoint=checkpoint)
-    other = run_grid(**grid_arguments(executor="stacked", seed=7), checkpoint=checkpoint)
-    assert losses(other) == losses(run_grid(**grid_arguments(executor="stacked", seed=7)))
+    before = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint=.*unfinished run of other settings"):
+        run_grid(**grid_arguments(executor="stacked", seed=7), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_keeps_the_cells_that_another_grid_trained(tmp_path):
+    checkpoint = tmp_path / "grid.partial"
+    whole = run_grid(**grid_arguments(executor="stacked"), checkpoint=checkpoint)
+    cell = whole.results[0].cell
+    other = grid_arguments(executor="stacked") | {"lr_multipliers": [cell[0]], "wd_multipliers": [cell[1], 1000.0]}
+    part = run_grid(**other, checkpoint=checkpoint)
+    assert losses(part)[0] == losses(whole)[0]
+    kept = {(r["lr_multiplier"], r["wd_multiplier"]) for r in json.loads(checkpoint.read_text())["results"]}
+    assert kept == {r.cell for r in (*whole.results, *part.results)}
+
+
+def test_a_run_with_logs_of_steps_leaves_the_checkpoint_alone(tmp_path, caplog):
+    checkpoint = tmp_path / "grid.partial"
+    run_grid(**grid_arguments(executor="stacked"), checkpoint=checkpoint)
+    before = checkpoint.read_bytes()
+    run_grid(**grid_arguments(executor="stacked", log_steps=True), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == before
+    assert "is not used" in caplog.text
+
+
+@pytest.mark.parametrize("executor", ["auto", "sequential"])
+def test_planning_does_not_move_the_statistics_of_a_model(executor):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Unflatten(1, (1, 4, 4)))
+    before = copy.deepcopy(model.state_dict())
+    run_grid(**grid_arguments(model=model, executor=executor))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_sizes_for_which_memory_runs_out_are_not_taken(monkeypatch):
+    """The others are; where none fits, the least is halved, and what is no want of memory is said."""
+    cells = [(1.0, float(wd)) for wd in range(32)]
+    fits = 16
+
+    def fake_time(build, task, repeats=5):
+        run = build()
+        if isinstance(run, SequentialRun):
+            return 100.0
+        if len(run.lr) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return 1.0
+
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor._STEP_SECONDS", 1e9)
+    assert make_plan(make_task(), cells, compiled=False).chunk == 16
+    fits = 5
+    assert make_plan(make_task(), cells, compiled=False).chunk == 4
+    fits = 0
+    assert make_plan(make_task(), cells, compiled=False).executor == "sequential"
+    with pytest.raises(torch.OutOfMemoryError):
+        make_plan(make_task(), cells, "stacked", compiled="auto")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lr_multipliers": [1.0, math.inf]}, {"wd_multipliers": [0.0, math.nan]}, {"settings": {"eps": math.inf}}],
+)
+def test_numbers_that_no_file_could_hold_are_refused(change):
+    with pytest.raises(ValueError, match="finite number"):
+        run_grid(**(grid_arguments() | change))
 
 
 def test_steps_and_samples_are_recorded_when_asked(tmp_path):

@@ -13,7 +13,9 @@ from breaching_ext.ssigd import (
     DSBLO,
     SSIGD,
     InfeasibleError,
+    LICQError,
     NonFiniteError,
+    NotCertifiedError,
     QuadraticBilevelProblem,
     SSIGDError,
     StronglyConvexBilevelProblem,
@@ -24,6 +26,7 @@ from breaching_ext.ssigd import (
     enumerate_optimum,
     theorem_parameters,
 )
+from breaching_ext.ssigd import finish as finish_module
 from breaching_ext.ssigd.history import SERIES
 from breaching_ext.ssigd.oracle import GradientOracle, inexact_solution
 
@@ -74,7 +77,7 @@ def test_lower_bound_holds_before_the_gap_closes(seed, dim, budget):
     problem = convex_instance(dim, seed)
     finish = certified_finish(problem, [start(problem, seed)], max_gradients=budget)
     optimum = convex_optimum(problem).objective
-    assert finish.lower_bound <= optimum + 1e-8
+    assert -math.inf < finish.lower_bound <= optimum + 1e-8
     assert optimum <= finish.objective + 1e-8
     assert finish.gradients <= budget
 
@@ -287,6 +290,39 @@ def test_ssigd_with_its_finish_reaches_the_optimum_within_the_budget():
         assert len(result.history["step"]) + finish.gradients <= 300
         assert finish.objective - convex_optimum(problem).objective <= 1e-6
         assert finish.gap <= 1e-6
+
+
+@pytest.mark.parametrize("solved", [0, 2])
+def test_a_finish_that_fails_on_the_way_returns_what_it_has(monkeypatch, caplog, solved):
+    problem, models, minimise = convex_instance(5, 1), [], finish_module._minimise_model
+
+    def failing(*arguments):
+        models.append(arguments)
+        if len(models) > solved:
+            raise NotCertifiedError("for the test")
+        return minimise(*arguments)
+
+    monkeypatch.setattr(finish_module, "_minimise_model", failing)
+    finish = certified_finish(problem, [start(problem, seed) for seed in range(2)])
+    assert finish.gradients == 2 + solved
+    assert finish.objective == pytest.approx(problem.objective(finish.x), abs=1e-12)
+    assert (finish.lower_bound == -math.inf) == (solved == 0)
+    assert finish.lower_bound <= convex_optimum(problem).objective + 1e-10
+    assert "for the test" in caplog.text
+
+
+def test_a_finish_that_cannot_start_does_not_lose_the_run(monkeypatch, caplog):
+    problem = convex_instance(5, 1)
+
+    def failing(*arguments, **more):
+        raise LICQError("for the test")
+
+    monkeypatch.setattr(finish_module, "adjoint_gradient", failing)
+    result, finish = SSIGD(problem, q_std=1e-6).solve_certified(40, finish_gradients=20)
+    assert len(result.history["step"]) == 20
+    assert torch.equal(finish.x, result.x_best)
+    assert (finish.objective, finish.gap, finish.gradients) == (result.objectives["best"], math.inf, 0)
+    assert "for the test" in caplog.text
 
 
 @pytest.mark.parametrize("reserved", [2, 300])

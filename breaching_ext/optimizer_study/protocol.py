@@ -1,0 +1,169 @@
+"""What all runs of a study share, and what one of them is: its variant, its seed, its arguments, its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .config import require, require_choice
+from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS
+from .schedules import SCHEDULES
+from .storage import read_json
+from .variants import VARIANTS, Variant, get_variant
+
+RESULTS = "results"
+BEYOND = "beyond"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all variants and seeds of a study share.
+
+    Attributes:
+        model: A name of `models.MODELS`.
+        model_options: Its arguments.
+        train_size: Training images; None for all.
+        test_size: Test images; None for all.
+        pool: Side of the average pooling.
+        epochs: Length of a run.
+        batch_size: Images a batch.
+        lr_multipliers: Learning-rate axis.
+        wd_multipliers: Weight-decay axis.
+        beyond: More weight decays, trained after the grid of a variant with normalized decay and used for its
+            coupling number alone: normalized decay is so small that a grid may end before it does harm.
+        data_folder: Where Fashion-MNIST lies; None to look for it.
+        device: Device to train on.
+        executor: ``auto``, ``stacked`` or ``sequential``.
+        compile: True, False or ``auto``.
+        chunk: Members in a stack; None for as many as memory allows.
+        schedule: Another schedule than the variants' own.
+        schedule_options: Its arguments, by schedule name.
+        settings: Other settings than the variants' own.
+    """
+
+    model: str = "mlp"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    train_size: int | None = 1024
+    test_size: int | None = 512
+    pool: int = 2
+    epochs: int = 100
+    batch_size: int = 64
+    lr_multipliers: Sequence[float] = LR_MULTIPLIERS
+    wd_multipliers: Sequence[float] = WD_MULTIPLIERS
+    beyond: Sequence[float] = field(default_factory=list)
+    data_folder: str | None = None
+    device: str = "cpu"
+    executor: str = "auto"
+    compile: object = "auto"
+    chunk: int | None = None
+    schedule: str | None = None
+    schedule_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed.
+
+    Attributes:
+        variant: The variant.
+        seed: Seed of initial weights and order of batches.
+        path: Its file.
+        protocol: What it shares with the others; its weight decays are those beyond the grid if it trains these.
+    """
+
+    variant: Variant
+    seed: int
+    path: Path
+    protocol: Protocol
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `run_grid` that decide its numbers."""
+        protocol, variant = self.protocol, self.variant
+        return {
+            "lr_multipliers": protocol.lr_multipliers,
+            "wd_multipliers": protocol.wd_multipliers,
+            "epochs": protocol.epochs,
+            "batch_size": protocol.batch_size,
+            "seed": self.seed,
+            "schedule": protocol.schedule,
+            "schedule_options": protocol.schedule_options.get(protocol.schedule or variant.schedule),
+            "settings": {k: v for k, v in protocol.settings.items() if hasattr(variant.config, k)},
+        }
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What identifies it within a study: everything that decides its numbers, as it will be read from JSON."""
+        chosen = ("model", "model_options", "train_size", "test_size", "pool", "device")
+        arguments = self.arguments
+        rates = {key: [float(x) for x in arguments[key]] for key in ("lr_multipliers", "wd_multipliers")}
+        shared = {key: getattr(self.protocol, key) for key in chosen}
+        return json.loads(json.dumps({"variant": self.variant.id} | shared | arguments | rates))
+
+    def is_done(self) -> bool:
+        """Whether its file is there.
+
+        Raises:
+            ValueError: If that file was made with other settings.
+        """
+        if not self.path.exists():
+            return False
+        same = read_json(self.path)["config"].get("study") == self.key
+        require(same, "out", str(self.path), "a folder without results of other settings")
+        return True
+
+    def check(self) -> None:
+        """Make its settings and its schedule, and look at its file.
+
+        Raises:
+            ValueError: If one of them is not valid.
+        """
+        arguments = self.arguments
+        self.variant.with_settings(**arguments["settings"])
+        options = arguments["schedule_options"] or {}
+        self.variant.create_schedule(arguments["epochs"], arguments["schedule"], **options)
+        self.is_done()
+
+
+def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protocol: Protocol) -> Iterator[Run]:
+    """All runs of a study, seed by seed, each variant with its weight decays beyond the grid, if any.
+
+    Raises:
+        ValueError: If the seeds or what the protocol says of all variants are not valid.
+    """
+    require(bool(seeds), "seed", list(seeds), "at least one whole number")
+    last = max(protocol.wd_multipliers, default=0)
+    require(all(wd > last for wd in protocol.beyond), "beyond", list(protocol.beyond), f"multipliers above {last:g}")
+    known = {name.name for variant in VARIANTS.values() for name in fields(variant.config)}
+    for key in protocol.settings:  # each variant takes those that it has, so none may be one that no variant has
+        require(key in known, "settings", key, "a setting of a variant: " + ", ".join(sorted(known)))
+    for key in protocol.schedule_options:
+        require_choice("schedule_options", key, SCHEDULES)
+    for seed in seeds:
+        for variant in map(get_variant, ids):
+            yield Run(variant, seed, result_path(folder, variant.id, seed), protocol)
+            if protocol.beyond and variant.config.normalized_decay:
+                wider = replace(protocol, wd_multipliers=protocol.beyond)
+                yield Run(variant, seed, result_path(folder, variant.id, seed, beyond=True), wider)
+
+
+def select_variants(choice: str | Sequence[str]) -> list[str]:
+    """Ids from ``all``, one id, or a list of ids.
+
+    Raises:
+        ValueError: If an id is unknown or none is given.
+    """
+    if choice == "all":
+        return list(VARIANTS)
+    ids = [choice] if isinstance(choice, str) else list(choice)
+    require(bool(ids), "variant", ids, "all, or ids such as B3")
+    return [get_variant(variant_id).id for variant_id in ids]
+
+
+def result_path(folder: str | Path, variant_id: str, seed: int, beyond: bool = False) -> Path:
+    """The file of one variant and seed: its grid, or what was trained beyond it."""
+    return Path(folder) / RESULTS / (BEYOND if beyond else "") / f"{variant_id}_seed{seed}.json"

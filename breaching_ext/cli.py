@@ -94,6 +94,8 @@ def summary(record: dict[str, Any]) -> str:
     lines.append("mean " + "".join(f"{digits.get(c, '{:.3f}').format(record[c]):>11}" for c in columns))
     if record.get("lpips") is None:
         lines.append(record.get("lpips_reason", ""))
+    if record.get("no_reconstruction"):
+        lines.append("No candidate stayed finite: the result is zeros. A smaller attack.optim.step_size may help.")
     lines += _shares(record["kkt"], record["kkt_loss"]) if "kkt" in record else []
     lines.append(f"{record['seconds']:.1f} s on {record['device']}, engine {record.get('engine', 'Breaching')}")
     return "\n".join(lines)

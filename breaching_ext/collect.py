@@ -3,7 +3,8 @@
     breaching-ext --multirun seed=0,10,20 attack=joint_candidates,seethroughgradients_group
     breaching-ext-collect multirun-or-outputs-folder
 
-A run is a folder with a metrics.json. Runs that differ only in seed and client belong to one group. A run that failed
+A run is a folder with a metrics.json. Runs that differ only in seed and client belong to one group. Where seeds and
+clients are crossed, intervals are those of the means of seeds or of clients, whichever is wider. A run that failed
 (also where an error.json lies beside the metrics of an earlier run) or was interrupted is a row that says why, and a
 folder that Hydra made but that holds no metrics.json is a run that was killed.
 """
@@ -19,6 +20,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -33,7 +35,11 @@ COLUMNS = (
 )  # fmt: skip
 CONFIG_NAME = "breaching_ext"  # of the application, see cli.py
 _REPEATED = ("seed", "candidate_seed", "user_idx")
-_REPEATS = ("seed", "case.user.user_idx", "attack.restarts.seed")
+_REPEATS = (
+    "seed", "case.user.user_idx", "attack.restarts.seed", "name", "base_dir", "launch", "attack.impl.progress",
+    "attack.impl.checkpoint_every", "attack.impl.checkpoint_path", "case.training.checkpoint_path",
+    "case.training.cache_path",
+)  # fmt: skip
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
@@ -68,9 +74,14 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not {"error", "attack"} & set(record):
         return None
     row.update({key: record[key] for key in COLUMNS if key in record})
-    row["candidate_seed"] = ((record.get("config", {}).get("attack") or {}).get("restarts") or {}).get("seed")
-    if record.get("interrupted"):  # also for want of memory
-        row["error"] = "interrupted: its files hold the best so far"
+    config = record.get("config") or {}
+    row["candidate_seed"] = ((config.get("attack") or {}).get("restarts") or {}).get("seed")
+    row["settings"] = {key: value for key, value in _flat(config).items() if not _says_nothing(key)}
+    if record.get("interrupted"):
+        why = "out of memory" if record.get("out_of_memory") else "interrupted"
+        row["error"] = f"{why}: its files hold the best so far"
+    if record.get("no_reconstruction"):
+        row["error"] = row["error"] or "no candidate stayed finite: the result is zeros"
     if "error" not in record and record.get("psnr") is None:
         row["error"] = row["error"] or "its PSNR is not finite"
     elif record.get("per_image", {}).get("psnr"):
@@ -84,21 +95,74 @@ def _overrides(home: Path) -> list[str]:
     if not file.exists():
         return []
     lines = [line[2:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
-    return [line for line in lines if line.split("=")[0] not in _REPEATS]
+    return [line for line in lines if not _says_nothing(line.lstrip("+").split("=")[0])]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config's values by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = isinstance(value, dict) and value
+        flat.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+    return flat
+
+
+def _says_nothing(key: str) -> bool:
+    """Whether a key decides nothing, or only repeats a run (seed, client), so that runs that differ in it compare."""
+    return key in _REPEATS or key.startswith(("hydra.", "hydra/"))
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the finished runs by what they have in common: attack, case, model, batch size and overrides.
+    """Return the finished runs by what they have in common: the settings in metrics.json, without seeds and client.
 
+    A group is named by attack, case, model, batch size and overrides; where that is not enough, by what differs.
     Of runs with the same seeds and client, which say nothing new, the last one in path order counts: the newest.
     """
     found: dict[str, dict[tuple, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         if row["error"] is None:
-            name = f"{row['attack']}, {row['case']}, {row['model']}, B={row['num_data_points']}"
-            name = f"{name} ({row['overrides']})" if row["overrides"] else name
-            found[name][tuple(row.get(key) for key in _REPEATED)] = row
-    return {name: list(members.values()) for name, members in found.items()}
+            found[_experiment(row)][tuple(row.get(key) for key in _REPEATED)] = row
+    members = [list(runs.values()) for runs in found.values()]
+    alike: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    for group in members:
+        alike[_name(group[-1])].append(group)
+    return {f"{name}{mark}": group for name, same in alike.items() for mark, group in _told_apart(same)}
+
+
+def _experiment(row: dict[str, Any]) -> str:
+    """What a run is one of: its settings, or, in files of other programs that hold none, its name."""
+    return json.dumps(row["settings"], sort_keys=True) if row.get("settings") else _name(row)
+
+
+def _name(row: dict[str, Any]) -> str:
+    name = f"{row['attack']}, {row['case']}, {row['model']}, B={row['num_data_points']}"
+    return f"{name} ({row['overrides']})" if row["overrides"] else name
+
+
+def _told_apart(same: list[list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return groups of one name with what tells them apart, in brackets."""
+    settings = [group[-1].get("settings") or {} for group in same]
+    keys = sorted(set().union(*settings))
+    differ = [key for key in keys if len({json.dumps(s.get(key), sort_keys=True) for s in settings}) > 1]
+    marks = [" [" + ", ".join(f"{key}={s.get(key)}" for key in differ) + "]" if differ else "" for s in settings]
+    return list(zip(marks, same, strict=True))
+
+
+def independent(members: Sequence[dict[str, Any]], metric: str) -> list[float]:
+    """Return values of a metric whose t-interval is honest, from runs over seeds and clients.
+
+    Runs of one client share its images, runs of one seed the model and the starts. Where runs cross both, they are no
+    independent draws; so the means of clients and of seeds are taken, whichever spread wider as means.
+    """
+    known = [m for m in members if m[metric] is not None]
+    ways = [[m[metric] for m in known]]
+    for key in ("seed", "user_idx"):
+        by: dict[Any, list[float]] = defaultdict(list)
+        for member in known:
+            by[member.get(key)].append(member[metric])
+        if 1 < len(by) < len(known):
+            ways.append([fmean(values) for values in by.values()])
+    return max(ways, key=lambda values: mean_interval(values)[1]) if len(ways) > 1 else ways[0]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,7 +172,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name, members in groups(rows).items():
         cells = []
         for metric, places in digits.items():
-            values = [m[metric] for m in members if m[metric] is not None]
+            values = independent(members, metric)
             cells.append(plus_minus(values, places) if values else "-")
         lines.append(f"| {name} | {len(members)} | {' | '.join(cells)} |")
     failed = [row for row in rows if row["error"] is not None]
@@ -128,7 +192,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axis = figure.subplots()
     for position, members in enumerate(found.values()):
         values = [m["psnr"] for m in members]
-        mean, half = mean_interval(values)
+        mean, half = mean_interval(independent(members, "psnr"))
         axis.plot(values, [position] * len(values), "o", color="tab:blue", alpha=0.4)
         axis.errorbar(mean, position, xerr=half, fmt="s", color="black", capsize=3)
     axis.set_yticks(range(len(found)), names, fontsize=7)
@@ -143,7 +207,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     if not rows:
         return rows
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=COLUMNS)
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(folder / "runs.csv", lambda target: target.write_text(text.getvalue(), encoding="utf-8"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .errors import ConfigError
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
@@ -28,6 +31,28 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
         beside.unlink(missing_ok=True)
         raise
     return path
+
+
+@contextlib.contextmanager
+def only_here(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder, which is made, until the block ends.
+
+    The lock ends with its process, however that ends. Where the system or the file system knows none, nothing is kept.
+
+    Raises:
+        ConfigError: when another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"out={folder} is in use: another process works there; wait, or take another.") from None
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def write_json(path: str | os.PathLike, content: Any) -> Path:

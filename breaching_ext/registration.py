@@ -146,6 +146,30 @@ def _with_our_users(original: Callable) -> Callable:
     return construct_user
 
 
+def clean_data_of(user: Any, dtype: Any) -> dict[str, Any]:
+    """Have a user keep its private data before a defence changes them; returns a dict that will hold `data`.
+
+    Breaching's users with input noise write the noised images over the ones that they hand out as the truth, so a
+    reconstruction would be compared with the defence's own output. Images also take the type of the model here, which
+    Breaching leaves out.
+    """
+    kept: dict[str, Any] = {}
+    load_data = getattr(user, "_load_data", None)
+    if load_data is None:  # a user of users
+        return kept
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        data = load_data(*args, **kwargs)
+        key = user.data_key
+        if data[key].is_floating_point():
+            data[key] = data[key].to(dtype)
+        kept["data"] = data[key].clone()
+        return data
+
+    user._load_data = loaded
+    return kept
+
+
 def _with_our_models(original: Callable) -> Callable:
     def construct_vision_model(cfg_model: Any, cfg_data: Any, *args: Any, **kwargs: Any) -> Any:
         if not str(cfg_model).startswith("kkt-"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import random
 import sys
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf, open_dict
 
+from .candidate_sheet import save_candidate_sheet
 from .errors import ConfigError
-from .evaluation import Evaluation, assign, evaluate, to_images
-from .evaluation.figures import save_candidates, save_reconstruction
+from .evaluation import Evaluation, evaluate, to_images
+from .evaluation.figures import save_reconstruction
 from .files import write_atomically, write_json
-from .ranks import local_device, local_processes
-from .registration import register
-from .regularizers import registered_consensus
+from .ranks import interrupts, local_device, local_processes
+from .registration import clean_data_of, register
 from .run_checks import check_case, check_values
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,21 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     seed_everything(cfg.seed)
     _choose_kernels(cfg.case.impl)
     _place_checkpoint(cfg, output_dir)
+    if cfg.dryrun and cfg.case.get("training") is not None:
+        cfg.case.training.update(max_steps=1, cache_path=None)  # a loop, too
     user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
     check_case(cfg, user, attacker)
+    private = clean_data_of(user, setup["dtype"])
     shared_data, payloads, true_data = server.run_protocol(user)
+    true_data.update(private)
     log.info(_what_is_attacked(cfg))
 
     attacker.keep_checkpoint = True  # until everything is written
     start = time.perf_counter()
-    reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
+    with interrupts() as noted:  # Breaching's own attacks end with their best so far, and do not tell
+        reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
+    stats["interrupted"] = bool(stats.get("interrupted") or noted)
     seconds = time.perf_counter() - start + getattr(attacker, "seconds_before", 0.0)
     if output_dir is not None:  # before the evaluation, which may fail
         save_tensors(tensors_of(reconstruction, true_data), output_dir)
@@ -114,35 +121,14 @@ def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, 
     true, data = (to_images(x, mean, std) for x in (tensors["true_data"], tensors["data"]))
     means = result.evaluation.means
     title = f"{cfg.attack.type} on {cfg.case.name}, {cfg.case.model}: mean PSNR {means['psnr']:.1f} dB"
-    save_reconstruction(
-        folder / "reconstruction.png", true, data[result.evaluation.order], result.evaluation.per_image["psnr"], title
-    )
-    if "candidates" in tensors:
-        consensus = cfg.attack.restarts.get("output", "best") == "consensus"
-        _save_candidate_sheet(folder / "candidates.png", true, tensors, mean, std, title, consensus)
-
-
-def _save_candidate_sheet(
-    path: Path, true: torch.Tensor, tensors: dict, mean: Any, std: Any, title: str, of_consensus: bool = False
-) -> None:
-    """Draw all candidates; `of_consensus`: what was chosen is their consensus, which may be a registered one."""
-    candidates = to_images(tensors["candidates"], mean, std)
-    scores = tensors["candidate_scores"]
-    best = int(scores.argmin())
-    # attacks that do not know labels put each candidate's images in an order of its own
-    candidates = torch.stack([c[assign(c, candidates[best])] for c in candidates])
-    chosen = not of_consensus and bool(scores[best].isfinite())  # else nothing was: the result is zeros
-    marks = [" (chosen)" if i == best and chosen else "" for i in range(len(candidates))]
-    names = [
-        f"candidate {i}{mark}\nscore {s:.3g}" for i, (mark, s) in enumerate(zip(marks, scores.tolist(), strict=True))
-    ]
-    if of_consensus:
-        data = to_images(tensors["data"], mean, std)
-        last, last_name = data[assign(data, candidates[best])], "consensus\n(chosen)"
-    else:
-        last, last_name = registered_consensus(candidates)[0], "mean of all"
-    order = assign(candidates[best], true)  # one order for all rows, so that a column shows one image
-    save_candidates(path, true, candidates[:, order], last[order], names, title, last_name)
+    order, psnr = result.evaluation.order, result.evaluation.per_image["psnr"]
+    try:
+        save_reconstruction(folder / "reconstruction.png", true, data[order], psnr, title)
+        if "candidates" in tensors:
+            consensus = cfg.attack.restarts.get("output", "best") == "consensus"
+            save_candidate_sheet(folder / "candidates.png", true, tensors, mean, std, title, consensus)
+    except Exception as error:  # the run is not lost with a picture
+        log.error("A picture could not be drawn (%s: %s).", type(error).__name__, error)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -173,6 +159,9 @@ def _choose_kernels(impl: Any) -> None:
         from breaching.utils import set_deterministic
 
         set_deterministic()
+    else:  # an earlier job of this process may have asked for it
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
 
 
 def seed_everything(seed: int) -> None:
@@ -204,15 +193,18 @@ def _record(
     cfg: Any, evaluation: Evaluation, stats: dict, reconstruction: dict, seconds: float, device: torch.device
 ) -> dict[str, Any]:
     scores = reconstruction.get("candidate_scores")
+    value = stats.get("opt_value")
+    value = value if isinstance(value, float) else None  # attacks that do not optimise have none
     kept = (
         *("engine", "processes", "calibration", "memory", "gradient_evaluations"),
-        *("candidate_failures", "alignment_failures", "interrupted"),
-        *("kkt_loss", "kkt_loss_absolute", "rank", "singular_values"),
+        *("candidate_failures", "alignment_failures", "interrupted", "out_of_memory"),
+        *("kkt_loss", "kkt_loss_absolute", "rank", "singular_values", "failed_restarts"),
     )
     return {
         **evaluation.as_dict(),
         "candidate_scores": None if scores is None else scores.tolist(),
-        "opt_value": stats["opt_value"],
+        "opt_value": value,
+        "no_reconstruction": value is not None and not math.isfinite(value),  # then the result is zeros
         **{key: stats[key] for key in kept if key in stats},
         "seconds": seconds,
         "device": describe_device(device),
@@ -247,6 +239,8 @@ def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
     impl, training = cfg.attack.impl, cfg.case.get("training")
     if output_dir is not None and training is not None and not training.get("checkpoint_path"):
         training.checkpoint_path = str(Path(output_dir) / "training.pt")
+    if output_dir is not None and training is not None and impl.get("checkpoint_every"):
+        training.cache_path = training.get("cache_path") or str(Path(output_dir) / "network.pt")  # not trained again
     if output_dir is not None and impl.get("checkpoint_every") and not impl.get("checkpoint_path"):
         with open_dict(impl):  # a config of Breaching's has no such key
             impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
@@ -256,7 +250,7 @@ def _labels_known(cfg: Any) -> bool:
     """Whether the attack knows the labels: they are sent, with the local steps' settings, too, and it uses them."""
     user = cfg.case.user
     told = user.provide_labels or (user.user_type == "local_update" and user.get("provide_local_hyperparams"))
-    return bool(told) and cfg.attack.attack_type != "magia"
+    return bool(told) and cfg.attack.attack_type not in ("magia", "kkt")
 
 
 def _what_is_attacked(cfg: Any) -> str:

@@ -57,6 +57,10 @@ def check_case(cfg: Any, user: Any, attacker: Any) -> None:
             f"The attack {cfg.attack.type} needs a gradient, and case.user.user_type=trained_model shares weights "
             "alone; valid: attack=kkt."
         )
+    if weights_only and not cfg.case.user.provide_num_data_points:
+        raise ConfigError(
+            "case.user.provide_num_data_points=false: attack=kkt must be told how many images to suspect; valid: true."
+        )
     images = cfg.case.user.num_data_points
     data: Any = getattr(getattr(user, "dataloader", None), "dataset", None)  # a user of users has none of its own
     owned = len(data) if hasattr(data, "__len__") else images

@@ -16,8 +16,9 @@ from hydra.types import RunMode
 from PIL import Image
 
 from breaching_ext import cli
+from breaching_ext.candidate_sheet import save_candidate_sheet
 from breaching_ext.registration import register
-from breaching_ext.run import _save_candidate_sheet, run
+from breaching_ext.run import run
 
 
 def breaching_ext(root, cwd, *overrides: str, home: str = "") -> subprocess.CompletedProcess:
@@ -137,9 +138,10 @@ def test_a_column_of_the_candidates_picture_shows_one_image(monkeypatch, tmp_pat
     tensors = {"candidates": torch.stack([true[o] for o in orders]), "candidate_scores": torch.tensor([2.0, 1.0, 3.0])}
     shown = []
     monkeypatch.setattr(
-        "breaching_ext.run.save_candidates", lambda path, true, rows, consensus, *_: shown.extend([*rows, consensus])
+        "breaching_ext.candidate_sheet.save_candidates",
+        lambda path, true, rows, consensus, *_: shown.extend([*rows, consensus]),
     )
-    _save_candidate_sheet(tmp_path / "sheet.png", true, tensors, None, None, "")
+    save_candidate_sheet(tmp_path / "sheet.png", true, tensors, None, None, "")
     assert len(shown) == 4
     for row in shown:
         torch.testing.assert_close(row.float(), true, atol=1e-5, rtol=0)
@@ -152,18 +154,18 @@ def test_the_candidates_picture_shows_the_consensus_where_that_is_the_result(mon
     tensors["data"] = (0.9 * candidates[1])[[2, 0, 3, 1]]  # a registered consensus, in another order
     found = {}
     monkeypatch.setattr(
-        "breaching_ext.run.save_candidates",
+        "breaching_ext.candidate_sheet.save_candidates",
         lambda path, true, rows, last, names, title, last_name: found.update(last=last, names=[*names, last_name]),
     )
-    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "", True)
+    save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "", True)
     torch.testing.assert_close(found["last"].float(), 0.9 * candidates[1], atol=1e-5, rtol=0)
     assert ["chosen" in name for name in found["names"]] == [False, False, False, True]
-    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
+    save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
     assert ["chosen" in name for name in found["names"]] == [False, True, False, False]
     nothing = {**tensors, "candidate_scores": torch.full((3,), float("inf"))}
-    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], nothing, None, None, "")
+    save_candidate_sheet(tmp_path / "sheet.png", candidates[1], nothing, None, None, "")
     assert not any("chosen" in name for name in found["names"])
-    _save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
+    save_candidate_sheet(tmp_path / "sheet.png", candidates[1], tensors, None, None, "")
     torch.testing.assert_close(found["last"].float(), candidates.mean(dim=0), atol=1e-5, rtol=0)
 
 

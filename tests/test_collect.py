@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from breaching_ext.collect import collect, groups, main, read_runs, table
+from breaching_ext.collect import collect, groups, independent, main, read_runs, table
 from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 
 
@@ -91,6 +91,44 @@ def test_runs_that_differ_in_seed_and_client_form_a_group(sweep):
     text = table(read_runs(sweep))
     assert "21.00 ± 12.71" in text  # t(0.975, 1) * sqrt(2) / sqrt(2)
     assert "3 of 6 runs failed" in text
+
+
+def test_crossed_seeds_and_clients_are_not_taken_for_independent(tmp_path):
+    """Three seeds of two clients that differ: two clients are two draws, not six."""
+    values = {(seed, client): 20.0 + 5 * client + 0.1 * seed for seed in (0, 1, 2) for client in (0, 1)}
+    for index, ((seed, client), psnr) in enumerate(values.items()):
+        make_run(tmp_path / str(index), [f"seed={seed}"], **finished(psnr, seed, user_idx=client))
+    (members,) = groups(read_runs(tmp_path)).values()
+    assert independent(members, "psnr") == pytest.approx([20.1, 25.1])
+    assert f"{22.6:.2f} ± {12.7062 * 2.5:.2f}" in table(read_runs(tmp_path))
+
+
+def test_another_client_for_every_seed_is_another_draw(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path / str(seed), [f"seed={seed}"], **finished(20.0 + seed, seed, user_idx=seed))
+    (members,) = groups(read_runs(tmp_path)).values()
+    assert independent(members, "psnr") == [20.0, 21.0, 22.0]
+
+
+def settings(iterations=100, seed=0, name="a"):
+    attack = {"optim": {"max_iterations": iterations}, "restarts": {"seed": None}, "impl": {"progress": "auto"}}
+    return {"seed": seed, "name": name, "case": {"user": {"user_idx": 0}}, "attack": attack}
+
+
+def test_groups_go_by_what_the_runs_recorded(tmp_path):
+    """Runs without Hydra's overrides, and overrides that change nothing."""
+    make_run(tmp_path / "0", **finished(20.0, 0, config=settings()))
+    make_run(tmp_path / "1", **finished(21.0, 1, config=settings(seed=1)))
+    make_run(tmp_path / "2", **finished(25.0, 0, config=settings(iterations=200)))
+    words = ["+launch=joblib", "++seed=2", "name=b", "hydra.launcher.n_jobs=4"]
+    make_run(tmp_path / "3", words, **finished(22.0, 2, config=settings(seed=2, name="b")))
+    found = groups(read_runs(tmp_path))
+    assert sorted([row["psnr"] for row in members] for members in found.values()) == [[20.0, 21.0, 22.0], [25.0]]
+    marks = sorted(name.split(" [")[1] for name in found)
+    assert marks == [f"attack.optim.max_iterations={n}]" for n in (100, 200)]
+    collect(tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        assert "settings" not in next(csv.DictReader(file))
 
 
 def test_the_command(sweep, capsys, tmp_path):

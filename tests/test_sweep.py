@@ -33,7 +33,7 @@ def test_launchers_are_configured_for_every_attack(launch, plugin, target):
 
 def test_a_sweep_and_its_table(root, tmp_path, capsys):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra [sweep]")
-    overrides = ["-m", "+launch=joblib", "hydra.launcher.n_jobs=1", "hydra.sweep.dir=sweep"]
+    overrides = ["-m", "+launch=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
     overrides += ["attack.restarts.scoring=cosine-similarity,magic", "seed=0,1", "case.model=lenet_zhu"]
     overrides += ["attack.optim.max_iterations=2", "attack.restarts.num_trials=2", "case.user.num_data_points=1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TORCH_HOME": str(tmp_path / "nothing")}

@@ -39,9 +39,7 @@ def check_config(cfg: Any) -> None:
         raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
     if not isinstance(optim.callback, int) or optim.callback < 1:
         raise ConfigError(f"optim.callback={optim.callback} is not possible; valid: 1, 2, 3, ...")
-    every = cfg.impl.get("checkpoint_every")
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
+    check_impl(cfg.impl)
     parse_bytes(cfg.impl.get("memory_budget"))
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
@@ -50,7 +48,6 @@ def check_config(cfg: Any) -> None:
         value = optim.get(name, least)
         if not isinstance(value, (int, float)) or not value >= least:
             raise ConfigError(f"optim.{name}={value} is not possible; valid: a number from {least}.")
-    check_dtype("impl.dtype", cfg.impl.dtype)
     _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
     _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
     _check_option("optim.signed", optim.signed or "none", SIGNS)
@@ -64,6 +61,14 @@ def check_config(cfg: Any) -> None:
             raise ConfigError(
                 f"regularization.{key}.scale={scale} is not possible; valid: a number from 0, which switches it off."
             )
+
+
+def check_impl(impl: Any) -> None:
+    """Raise ConfigError where checkpoints are due at no whole number, or the type is none."""
+    every = impl.get("checkpoint_every")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
+    check_dtype("impl.dtype", impl.dtype)
 
 
 def check_dtype(key: str, name: Any) -> None:

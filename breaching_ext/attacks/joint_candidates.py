@@ -103,8 +103,8 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         Returns:
             A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (N, B, C, H, W), `candidate_scores` (N,), lower
             is better, and statistics: Breaching's keys (`Trial_0_Val`, ..., `opt_value`) and `engine`, `seed`,
-            `gradient_evaluations`, `interrupted`; where candidates run jointly also `candidate_failures`,
-            `alignment_failures`, `calibration` and `memory`.
+            `gradient_evaluations`, `interrupted`, `out_of_memory`; where candidates run jointly also
+            `candidate_failures`, `alignment_failures`, `calibration` and `memory`.
 
         Raises:
             SharedDataError: for shared data that do not fit the model, before the loop starts.
@@ -206,6 +206,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
             gradient_evaluations=gradient_evaluations,
             candidate_failures=result.failures,
             interrupted=result.interrupted,
+            out_of_memory=result.out_of_memory,
             alignment_failures=ranks.number(group.alignment_failures) if group else 0,
             alignments=ranks.number(group.alignments) if group else 0,
             processes=ranks.size,

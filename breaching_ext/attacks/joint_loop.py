@@ -32,6 +32,7 @@ class LoopResult:
         histories: objective values of each candidate, up to the iteration in which it failed, if it did.
         failures: candidate -> iteration in which its objective was not finite.
         interrupted: whether Ctrl-C, or a lack of memory, ended the loop.
+        out_of_memory: whether it was the latter.
     """
 
     best: list[torch.Tensor]
@@ -39,6 +40,7 @@ class LoopResult:
     histories: list[list[float]] = field(default_factory=list)
     failures: dict[int, int] = field(default_factory=dict)
     interrupted: bool = False
+    out_of_memory: bool = False
 
     def of_all(self, ranks: Ranks, count: int) -> LoopResult:
         """Return the result of all `count` candidates from the shares of several processes."""
@@ -112,7 +114,7 @@ class JointLoop:
             if not is_out_of_memory(error) or not self._values or self.ranks.size > 1:
                 raise  # with several processes the others would wait for this one: the checkpoint remains
             log.error("Out of memory in iteration %d: returning the best candidates so far.", len(self._values) + 1)
-            self.result.interrupted = True
+            self.result.interrupted = self.result.out_of_memory = True
         self.result.best, self.result.best_values = self.track.best, self.track.best_values
         self.result.histories = self._histories()
         return self.result

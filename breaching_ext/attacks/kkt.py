@@ -11,7 +11,6 @@ import copy
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,11 +19,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, SharedDataError
 from ..kkt.candidates import candidate_labels, draw_starts, stretch, strongest
-from ..kkt.extraction import Extracted, Extraction, ExtractionOptions
+from ..kkt.extraction import Extracted, Extraction
 from ..kkt.models import HomogeneousNetwork
 from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
+from .checks import check_impl
+from .kkt_options import check_search, extraction_options, report_span
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,12 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 "case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a breaching_ext.kkt.HomogeneousNetwork."
             )
         super().__init__(model, loss_fn, cfg_attack, setup)
-        self.options = _options(cfg_attack)
+        self.options = extraction_options(cfg_attack)
         restarts = cfg_attack.restarts.num_trials
         if not isinstance(restarts, int) or restarts < 1:
             raise ConfigError(f"restarts.num_trials={restarts} is not possible; valid: 1, 2, 3, ...")
+        check_search(cfg_attack.extraction)
+        check_impl(cfg_attack.impl)
 
     def reconstruct(
         self,
@@ -95,8 +98,10 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 f"metadata['num_data_points']={number}: how many images are suspected? Valid: 1, 2, ..."
             )
         count = self._count(number)
-        problem = build_problem(model, self._steepness(), self.cfg.extraction.span, count)
-        _report_span(problem, number)
+        steepness = self.cfg.extraction.steepness
+        chosen = self.cfg.extraction.span
+        problem = build_problem(model, float("inf") if steepness is None else float(steepness), chosen, count)
+        report_span(problem, number, chosen, count)
         labels = candidate_labels(count).to(**self.setup)
         seed = self.cfg.restarts.get("seed")
         seed = torch.initial_seed() % 2**63 if seed is None else int(seed)
@@ -106,7 +111,8 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
             starts = problem.coordinates_of(_checked_start(initial_data, problem, starts)).clone()
         search = Extraction(problem, labels, starts, self.options, generators)
         found = self._search(search, model, dryrun)
-        reconstruction, stats = self._conclude(found, problem, labels, number), self._statistics(found, search, seed)
+        reconstruction = self._conclude(found, problem, labels, number, dryrun)
+        stats = self._statistics(found, search, seed)
         self._finished(found.interrupted)
         return reconstruction, stats
 
@@ -147,24 +153,15 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         with torch.no_grad():
             for mine, released in zip([*own, *model.buffers()], [*parameters, *buffers], strict=False):
                 mine.copy_(released)
-        if not all(bool(p.isfinite().all()) for p in own):
+        if not all(bool(p.isfinite().all()) for p in (*own, *model.buffers())):
             raise SharedDataError("The released weights are not finite; nothing can be reconstructed from them.")
         return model.requires_grad_(False)
 
     def _count(self, number: int) -> int:
-        count = self.cfg.extraction.candidates
-        count = round(number * self.cfg.extraction.multiple) if count is None else count
-        if not isinstance(count, int) or count < 1:
-            raise ConfigError(f"attack.extraction.candidates={count} is not possible; valid: empty, or 1, 2, ...")
-        return count
-
-    def _steepness(self) -> float:
-        steepness = self.cfg.extraction.steepness
-        if steepness is None:
-            return float("inf")
-        if not steepness > 0:
-            raise ConfigError(f"attack.extraction.steepness={steepness} is not possible; valid: empty, or above 0.")
-        return float(steepness)
+        count, multiple = self.cfg.extraction.candidates, self.cfg.extraction.multiple
+        if count is None and round(number * multiple) < 1:
+            raise ConfigError(f"attack.extraction.multiple={multiple} of {number} images is no candidate; valid: 1, 2.")
+        return round(number * multiple) if count is None else count
 
     def _search(self, search: Extraction, model: HomogeneousNetwork, dryrun: bool) -> Extracted:
         impl = self.cfg.impl
@@ -183,15 +180,25 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 checkpoint.save(search.state_dict())  # the end as well: choosing and saving may fail
 
         found = search.run(progress, search.step_count + 1 if dryrun else None, save)
-        if checkpoint is not None and not bool(found.losses.isfinite().any()):
+        if checkpoint is not None and found.nowhere:
             checkpoint.remove()  # another step size is needed, and that is another run
         return found
 
-    def _conclude(self, found: Extracted, problem: Problem, labels: Tensor, number: int) -> dict[str, Tensor]:
-        if not bool(found.losses.isfinite().any()):
+    def _conclude(
+        self, found: Extracted, problem: Problem, labels: Tensor, number: int, dryrun: bool = False
+    ) -> dict[str, Tensor]:
+        if found.nowhere:
             if found.interrupted:  # before the first step was done
                 raise KeyboardInterrupt
             raise SharedDataError(f"No restart stayed finite; lower attack.extraction.lr={self.options.lr}.")
+        if self.options.steps > 1 and not (found.interrupted or dryrun) and not bool(found.best_steps.any()):
+            log.warning("No restart came further than its start; lower attack.extraction.lr=%g.", self.options.lr)
+        elif found.failures:
+            log.warning(
+                "%d of %d restarts did not stay finite; their best points before that count. A lower "
+                "attack.extraction.lr=%g may help.",
+                *(len(found.failures), len(found.losses), self.options.lr),
+            )
         images = problem.pixels(found.coordinates)  # (R, k, C, H, W)
         best = int(found.losses.argmin())
         chosen = [
@@ -222,6 +229,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
             engine="kkt, span of the data" if problem.span is not None else "kkt, all pixels",
             rank=None if problem.span is None else problem.span.rank,
             gradient_evaluations=search.step_count * len(found.losses),
+            failed_restarts=found.failures,
             interrupted=found.interrupted,
             seed=seed,
         )
@@ -229,17 +237,6 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
             values = problem.span.singular_values
             stats["singular_values"] = values[: problem.span.rank + 3].tolist()
         return stats
-
-
-def _options(cfg: Any) -> ExtractionOptions:
-    """Read the options of the search; `optim.max_iterations` and `optim.optimizer` keep Breaching's names."""
-    names = {f.name for f in fields(ExtractionOptions)} - {"steps", "optimizer"}
-    known = names | {"candidates", "multiple", "steepness", "span"}
-    unknown = set(cfg.extraction) - known
-    if unknown:
-        raise ConfigError(f"Unknown attack.extraction keys {sorted(unknown)}; valid: {', '.join(sorted(known))}.")
-    chosen = {name: cfg.extraction[name] for name in names if name in cfg.extraction}
-    return ExtractionOptions(steps=cfg.optim.max_iterations, optimizer=str(cfg.optim.optimizer).lower(), **chosen)
 
 
 def _first(data: Sequence[dict] | dict) -> dict:
@@ -253,19 +250,3 @@ def _checked_start(initial: Tensor, problem: Problem, starts: Tensor) -> Tensor:
     if not bool(torch.isfinite(initial).all()):
         raise SharedDataError("initial_data is not finite.")
     return initial.to(problem.mean).expand(wanted)
-
-
-def _report_span(problem: Problem, number: int) -> None:
-    """Say what the first layer's singular values allow."""
-    if problem.span is None:
-        log.info("The first layer shows no span of the data; all pixels are searched.")
-        return
-    values = problem.span.singular_values
-    shown = ", ".join(f"{v:.3g}" for v in values[: problem.span.rank + 1].tolist())
-    log.info("Singular values of the first layer: %s (the last is noise).", shown)
-    if problem.span.rank < number:
-        log.warning(
-            "The data span only %d directions of the first layer for %d suspected images: at best some of them, or "
-            "blends, can come back.",
-            *(problem.span.rank, number),
-        )

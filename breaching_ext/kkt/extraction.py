@@ -83,6 +83,8 @@ class Extracted:
         objective: the same with the priors, by which the best point was kept, (R,).
         histories: KKT loss every so many steps, one list a restart.
         interrupted: whether Ctrl-C ended the run.
+        best_steps: how many steps led to each best point, (R,); 0 is the start.
+        finite: whether each restart was finite when it was evaluated last, (R,).
     """
 
     coordinates: Tensor
@@ -91,6 +93,18 @@ class Extracted:
     objective: Tensor
     histories: list[list[float]] = field(default_factory=list)
     interrupted: bool = False
+    best_steps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    finite: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def failures(self) -> list[int]:
+        """Restarts that did not stay finite."""
+        return (~self.finite.bool()).nonzero().flatten().tolist()
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether no restart came further than its start, because none stayed finite."""
+        return not bool(self.losses.isfinite().any()) or (not self.finite.any() and not self.best_steps.any())
 
 
 class Extraction:
@@ -126,6 +140,8 @@ class Extraction:
         infinite = torch.full((restarts,), float("inf"), dtype=starts.dtype, device=starts.device)
         self.best = Extracted(self.x.detach().clone(), self.lam.detach().clone(), infinite, infinite.clone())
         self.best.histories = [[] for _ in range(restarts)]
+        self.best.best_steps = torch.zeros(restarts, dtype=torch.long, device=starts.device)
+        self.best.finite = torch.ones(restarts, dtype=torch.bool, device=starts.device)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         rated = [(self.x, self.options.lr), (self.lam, self.options.lr_lambda)]
@@ -200,6 +216,8 @@ class Extraction:
 
     def _keep(self, losses: Tensor, objective: Tensor) -> None:
         better = objective < self.best.objective  # NaN is not better
+        self.best.finite = objective.isfinite()
+        self.best.best_steps = torch.where(better, self.step_count, self.best.best_steps)
         self.best.objective = torch.where(better, objective, self.best.objective)
         self.best.losses = torch.where(better, losses, self.best.losses)
         self.best.multipliers = torch.where(better[:, None], self.lam.detach(), self.best.multipliers)
@@ -215,6 +233,8 @@ class Extraction:
             "optimizer": self._optimizer.state_dict(),
             "best": [best.coordinates, best.multipliers, best.losses, best.objective],
             "histories": best.histories,
+            "best_steps": best.best_steps,
+            "finite": best.finite,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -226,3 +246,4 @@ class Extraction:
         self._optimizer.load_state_dict(state["optimizer"])
         coordinates, multipliers, losses, objective = (t.to(self.x.device) for t in state["best"])
         self.best = Extracted(coordinates, multipliers, losses, objective, state["histories"])
+        self.best.best_steps, self.best.finite = (state[key].to(self.x.device) for key in ("best_steps", "finite"))

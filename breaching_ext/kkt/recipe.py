@@ -30,7 +30,7 @@ class Recipe:
         seed: of the start; None takes torch's current state.
     """
 
-    first_layer_std: float = 1e-4
+    first_layer_std: float = 1e-3
     head_scale: float = 1.0
     lr: float = 0.01
     weight_decay: float = 0.0

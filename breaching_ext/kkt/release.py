@@ -18,10 +18,12 @@ from ..tensor_files import read_tensors
 from .models import MLP, HomogeneousNetwork
 from .recipe import Recipe, initialise
 from .span import singular_values_in_span
-from .training import train, train_or_load
+from .training import check_training_set, train, train_or_load
 
 log = logging.getLogger(__name__)
 
+#: keys of `case.training` that are the user's, not the recipe's
+_OWN = {"weights", "untrained", "checkpoint_path", "cache_path"}
 _NESTS = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -78,9 +80,12 @@ class TrainedModelUser(UserSingleStep):
         mean_image = getattr(getattr(self.dataloader.dataset, "dataset", None), "mean_image", None)
         if mean_image is not None:
             self.model.mean.copy_(mean_image())
+        check_training_set(self.model, images, 2.0 * labels - 1)
         self._train(images, 2.0 * labels - 1)
         with torch.no_grad():
             margins = (2.0 * labels - 1) * self.model(images)[:, 0]
+        if self.training_options.get("weights"):
+            self._doubt(margins)
         metadata = {
             "num_data_points": self.num_data_points if self.provide_num_data_points else None,
             "labels": labels.sort()[0] if self.provide_labels else None,
@@ -115,6 +120,17 @@ class TrainedModelUser(UserSingleStep):
         else:
             self._train_network(images, labels)
 
+    def _doubt(self, margins: Tensor) -> None:
+        """Say where loaded weights do not seem to be of these images: metrics would call them training images."""
+        wrong = int((margins <= 0).sum())
+        self.report = {"misclassified": wrong}
+        if wrong:
+            log.warning(
+                "The loaded network misclassifies %d of the client's %d images: they are probably not its training "
+                "images, or its mean image (the dataset's, or 'mean' in the file) is another.",
+                *(wrong, len(margins)),
+            )
+
     def _train_network(self, images: Tensor, labels: Tensor) -> None:
         options = self.training_options
         if options.get("cache_path"):
@@ -140,9 +156,10 @@ def recipe_from(options: Mapping[str, Any]) -> Recipe:
         ConfigError: for a key that is neither of the recipe nor of the user.
     """
     names = {f.name for f in fields(Recipe)}
-    unknown = set(options) - names - {"weights", "untrained", "checkpoint_path", "cache_path"}
+    unknown = set(options) - names - _OWN
     if unknown:
-        raise ConfigError(f"Unknown case.training keys {sorted(unknown)}; valid: {', '.join(sorted(names))}, weights.")
+        valid = ", ".join([*sorted(names), *sorted(_OWN)])
+        raise ConfigError(f"Unknown case.training keys {sorted(unknown)}; valid: {valid}.")
     return Recipe(**{name: options[name] for name in names if name in options})
 
 

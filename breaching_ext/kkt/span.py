@@ -71,7 +71,7 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
         ConfigError: for any other `rank`.
     """
     if rank == "full":
-        return Span(torch.eye(weight.shape[1]).to(weight), torch.linalg.svdvals(weight.cpu()).to(weight))
+        return Span(torch.eye(weight.shape[1]).to(weight), torch.linalg.svdvals(weight.cpu().double()).to(weight))
     _, values, right = torch.linalg.svd(weight.cpu().double(), full_matrices=False)  # not every device has it
     values, right = values.to(weight), right.to(weight)
     if rank == "auto":

@@ -8,6 +8,7 @@ decay the same step follows L + (decay / 2)‖θ‖², whose minimiser satisfies
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from ..errors import ConfigError, SharedDataError
 from ..files import write_atomically
 from ..tensor_files import read_tensors
-from .descent import Descent, descent_of
+from .descent import Descent, descent_of, log_loss
 from .models import HomogeneousNetwork
 from .multipliers import kkt_residual
 from .recipe import Recipe, TrainingReport, initialise
@@ -37,7 +38,7 @@ def train(
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> TrainingReport:
-    """Initialise a network and train it in place.
+    """Initialise a network and train it in place; however it ends, the network has the weights of its last step.
 
     Args:
         model: the network; its device is used.
@@ -48,10 +49,26 @@ def train(
         progress: show a bar; None shows it in a terminal.
 
     Raises:
-        SharedDataError: for labels other than ±1, no images, or images that do not fit the network.
+        SharedDataError: for labels other than ±1, no images, images that are not finite or do not fit the network.
+        ConfigError: where the gradient is zero at the start, or the training diverges.
     """
+    checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
+    report = _train(model, images, labels, recipe.seeded(), checkpoint, progress)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return report
+
+
+def _train(
+    model: HomogeneousNetwork,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    checkpoint: Path | None,
+    progress: bool | None = None,
+) -> TrainingReport:
+    """Train as :func:`train` does; the checkpoint stays."""
     check_training_set(model, images, labels)
-    recipe = recipe.seeded()
     device = model.mean.device
     final = next(model.parameters()).dtype
     model.to(_dtype(recipe.dtype, device))
@@ -59,16 +76,23 @@ def train(
     initialise(model, recipe)
     descent = descent_of(model, images.to(device, dtype), labels.to(device, dtype), recipe)
     start = time.perf_counter()
-    report = _loop(descent, recipe, None if checkpoint is None else Path(checkpoint), progress)
-    descent.write_back()
-    model.to(final)
+    try:
+        _check_gradient(descent)
+        report = _loop(descent, recipe, checkpoint, progress)
+    finally:
+        descent.write_back()
+        model.to(final)
     report.seconds = time.perf_counter() - start
+    _warn(report, recipe)
+    return report
+
+
+def _warn(report: TrainingReport, recipe: Recipe) -> None:
     if not report.converged:
         log.warning(
             "Training stopped after %d steps at loss %.1e and KKT residual %.4f (targets %.1e and %.4f).",
             *(report.steps, report.loss, report.residual, recipe.target_loss, recipe.target_residual),
         )
-    return report
 
 
 def train_or_load(
@@ -81,7 +105,7 @@ def train_or_load(
     """
     path, recipe = Path(path).expanduser(), recipe.seeded()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    key = repr((recipe, shapes, float(images.cpu().double().sum()), labels.tolist()))
+    key = repr((recipe, shapes, _digest(images, labels, model.mean)))
     if path.exists():
         content = read_tensors(
             path, "case.training.cache_path", "a network that this package trained", ("key", "report")
@@ -91,11 +115,23 @@ def train_or_load(
                 f"{path} holds a network of other shape, recipe, seed or images; set training.seed or another file."
             )
         model.load_state_dict(content["state_dict"])
-        return TrainingReport(**content["report"])
-    report = train(model, images, labels, recipe, path.with_suffix(".part.pt"))
+        report = TrainingReport(**content["report"])
+        _warn(report, recipe)
+        return report
+    part = path.with_suffix(".part.pt")
+    report = _train(model, images, labels, recipe, part)
     content = {"key": key, "state_dict": model.state_dict(), "report": report.as_dict()}
     write_atomically(path, lambda target: torch.save(content, target))
+    part.unlink(missing_ok=True)  # only now: a training must not be lost between two files
     return report
+
+
+def _digest(*tensors: Tensor) -> str:
+    """Return what names the values of tensors and their order; a sum would be the same for images in another order."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor) -> None:
@@ -106,14 +142,26 @@ def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor
     """
     if len(images) == 0:
         raise SharedDataError("n=0 images: there is nothing to train on; valid: 1 or more.")
-    if tuple(images.shape[1:]) != model.shape or len(labels) != len(images):
+    if tuple(images.shape[1:]) != model.shape or labels.shape != (len(images),):
         raise SharedDataError(
             f"Images {tuple(images.shape)} with labels {tuple(labels.shape)} do not fit the network; valid: "
             f"(n, {', '.join(map(str, model.shape))}) and (n,)."
         )
+    if not bool(images.isfinite().all()):
+        raise SharedDataError("The images are not finite; nothing can be trained on them.")
     wrong = sorted(set(labels.tolist()) - {-1, 1})
     if wrong:
         raise SharedDataError(f"Labels {wrong} are not valid for the logistic loss; valid: -1 and +1.")
+
+
+def _check_gradient(descent: Descent) -> None:
+    """Refuse a start from which no step leads: its size is divided by the gradient's norm."""
+    value = log_loss(descent.labels * descent.model(descent.images)[:, 0])
+    gradients = torch.autograd.grad(value, list(descent.model.parameters()))
+    if not any(bool(gradient.any()) for gradient in gradients):
+        raise ConfigError(
+            "The gradient of the loss is zero at the start: every unit is dead, or every image equals the mean image."
+        )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -124,7 +172,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _loop(descent: Descent, recipe: Recipe, checkpoint: Path | None, progress: bool | None) -> TrainingReport:
     shapes = [tuple(p.shape) for p in descent.model.parameters()]
-    key = repr((asdict(recipe), shapes, float(descent.images.cpu().double().sum()), descent.labels.tolist()))
+    key = repr((asdict(recipe), shapes, _digest(descent.images, descent.labels, descent.model.mean)))
     start = _resume(descent, checkpoint, key)
     report = TrainingReport(start, math.nan, math.nan, 0.0, False)
     bar = tqdm(
@@ -142,8 +190,6 @@ def _loop(descent: Descent, recipe: Recipe, checkpoint: Path | None, progress: b
                 break
             if checkpoint is not None:
                 _save(descent, checkpoint, key, step + 1)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return report
 
 
@@ -162,7 +208,10 @@ def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int,
 
 def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
     state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
-    write_atomically(checkpoint, lambda target: torch.save(state, target))
+    try:
+        write_atomically(checkpoint, lambda target: torch.save(state, target))
+    except (OSError, RuntimeError) as error:  # a full disk does not end a training
+        log.error("The checkpoint %s could not be written (%s); the training goes on.", checkpoint, error)
 
 
 def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:

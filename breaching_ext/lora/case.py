@@ -57,7 +57,7 @@ class Case:
 
     @cached_property
     def client(self) -> Batch:
-        """The client's photos: middle thirds, another client for every seed, different classes within a batch."""
+        """The client's photos: middle thirds, another client for every seed; up to 8 photos have different classes."""
         first = self.seed * (len(PHOTOS) + 1) * self.batch  # another photo, and another crop of it, a seed
         return _photos(range(first, first + self.batch), training=False)
 

@@ -14,40 +14,65 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from ..cli import _silence_upstream
-from ..errors import BreachingExtError
+from ..errors import BreachingExtError, ConfigError
 
 log = logging.getLogger(__name__)
+
+#: Exit status after Ctrl-C, as a shell gives it.
+INTERRUPTED = 130
 
 
 def run(cfg: Any) -> list[Path]:
     """Run the ladder that a composed config describes.
 
+    Returns:
+        The files of the report.
+
     Raises:
-        BreachingExtError: for a config that cannot work, before anything is computed.
+        BreachingExtError: for a config that cannot work, before anything is computed; for a cell that cannot be run,
+            after the report of those before it.
+        KeyboardInterrupt: after Ctrl-C, and the report.
     """
     from ..run import resolve_device
-    from .ladder import run_ladder
+    from .ladder import Ladder, run_ladder
     from .report import write_report
     from .settings import Settings
 
     if cfg.threads is not None:
+        if not isinstance(cfg.threads, int) or cfg.threads < 1:
+            raise ConfigError(f"threads={cfg.threads!r} is not possible; valid: 1, 2, 3, ..., or empty.")
         torch.set_num_threads(cfg.threads)
     settings = Settings.from_config(cfg)
-    ladder = run_ladder(settings, cfg.out, resolve_device(cfg.device))
-    return write_report(ladder.rows, cfg.out, settings.ceiling, ladder.images)
+    device = resolve_device(cfg.device)
+    before = Ladder.open(cfg.out, settings)  # of other settings: nothing of it is reported
+    try:
+        run_ladder(settings, cfg.out, device)
+    finally:  # also where a cell fails: those before it are there
+        ladder = Ladder.open(cfg.out, settings)
+        if len(ladder.rows) > len(before.rows) or not ladder.missing():
+            files = write_report(ladder.rows, cfg.out, settings.ceiling, ladder.images)
+            log.info("Wrote %s.", ", ".join(map(str, files)))
+    if ladder.missing():
+        raise KeyboardInterrupt
+    return files
 
 
 @hydra.main(config_path="pkg://breaching.config", config_name="lora/ladder", version_base="1.3")
 def _application(cfg: Any) -> None:
     _silence_upstream()
     try:
-        files = run(cfg)
+        run(cfg)
     except BreachingExtError as error:
         log.error("%s", error)
         sys.exit(1)
-    log.info("Wrote %s.", ", ".join(map(str, files)))
+    except KeyboardInterrupt:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the jobs that follow would each have to be interrupted, too
+        sys.exit(INTERRUPTED)
 
 
 def main() -> None:

@@ -43,8 +43,8 @@ __all__ = [
     "unseen",
 ]
 
-#: Singular values below this share of the largest count as zero.
-TOLERANCE = 1e-10
+#: Singular values below this share of the largest count as zero, or below ROUNDING of the type for each row or column.
+TOLERANCE, ROUNDING = 1e-10, 10.0
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,32 @@ def factor_gradients(gradient: torch.Tensor, factors: Factors) -> tuple[torch.Te
     return factors.scale * factors.b.T @ gradient, factors.scale * gradient @ factors.a.T
 
 
-def rank(matrix: torch.Tensor, tolerance: float = TOLERANCE) -> int:
-    """Numerical rank: the number of singular values above `tolerance` times the largest; 0 for a zero matrix."""
-    values = torch.linalg.svdvals(matrix)
-    return int((values > tolerance * values.max()).sum()) if values.numel() and values.max() > 0 else 0
+def not_zero(values: torch.Tensor, matrix: torch.Tensor, tolerance: float | None = None) -> torch.Tensor:
+    """Return which singular values of a matrix are more than rounding, (k,) bool; none of a zero matrix.
+
+    Args:
+        values: singular values, (k,).
+        matrix: what they are of.
+        tolerance: least share of the largest; None is 1e-10, or ten roundings for each row or column of the longer
+            side, whichever is more (1e-10 in double precision up to 45,000, 1e-3 in single for 1,000).
+    """
+    if tolerance is None:
+        tolerance = max(TOLERANCE, ROUNDING * max(matrix.shape) * torch.finfo(matrix.dtype).eps)
+    return values > tolerance * values.max() if values.numel() else values > 0
 
 
-def determines(factors: Factors, tolerance: float = TOLERANCE) -> bool:
+def rank(matrix: torch.Tensor, tolerance: float | None = None) -> int:
+    """Numerical rank: the number of singular values that are `not_zero`."""
+    return int(not_zero(torch.linalg.svdvals(matrix), matrix, tolerance).sum())
+
+
+def determines(factors: Factors, tolerance: float | None = None) -> bool:
     """Return whether the factors determine every gradient: rank A = i or rank B = o."""
     wide = rank(factors.a, tolerance) == factors.a.shape[1]
     return wide or rank(factors.b, tolerance) == factors.b.shape[0]
 
 
-def is_determined(factors: Factors, rank_bound: int | None = None, tolerance: float = TOLERANCE) -> bool:
+def is_determined(factors: Factors, rank_bound: int | None = None, tolerance: float | None = None) -> bool:
     """Return whether (∂A, ∂B) of one step determine a gradient of which only `rank(G) <= rank_bound` is known.
 
     The second way, rank(B), rank(A) >= rank_bound, holds for almost all gradients of that rank: all but those whose
@@ -92,7 +105,7 @@ def is_determined(factors: Factors, rank_bound: int | None = None, tolerance: fl
     return min(rank(factors.a, tolerance), rank(factors.b, tolerance)) >= rank_bound
 
 
-def unseen(matrix: torch.Tensor, factors: Factors, tolerance: float = TOLERANCE) -> torch.Tensor:
+def unseen(matrix: torch.Tensor, factors: Factors, tolerance: float | None = None) -> torch.Tensor:
     """Return (I − P_B) M (I − P_A), the part of M (..., o, i) on which neither ∂A nor ∂B depends."""
     columns, rows = _basis(factors.b, tolerance), _basis(factors.a.T, tolerance)  # (o, rank B), (i, rank A)
     rest = matrix - columns @ (columns.T @ matrix)
@@ -100,7 +113,7 @@ def unseen(matrix: torch.Tensor, factors: Factors, tolerance: float = TOLERANCE)
 
 
 def minimum_norm(
-    grad_a: torch.Tensor, grad_b: torch.Tensor, factors: Factors, tolerance: float = TOLERANCE
+    grad_a: torch.Tensor, grad_b: torch.Tensor, factors: Factors, tolerance: float | None = None
 ) -> torch.Tensor:
     """Return the least-squares estimate of G (o, i) of smallest norm.
 
@@ -112,7 +125,7 @@ def minimum_norm(
         grad_a: ∂A (r, i).
         grad_b: ∂B (o, r).
         factors: A, B and s.
-        tolerance: relative size below which a singular value of A or B counts as zero.
+        tolerance: relative size below which a singular value of A or B counts as zero; see :func:`not_zero`.
     """
     u, beta, y = _full_svd(factors.b, tolerance)  # (o, o), (o,), (r, o)
     v, alpha, x = _full_svd(factors.a.T, tolerance)  # (i, i), (i,), (r, i)
@@ -127,7 +140,7 @@ def low_rank_sketch(
     grad_b: torch.Tensor,
     factors: Factors,
     rank_bound: int | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> torch.Tensor:
     """Return ∂B (∂A Aᵀ)⁺ ∂A / s (o, i), which equals G if rank(Bᵀ G Aᵀ) = rank(G).
 
@@ -143,8 +156,9 @@ def low_rank_sketch(
         rank_bound: largest rank to invert the core at; keeps what is above the known rank, which can only be noise or
             drift over local steps, out of the pseudo-inverse.
     """
-    left, values, right = torch.linalg.svd(grad_a @ factors.a.T, full_matrices=False)  # the core (r, r)
-    kept = values > tolerance * values.max()
+    core = grad_a @ factors.a.T  # (r, r)
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    kept = not_zero(values, core, tolerance)
     if rank_bound is not None:
         kept = kept & (torch.arange(len(values), device=values.device) < rank_bound)
     inverse = (right[kept].T / values[kept]) @ left[:, kept].T
@@ -156,13 +170,14 @@ def completed(
     grad_b: torch.Tensor,
     factors: Factors,
     rank_bound: int | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> torch.Tensor:
     """Return the minimum-norm estimate, with its missing part from the low-rank sketch where that is justified.
 
-    Justified is: a rank of at most r is known beforehand (`rank_bound`), or shows, because the observed ∂A Aᵀ has a
-    rank below the smaller of A's and B's. Otherwise the sketch of a matrix of higher rank would be added, which can be
-    arbitrarily far off, and the minimum-norm estimate is returned as it is.
+    Justified is: a rank of at most A's and B's is known beforehand (`rank_bound`), or shows, because the observed ∂A Aᵀ
+    has a rank below the smaller of A's and B's (or, after several steps, in which B has moved, above it). Otherwise the
+    sketch of a matrix of higher rank would be added, which can be arbitrarily far off, and the minimum-norm estimate is
+    returned as it is.
 
     Args:
         grad_a, grad_b, factors, tolerance: see :func:`minimum_norm`.
@@ -182,26 +197,27 @@ def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> flo
     return dot / (norms[0] * norms[1]) if min(norms) > 0 else 0.0
 
 
-def _shows_low_rank(grad_a: torch.Tensor, factors: Factors, rank_bound: int | None, tolerance: float) -> bool:
+def _shows_low_rank(grad_a: torch.Tensor, factors: Factors, rank_bound: int | None, tolerance: float | None) -> bool:
     found = rank(grad_a @ factors.a.T, tolerance)
     if found == 0:
         return False
-    width = factors.a.shape[0]
-    if rank_bound is not None and rank_bound <= width:
+    limit = min(rank(factors.a, tolerance), rank(factors.b, tolerance))
+    if found < limit:
         return True
-    return found < min(rank(factors.a, tolerance), rank(factors.b, tolerance))
+    known = rank_bound is not None and rank_bound <= factors.a.shape[0]
+    return known and (rank_bound <= limit or found > limit)  # type: ignore[operator]
 
 
-def _basis(matrix: torch.Tensor, tolerance: float) -> torch.Tensor:
+def _basis(matrix: torch.Tensor, tolerance: float | None) -> torch.Tensor:
     """Orthonormal basis (n, rank) of the columns of a matrix (n, m)."""
     u, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, values > tolerance * values.max()] if values.max() > 0 else u[:, :0]
+    return u[:, not_zero(values, matrix, tolerance)]
 
 
-def _full_svd(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _full_svd(matrix: torch.Tensor, tolerance: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """SVD of (n, r) with all n left vectors: (n, n), singular values padded with zeros (n,), right vectors (r, n)."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=True)
-    values = torch.where(values > tolerance * values.max(), values, 0.0)
+    values = torch.where(not_zero(values, matrix, tolerance), values, 0.0)
     size, kept = matrix.shape[0], min(matrix.shape)
     padded = torch.zeros(size, dtype=matrix.dtype, device=matrix.device)
     padded[:kept] = values

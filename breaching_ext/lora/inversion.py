@@ -14,6 +14,7 @@ from torch import nn
 
 from ..attacks import JointCandidateAttacker, observe
 from ..data.sample_photos import PHOTOS
+from ..errors import BreachingExtError
 from ..evaluation import evaluate, to_images
 from .case import MEAN, SHAPE, STD, Case
 from .decode import cosine
@@ -64,6 +65,7 @@ def invert(
 
     Raises:
         KeyboardInterrupt: when the attack was interrupted.
+        BreachingExtError: when memory ran out.
     """
     setup = {"dtype": getattr(torch, cfg_attack.impl.dtype), "device": device or torch.device("cpu")}
     labels = case.client.labels
@@ -86,6 +88,8 @@ def invert(
     attacker = JointCandidateAttacker(own, torch.nn.CrossEntropyLoss(), cfg, setup)
     reconstruction, stats = attacker.reconstruct(payload, shared)
     seconds = time.perf_counter() - clock
+    if stats.get("out_of_memory"):
+        raise BreachingExtError("Memory ran out; valid: a smaller batch, fewer attack.restarts.num_trials.")
     if stats.get("interrupted"):  # the attack hands back its best so far; as a finished cell it would be a wrong number
         raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from ..evaluation.statistics import mean_interval, plus_minus
-from ..files import write_atomically, write_json
+from ..files import only_here, write_atomically, write_json
 from ..run import describe_device, versions
 from ..tensor_files import read_tensors
 from .adapters import adapt, only_weights_of, require_peft
@@ -49,13 +49,15 @@ class Ladder:
         path: rows.json.
         settings: what the rows depend on.
         rows: one dict a finished cell.
-        images: cell as text -> reconstruction (B, C, H, W) as bytes, of one seed, for the picture.
+        images: cell as text -> reconstruction (B, C, H, W) as bytes, of the seed that came first, for the picture.
+        about: versions and device of the first cell; a row that was made with others carries its own.
     """
 
     path: Path
     settings: Settings
     rows: list[dict[str, Any]]
     images: dict[str, torch.Tensor]
+    about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path, settings: Settings) -> Ladder:
@@ -84,6 +86,7 @@ class Ladder:
             settings,
             content["rows"],
             read_tensors(pictures, "out", "a ladder's pictures") if pictures.exists() else {},
+            {key: content[key] for key in ("versions", "device") if key in content},
         )
 
     def missing(self) -> list[Cell]:
@@ -92,14 +95,14 @@ class Ladder:
         return [cell for cell in plan(self.settings) if _key(asdict(cell)) not in done]
 
     def add(self, row: dict[str, Any], images: torch.Tensor, device: torch.device) -> None:
-        """Append a row and write the file; images (B, C, H, W) in [0, 1] are kept for the first seed."""
-        if row["seed"] == self.settings.seeds[0]:
+        """Append a row and write the file; images (B, C, H, W) in [0, 1] are kept for the seed that came first."""
+        if row["seed"] == (self.rows or [row])[0]["seed"]:
             self.images[label(row)] = (255 * images).round().byte()
             write_atomically(self.path.with_name(IMAGES), lambda target: torch.save(self.images, target))
-        where = {"versions": versions(), "device": describe_device(device)}  # of this call, and of the cell
-        self.rows.append({**row, "device": where["device"]})
-        about = {"settings": self.settings.fingerprint(), **where}
-        write_json(self.path, {**about, "rows": self.rows})
+        here = {"versions": versions(), "device": describe_device(device)}
+        self.about = self.about or here
+        self.rows.append({**row, **{key: value for key, value in here.items() if value != self.about.get(key)}})
+        write_json(self.path, {"settings": self.settings.fingerprint(), **self.about, "rows": self.rows})
 
 
 def run_ladder(settings: Settings, folder: str | Path, device: torch.device | None = None) -> Ladder:
@@ -116,8 +119,13 @@ def run_ladder(settings: Settings, folder: str | Path, device: torch.device | No
 
     Raises:
         MissingPeftError: when a cell needs peft and it is not installed, before the first cell.
+        ConfigError: when another process works on the ladder in this folder, or it holds cells of other settings.
     """
-    where = device or torch.device("cpu")
+    with only_here(folder):
+        return _run_ladder(settings, folder, device or torch.device("cpu"))
+
+
+def _run_ladder(settings: Settings, folder: str | Path, where: torch.device) -> Ladder:
     ladder = Ladder.open(folder, settings)
     if any((cell.phase, cell.method) not in RANKLESS for cell in ladder.missing()):
         require_peft()

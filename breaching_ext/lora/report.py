@@ -131,7 +131,8 @@ def _draw_quality(axis: Axes, rows: Sequence[Row], rankless: Sequence[Row], rank
 
 
 def _draw_cosines(axis: Axes, rows: Sequence[Row], ranks: list[str]) -> None:
-    _draw_line(axis, rows, "cosine_seen", ranks, "seen in one step (LoRA approximation)", "black", ":")
+    once = list({(row["rank"], row["seed"]): row for row in rows}.values())  # it is the same for every method
+    _draw_line(axis, once, "cosine_seen", ranks, "seen in one step (LoRA approximation)", "black", ":")
     for (phase, method), group in _by(rows, "phase", "method").items():
         if any("cosine_decoded" in row for row in group):
             _draw_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -94,12 +95,12 @@ class Settings:
             ranks=tuple(_list(cfg.ranks)),
             starts=tuple(_list(cfg.starts)),
             seeds=tuple(_list(cfg.seeds)),
-            scale=float(cfg.scale),
+            scale=_number("scale", cfg.scale),
             batch=cfg.batch,
             public=cfg.public,
             local_steps=cfg.local_steps,
-            local_lr=float(cfg.local_lr),
-            ceiling=float(cfg.ceiling),
+            local_lr=_number("local_lr", cfg.local_lr),
+            ceiling=_number("ceiling", cfg.ceiling),
             attack=cfg.attack,
         )
         settings.check()
@@ -116,6 +117,9 @@ class Settings:
         for rank in self.ranks:
             if rank != "full" and not _counts(rank):
                 raise ConfigError(f"ranks={rank!r} is not possible; valid: 1, 2, 3, ... or 'full'.")
+        for seed in self.seeds:
+            if not _counts(seed, 0):
+                raise ConfigError(f"seeds={seed!r} is not possible; valid: 0, 1, 2, ...")
         for key, least in (("batch", 1), ("public", 8), ("local_steps", 1)):
             if not _counts(getattr(self, key), least):
                 raise ConfigError(f"{key}={getattr(self, key)!r} is not possible; valid: {least}, {least + 1}, ...")
@@ -167,6 +171,17 @@ def _arms(phase: int, settings: Settings) -> list[tuple[str, str, int | str]]:
 
 def _list(value: Any) -> Sequence[Any]:
     return list(value) if OmegaConf.is_list(value) or isinstance(value, (list, tuple)) else [value]
+
+
+def _number(key: str, value: Any) -> float:
+    """Return a finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{key}={value!r} is not possible; valid: a finite number.")
+    return number
 
 
 def _counts(value: Any, least: int = 1) -> bool:

@@ -7,20 +7,21 @@ are public. With A = X diag(α) Vᵀ and B = U diag(β) Yᵀ (compact), the serv
 
 which, divided by s, are the factor gradients of the adapter (A', B', s') = (Vᵀ, U, 1) at the same effective weight. So
 an attack on that adapter uses exactly what was observed, and its distance is that of G, restricted to the columns of B
-and the rows of A. Where either side spans its whole space, it is the distance between full gradients.
+and the rows of A. Where both span their whole space, or one does and the other is zero, it is the distance between full
+gradients.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .decode import TOLERANCE, Factors
+from .decode import Factors, not_zero
 
 __all__ = ["whitened"]
 
 
 def whitened(
-    grad_a: torch.Tensor, grad_b: torch.Tensor, factors: Factors, tolerance: float = TOLERANCE
+    grad_a: torch.Tensor, grad_b: torch.Tensor, factors: Factors, tolerance: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, Factors]:
     """Return (∂A', ∂B', factors') of the equivalent adapter, of the same rank r (padded with zeros).
 
@@ -28,7 +29,7 @@ def whitened(
         grad_a: ∂A (r, i).
         grad_b: ∂B (o, r).
         factors: A (r, i), B (o, r) and s.
-        tolerance: relative size below which a singular value of A or B counts as zero.
+        tolerance: relative size below which a singular value of A or B counts as zero; see :func:`.decode.not_zero`.
     """
     x, alpha, vt = _compact_svd(factors.a, tolerance)  # (r, p), (p,), (p, i)
     u, beta, yt = _compact_svd(factors.b, tolerance)  # (o, q), (q,), (q, r)
@@ -41,7 +42,7 @@ def whitened(
     return new_a, new_b, Factors(rows, columns, 1.0)
 
 
-def _compact_svd(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _compact_svd(matrix: torch.Tensor, tolerance: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-    kept = values > tolerance * values.max()
+    kept = not_zero(values, matrix, tolerance)
     return u[:, kept], values[kept], vt[kept]

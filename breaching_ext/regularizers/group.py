@@ -103,8 +103,10 @@ class GroupRegularization(torch.nn.Module):
             ("warmup_iters", warmup_iters, 0),
             ("update_every", update_every, 1),
         ):
-            if value < least:
+            if not value >= least:
                 raise ConfigError(f"regularization.group_regularization.{key}={value} is too small; valid: >= {least}.")
+            if key != "scale" and value != int(value):
+                raise ConfigError(f"regularization.group_regularization.{key}={value} is not a whole number.")
         self.setup = setup
         self.scale, self.warmup_iters, self.aligner, self.update_every = scale, warmup_iters, aligner, update_every
         self.ranks = Ranks()

@@ -17,6 +17,7 @@ import breaching
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -28,6 +29,7 @@ from breaching_ext.errors import ConfigError, SharedDataError
 from breaching_ext.kkt import (
     MLP,
     Recipe,
+    build_network,
     load_checkpoint,
     nearest,
     network_from_checkpoint,
@@ -37,6 +39,7 @@ from breaching_ext.kkt import (
 )
 from breaching_ext.kkt.candidates import candidate_labels, correlations, stretch, strongest
 from breaching_ext.kkt.recipe import initialise
+from breaching_ext.run import run
 
 SHAPE = (1, 6, 6)
 SMALL = ["optim.max_iterations=400", "restarts.num_trials=4", "restarts.seed=0", "extraction.lr=0.05"]
@@ -172,12 +175,44 @@ def test_a_config_that_cannot_work(victim, overrides, words):
         (["extraction.span=x"], "span="),
         (["extraction.slack=null"], "slack=None"),
         (["extraction.init_scale=null"], "init_scale=None"),
+        (["extraction.multiple=null"], "multiple=None"),
+        (["extraction.multiple=0"], "multiple=0"),
+        (["impl.checkpoint_every=often"], "checkpoint_every=often"),
     ],
-    ids=["candidates", "steepness", "span", "slack", "init_scale"],
+    ids=["candidates", "steepness", "span", "slack", "init_scale", "no multiple", "multiple", "checkpoints"],
 )
 def test_a_search_that_cannot_work(victim, overrides, words):
+    """Said when the attack is made, which is before a network is trained for it."""
     with pytest.raises(ConfigError, match=words):
-        KKTAttacker(victim, None, config(*overrides)).reconstruct(*release(victim, 4))
+        KKTAttacker(victim, None, config(*overrides))
+
+
+def test_a_rate_that_is_too_large_is_said(victim, caplog):
+    with pytest.raises(SharedDataError, match=r"lower attack.extraction.lr=1e\+30"):
+        KKTAttacker(victim, None, config("extraction.lr=1e30")).reconstruct(*release(victim, 4))
+    KKTAttacker(victim, None, config("extraction.lr=1e4", "optim.max_iterations=5")).reconstruct(*release(victim, 4))
+    assert "No restart came further than its start" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "(the last is noise)"),
+        (["extraction.span=2"], "2 directions are searched for 4 suspected images"),
+        (["extraction.span=full"], "All pixels are searched: span=full"),
+    ],
+)
+def test_what_is_said_of_the_span_is_so(victim, caplog, overrides, says):
+    with caplog.at_level("INFO"):
+        KKTAttacker(victim, None, config("optim.max_iterations=2", *overrides)).reconstruct(*release(victim, 4))
+    assert says in caplog.text
+    assert ("The data span only" in caplog.text) is (not overrides)  # nobody looked where it is set
+
+
+def test_half_precision_weights_are_searched_over_all_pixels(victim):
+    setup = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    attacker = KKTAttacker(victim, None, config("extraction.span=full", "optim.max_iterations=2"), setup)
+    assert attacker.reconstruct(*release(victim, 4))[0]["data"].shape == (4, *SHAPE)
 
 
 def test_bad_releases(victim):
@@ -344,6 +379,42 @@ def test_the_command_trains_attacks_and_evaluates(root, tmp_path, folder):
 def release_of(cfg):
     user, server, *_ = breaching.cases.construct_case(cfg.case, {"device": torch.device("cpu"), "dtype": torch.float})
     return server.run_protocol(user)
+
+
+def composed(folder, *overrides):
+    breaching_ext.register()
+    small = [f"case.data.path={folder}", "case.data.default_clients=2", "case.user.num_data_points=4", "device=cpu"]
+    small += ["case.model=kkt-mlp-40", "case.training.max_steps=40", "attack.optim.max_iterations=4"]
+    with initialize_config_module("breaching.config", version_base="1.3"):
+        return compose("breaching_ext", ["case=kkt_fashion_mnist", "attack=kkt", *small, *overrides])
+
+
+def test_a_dry_run_trains_for_one_step_and_keeps_no_network(folder, tmp_path):
+    cfg = composed(folder, "dryrun=true", f"case.training.cache_path={tmp_path / 'network.pt'}")
+    assert run(cfg).record["training"]["steps"] == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_checkpoints_the_network_stays_and_is_not_trained_again(folder, tmp_path, monkeypatch):
+    cfg = composed(folder, "attack.impl.checkpoint_every=2", "case.user.provide_labels=true")
+    record = run(cfg, tmp_path).record
+    assert record["labels_known"] is False  # the attack does not use them
+    monkeypatch.setattr("breaching_ext.kkt.training._loop", lambda *args: pytest.fail("trained again"))
+    assert run(cfg, tmp_path).record["kkt_loss"] == record["kkt_loss"]
+
+
+def test_a_client_that_does_not_say_how_many_images_is_refused_before_the_training(folder, monkeypatch):
+    monkeypatch.setattr("breaching_ext.kkt.training._loop", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="provide_num_data_points=false"):
+        run(composed(folder, "case.user.provide_num_data_points=false"))
+
+
+def test_a_network_of_other_images_is_doubted(folder, tmp_path, caplog):
+    model = build_network("kkt-mlp-40", (1, 28, 28))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    record = run(composed(folder, f"case.training.weights={tmp_path / 'weights.pt'}")).record
+    assert record["training"]["misclassified"] > 0
+    assert "probably not its training images" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,22 @@ def test_a_restart_that_diverges_does_not_touch_the_others():
     torch.testing.assert_close(found.coordinates[0], whole.coordinates[0])
     assert found.losses[0].isfinite()
     assert found.losses[1] == float("inf")
+    assert found.failures == [1]
+    assert not found.nowhere
+
+
+def test_a_step_that_is_too_large_leads_nowhere():
+    """The start was finite, so its loss is; what a step made of it is not."""
+    run, found = search([1, 2], ExtractionOptions(steps=5, lr=1e200), network((8,)))
+    assert found.losses.isfinite().all()
+    assert found.failures == [0, 1]
+    assert found.nowhere
+    resumed, _ = search([1, 2], ExtractionOptions(steps=5, lr=1e200), network((8,)), steps=0)
+    resumed.load_state_dict(run.state_dict())
+    assert resumed.run(progress=False).nowhere
+    _, good = search([1, 2], ExtractionOptions(steps=30), network((8,)))
+    assert good.best_steps.min() > 0
+    assert good.failures == []
 
 
 def test_ctrl_c_keeps_what_there_is():

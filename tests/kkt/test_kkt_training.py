@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breaching_ext.errors import ConfigError, SharedDataError
-from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train
+from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train, training
 from breaching_ext.kkt.extraction import Extraction
 from breaching_ext.kkt.models import SmoothBackwardReLU
 from breaching_ext.kkt.multipliers import kkt_residual
@@ -194,6 +194,78 @@ def test_another_seed_or_shape_is_another_run(tmp_path, monkeypatch):
         train(network(), images, labels, recipe, partial, progress=False)
 
 
+def test_images_in_another_order_or_around_another_mean_are_another_run(tmp_path, monkeypatch):
+    """Sums and labels would be the same."""
+    images, labels = data()
+    recipe, file, partial = replace(RECIPE, max_steps=20, check_every=10), tmp_path / "n.pt", tmp_path / "t.pt"
+    other = network()
+    other.mean.fill_(0.4)
+    train_or_load(network(), images, labels, recipe, file)
+    stop_after(15, monkeypatch, recipe, partial)
+    for model, shown in ((network(), images[[2, 1, 0, 3]]), (other, images)):
+        with pytest.raises(ConfigError, match="images"):
+            train_or_load(model, shown, labels, recipe, file)
+        with pytest.raises(ConfigError, match="another training run"):
+            train(model, shown, labels, recipe, partial, progress=False)
+
+
+def test_a_trained_network_is_not_lost_before_it_is_kept(tmp_path, monkeypatch):
+    images, labels = data()
+    recipe, file = replace(RECIPE, max_steps=20, check_every=10, target_loss=1e-30), tmp_path / "network.pt"
+    with monkeypatch.context() as patched:
+        write = training.write_atomically
+
+        def killed(path, fill):
+            if path == file:
+                raise KeyboardInterrupt
+            return write(path, fill)
+
+        patched.setattr(training, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_or_load(network(), images, labels, recipe, file)
+    assert (tmp_path / "network.part.pt").exists()
+    train_or_load(network(), images, labels, recipe, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["network.pt"]
+
+
+def test_a_training_that_ends_early_leaves_a_network_that_works(monkeypatch):
+    images, labels = data()
+    model, step, count = network(), descent.SpanDescent.step, []
+
+    def interrupted(self):
+        count.append(1)
+        if len(count) > 30:
+            raise KeyboardInterrupt
+        return step(self)
+
+    expected = network()
+    train(expected, images, labels, replace(RECIPE, max_steps=30, check_every=30), progress=False)
+    monkeypatch.setattr(descent.SpanDescent, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, images, labels, RECIPE, progress=False)
+    torch.testing.assert_close(model(images), expected(images))
+
+
+def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch, caplog):
+    def full(path, fill):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(training, "write_atomically", full)
+    recipe = replace(RECIPE, max_steps=30, check_every=10, target_loss=1e-30)
+    report = train(network(), *data(), recipe, tmp_path / "training.pt", progress=False)
+    assert report.steps == 30
+    assert "could not be written (No space left" in caplog.text
+
+
+def test_a_start_without_a_gradient_is_named():
+    """One image that is the mean image: its pre-activations, and all gradients, are zero."""
+    model = network()
+    image = torch.rand(1, *SHAPE)
+    model.mean.copy_(image[0])
+    with pytest.raises(ConfigError, match="gradient of the loss is zero at the start"):
+        train(model, image, torch.ones(1), RECIPE, progress=False)
+
+
 def test_weight_decay_ends_at_a_finite_loss_near_a_kkt_point():
     images, labels = data()
     recipe = replace(RECIPE, weight_decay=0.03, max_steps=1500, check_every=1500, target_residual=0.0)
@@ -227,8 +299,10 @@ def test_a_small_convolution_trains_in_float32():
         (torch.rand(0, *SHAPE), torch.zeros(0), "n=0"),
         (torch.rand(2, 3, 6, 6), torch.tensor([1.0, -1.0]), "do not fit"),
         (torch.rand(3, *SHAPE), torch.tensor([1.0, -1.0]), "do not fit"),
+        (torch.rand(2, *SHAPE), torch.tensor([[1.0], [-1.0]]), "do not fit"),
+        (torch.full((2, *SHAPE), math.nan), torch.tensor([1.0, -1.0]), "not finite"),
     ],
-    ids=["labels", "empty", "shape", "count"],
+    ids=["labels", "empty", "shape", "count", "column", "finite"],
 )
 def test_bad_training_sets(images, labels, words):
     with pytest.raises(SharedDataError, match=words):

@@ -77,7 +77,11 @@ def test_decoding_is_exact_exactly_where_the_test_says_so(problem):
     decoded = completed(*factor_gradients(gradient, factors), factors, rank_bound=bound)
     if is_determined(factors, bound):
         assert cosine([decoded], [gradient]) >= EXACT
-    elif factors.b.any():
+        return
+    shown = rank(factors.b.T @ gradient @ factors.a.T)
+    if shown >= min(rank(factors.a), rank(factors.b)):  # nothing says that its rank is low: no sketch is added
+        torch.testing.assert_close(decoded, minimum_norm(*factor_gradients(gradient, factors), factors))
+    if factors.b.any():
         assert (decoded - gradient).norm() > 1e-6 * gradient.norm()
     else:  # B = 0 shows the rows of A only
         assert cosine([decoded], [gradient]) == pytest.approx(
@@ -129,6 +133,30 @@ def test_the_sketch_is_not_added_without_a_reason():
     sent = factor_gradients(gradient, factors)
     torch.testing.assert_close(completed(*sent, factors), minimum_norm(*sent, factors))
     assert cosine([low_rank_sketch(*sent, factors)], [gradient]) < 0.99
+
+
+def test_a_known_rank_above_that_of_b_is_no_reason_for_the_sketch():
+    """B has moved in two directions only: the core shows two of the gradient's four."""
+    gradient = of_rank(9, 12, 4, seed=5)
+    factors = Factors(gaussian(8, 12, seed=16), of_rank(9, 8, 2, seed=17), 1.0)
+    assert not is_determined(factors, 4)
+    sent = factor_gradients(gradient, factors)
+    torch.testing.assert_close(completed(*sent, factors, rank_bound=4), minimum_norm(*sent, factors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_rounding_goes_by_the_type(dtype):
+    """Factors of rank 2 that come in single precision have four singular values above 1e-10 times the largest."""
+    gradient = of_rank(9, 12, 2, seed=5).to(dtype)
+    factors = Factors(of_rank(4, 12, 2, seed=16).to(dtype), of_rank(9, 4, 2, seed=18).to(dtype), 1.0)
+    assert (rank(factors.a), rank(factors.b), rank(gradient)) == (2, 2, 2)
+    assert not determines(factors)
+    sent = factor_gradients(gradient, factors)
+    assert cosine([completed(*sent, factors, rank_bound=4)], [minimum_norm(*sent, factors)]) >= EXACT
+    assert cosine([completed(*sent, factors, rank_bound=2)], [gradient]) >= EXACT
+    new_a, new_b, white = whitened(*sent, factors)
+    for found, expected in zip((new_a, new_b), factor_gradients(gradient, white), strict=True):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_low_rank_that_shows_is_used_without_a_bound():

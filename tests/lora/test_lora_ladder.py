@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from breaching_ext.attacks import JointCandidateAttacker
-from breaching_ext.errors import ConfigError
-from breaching_ext.lora import MissingPeftError, cli
+from breaching_ext.errors import BreachingExtError, ConfigError
+from breaching_ext.files import only_here
+from breaching_ext.lora import MissingPeftError, cli, report
 from breaching_ext.lora import ladder as ladder_module
 from breaching_ext.lora.decode import cosine, unseen
 from breaching_ext.lora.ladder import Ladder, run_cell, run_ladder
@@ -84,7 +85,7 @@ def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "rows.json").read_text())
     assert {"settings", "versions", "device", "rows"} <= set(content)
     assert content["rows"][0]["cosine_seen"] == 1.0
-    assert all(row["device"] == content["device"] for row in content["rows"])
+    assert not any("device" in row or "versions" in row for row in content["rows"])  # all as the file says
     for row in content["rows"]:
         assert 0 < row["psnr"] < 100
         assert -1 <= row["cosine_full"] <= 1
@@ -94,6 +95,71 @@ def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
     text = files[0].read_text()
     assert "Phase 0 fails" in text, "two iterations cannot hold the ceiling"
     assert text.count("\n| ") == 1 + len(content["rows"])  # one seed: a line a cell, and the head
+
+
+def test_a_cell_of_other_versions_says_so(tmp_path, monkeypatch):
+    run_ladder(settings("phases=[0]"), tmp_path)
+    monkeypatch.setattr(ladder_module, "versions", lambda: {"torch": "9.9"})
+    run_ladder(settings("phases=[0]", "seeds=[0,1]"), tmp_path)
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row.get("versions") for row in content["rows"]] == [None, {"torch": "9.9"}]
+    assert content["versions"]["torch"] != "9.9"
+
+
+def test_pictures_are_of_the_seed_that_came_first(tmp_path):
+    first = run_ladder(settings("phases=[0]", "seeds=[1]"), tmp_path).images
+    assert len(first) == 1
+    later = run_ladder(settings("phases=[0]", "seeds=[0,1]"), tmp_path).images
+    assert torch.equal(later["0 full - -"], first["0 full - -"])
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with only_here(tmp_path), pytest.raises(ConfigError, match=r"out=.* is in use"):
+        run_ladder(settings("phases=[0]"), tmp_path)
+    assert not run_ladder(settings("phases=[0]"), tmp_path).missing()
+
+
+@pytest.mark.parametrize("ending", ["Ctrl-C", "out of memory"])
+def test_an_end_before_the_end_reports_and_is_no_success(tmp_path, monkeypatch, caplog, ending):
+    real, ran = ladder_module.run_cell, []
+
+    def ended(cell, *args):
+        ran.append(cell)
+        if len(ran) == 2:
+            raise KeyboardInterrupt if ending == "Ctrl-C" else BreachingExtError("Memory ran out")
+        return real(cell, *args)
+
+    monkeypatch.setattr(ladder_module, "run_cell", ended)
+    with pytest.raises(SystemExit) as end:
+        cli._application.__wrapped__(config("phases=[0]", "seeds=[0,1,2]", f"out={tmp_path}"))
+    assert end.value.code == (130 if ending == "Ctrl-C" else 1)
+    assert (tmp_path / "table.md").exists()
+    assert ("Memory ran out" in caplog.text) is (ending == "out of memory")
+
+
+def test_an_attack_without_memory_is_not_taken_for_an_interruption(tmp_path, monkeypatch):
+    real = JointCandidateAttacker.reconstruct
+
+    def starved(self, *args, **kwargs):
+        reconstruction, stats = real(self, *args, **kwargs)
+        return reconstruction, {**stats, "interrupted": True, "out_of_memory": True}
+
+    monkeypatch.setattr(JointCandidateAttacker, "reconstruct", starved)
+    with pytest.raises(BreachingExtError, match="Memory ran out"):
+        run_ladder(settings("phases=[0]"), tmp_path)
+
+
+def test_the_interval_of_what_is_seen_counts_a_seed_once(monkeypatch):
+    """It does not depend on the method, so more methods make it no narrower."""
+    drawn = []
+    monkeypatch.setattr(report, "_draw_line", lambda axis, rows, key, *rest: drawn.append((key, len(rows))))
+    rows = [
+        {"rank": 2, "seed": seed, "phase": phase, "method": method, "cosine_seen": 0.1 * seed, "cosine_full": 0.5}
+        for seed in range(3)
+        for phase, method in ((1, "match"), (1, "whiten"), (3, "match"))
+    ]
+    report._draw_cosines(None, rows, ["2"])
+    assert dict(drawn)["cosine_seen"] == 3
 
 
 def test_without_peft_nothing_is_computed_that_needs_it(tmp_path, monkeypatch):
@@ -190,6 +256,10 @@ def test_seen_is_the_cosine_of_the_projection():
         ("local_steps=0", ["local_steps=0"]),
         ("local_lr=0", ["local_lr=0"]),
         ("scale=-1", ["scale=-1"]),
+        ("scale=inf", ["scale=inf", "finite"]),
+        ("local_lr=fast", ["local_lr='fast'", "finite"]),
+        ("ceiling=nan", ["ceiling=nan", "finite"]),
+        ("seeds=[0,1.5]", ["seeds=1.5"]),
         ("batch=0", ["batch=0"]),
         ("public=2", ["public=2"]),
         ("attack.attack_type=magia", ["attack_type", "magia", "joint-candidates"]),

@@ -13,6 +13,12 @@ from breaching_ext.lora.learned import RidgeDecoder
 GENERATOR = torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Every test draws the same, whatever ran before it."""
+    GENERATOR.manual_seed(1)
+
+
 def gaussian(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR, dtype=torch.double)
 
@@ -57,8 +63,11 @@ def test_structure_is_learned_and_the_observation_is_kept():
 def test_without_structure_it_predicts_next_to_nothing():
     public = {name: gaussian(40, *shape) for name, shape in SHAPES.items()}
     decoder = RidgeDecoder.fit(public, FACTORS, torch.arange(40) % 2 == 1)
-    assert decoder.held_out_cosine >= decoder.closed_form_cosine
     assert decoder.held_out_cosine < decoder.closed_form_cosine + 0.02
+    fresh = [{name: gaussian(*shape) for name, shape in SHAPES.items()} for _ in range(20)]
+    for gradient in fresh:  # chosen by pairs of its own, so on others it may lose a little, but not more
+        truth, seen = list(gradient.values()), closed_form(gradient)
+        assert cosine(list(decoder.complete(seen).values()), truth) > cosine(list(seen.values()), truth) - 0.05
 
 
 @pytest.mark.parametrize("kernel", learned.KERNELS)

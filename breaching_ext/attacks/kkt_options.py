@@ -1,0 +1,67 @@
+"""The keys below `extraction` in an attack config of type kkt, checked; and what is said of where is searched."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import fields
+from typing import Any
+
+from ..errors import ConfigError
+from ..kkt.extraction import ExtractionOptions
+from ..kkt.problem import Problem
+
+log = logging.getLogger(__name__)
+
+
+def extraction_options(cfg: Any) -> ExtractionOptions:
+    """Read the options of the search; `optim.max_iterations` and `optim.optimizer` keep Breaching's names."""
+    names = {f.name for f in fields(ExtractionOptions)} - {"steps", "optimizer"}
+    known = names | {"candidates", "multiple", "steepness", "span"}
+    unknown = set(cfg.extraction) - known
+    if unknown:
+        raise ConfigError(f"Unknown attack.extraction keys {sorted(unknown)}; valid: {', '.join(sorted(known))}.")
+    chosen = {name: cfg.extraction[name] for name in names if name in cfg.extraction}
+    return ExtractionOptions(steps=cfg.optim.max_iterations, optimizer=str(cfg.optim.optimizer).lower(), **chosen)
+
+
+def check_search(extraction: Any) -> None:
+    """Check what says how many candidates are searched, and where; raises ConfigError."""
+    steepness, span = extraction.steepness, extraction.span
+    count, multiple = extraction.candidates, extraction.multiple
+    if steepness is not None and not (_is_number(steepness) and steepness > 0):
+        raise ConfigError(f"attack.extraction.steepness={steepness} is not possible; valid: empty, or above 0.")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ConfigError(f"attack.extraction.candidates={count} is not possible; valid: empty, or 1, 2, ...")
+    if count is None and not (_is_number(multiple) and multiple > 0):
+        raise ConfigError(f"attack.extraction.multiple={multiple} is not possible; valid: a number above 0.")
+    if span not in ("auto", "full") and (isinstance(span, bool) or not isinstance(span, int) or span < 1):
+        raise ConfigError(f"attack.extraction.span={span} is not possible; valid: auto, full, or 1, 2, ...")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def report_span(problem: Problem, number: int, chosen: str | int, count: int) -> None:
+    """Say where is searched, and what the first layer's singular values allow.
+
+    Args:
+        problem: what was built.
+        number: of suspected images.
+        chosen: `attack.extraction.span`.
+        count: of candidates.
+    """
+    if problem.span is None:
+        auto = "the first layer shows no span of the data" if chosen == "auto" else f"span={chosen}"
+        log.info("All pixels are searched: %s.", auto if problem.slack_widths else "the network is no MLP")
+        if not problem.slack_widths and chosen not in ("auto", "full"):
+            log.warning("attack.extraction.span=%s is not used: only fully connected networks show a span.", chosen)
+        return
+    values, rank = problem.span.singular_values, problem.span.rank
+    cut = chosen != "auto" or rank == count  # as many as there may be images: more may stand above the noise
+    shown = ", ".join(f"{v:.3g}" for v in values[: rank + 1].tolist())
+    log.info("Singular values of the first layer: %s%s.", shown, "" if cut else " (the last is noise)")
+    if rank < number:
+        what = f"{rank} directions are searched" if cut else f"The data span only {rank} directions of the first layer"
+        log.warning("%s for %d suspected images: at best some of them, or blends, can come back.", what, number)

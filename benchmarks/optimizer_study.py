@@ -228,12 +228,23 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
+    rows = known_rows(args)
     with flushed_denormals():
         for name in args.cases:
-            rows.append(measure(name, CASES[name], args.device, args.rounds, not args.no_compile and "auto"))
-            print(table(rows[-1:]).splitlines()[2], flush=True)
+            row = measure(name, CASES[name], args.device, args.rounds, not args.no_compile and "auto")
+            rows = sorted([*(r for r in rows if r["case"] != name), row], key=lambda r: list(CASES).index(r["case"]))
+            print(table([row]).splitlines()[2], flush=True)
             write(rows, args)  # after every case, so that an interrupted run keeps what it has
+
+
+def known_rows(args: argparse.Namespace) -> list[dict]:
+    """Rows of cases that are not measured now, from the same torch, processor and number of threads."""
+    file = args.out / f"{args.device.split(':')[0]}.json"
+    if not file.exists():
+        return []
+    known = json.loads(file.read_text())
+    same = (known["torch"], known["threads"], known["cores"]) == (torch.__version__, args.threads, os.cpu_count())
+    return [row for row in known["rows"] if row["case"] in CASES] if same else []
 
 
 def write(rows: list[dict], args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@
 
 Needs the extra [ssigd]. One run times all backends side by side, interleaved, so that the ratios hold
 although the times depend on the machine. Writes results.json, table.md and scaling.png to
-benchmarks/results/ssigd.
+benchmarks/results/ssigd (--quick: outputs/ssigd_quick).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ssigd_bad_inputs import bad_inputs
 from ssigd_references import exact_implicit_part, near_degenerate
 from tqdm import tqdm
 
+from breaching_ext.files import write_atomically
 from breaching_ext.ssigd import (
     BatchedQP,
     StronglyConvexBilevelProblem,
@@ -203,8 +204,10 @@ def cell(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="dimensions up to 20")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ssigd")
+    parser.add_argument("--output", type=Path, help="default: results/ssigd; with --quick outputs/ssigd_quick")
     arguments = parser.parse_args()
+    usual = Path("outputs/ssigd_quick") if arguments.quick else Path(__file__).parent / "results" / "ssigd"
+    arguments.output = arguments.output or usual  # a quick run does not take the place of the whole one
     torch.set_num_threads(1)
     dims = [dim for dim in DIMS if dim <= (20 if arguments.quick else 200)]
     small = [dim for dim in dims if dim <= 50]
@@ -223,7 +226,7 @@ def main() -> None:
     results["seed"] = 0
     write_json(arguments.output / "results.json", results)
     text = table(results)
-    (arguments.output / "table.md").write_text(text, encoding="utf-8")
+    write_atomically(arguments.output / "table.md", lambda target: target.write_text(text, encoding="utf-8"))
     times = [row["milliseconds"] for row in results["scaling"]]
     lines = {name: [row[name] for row in times] for name in [*BACKENDS, "batch"]}
     save_figure(plot_scaling(dims, lines, title="Implicit gradient, one core"), arguments.output / "scaling.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def save_candidate_sheet(
         of_consensus: what was chosen is their consensus, which may be a registered one.
     """
     candidates = to_images(tensors["candidates"], mean, std)
-    scores = tensors["candidate_scores"].nan_to_num(nan=float("inf"))
+    scores = tensors["candidate_scores"].nan_to_num(nan=math.inf, posinf=math.inf)
     best = int(scores.argmin())
     # attacks that do not know labels put each candidate's images in an order of its own
     candidates = torch.stack([c[assign(c, candidates[best])] for c in candidates])

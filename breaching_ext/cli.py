@@ -65,8 +65,10 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
             log.error("%s", error)
             sys.exit(1)
     print(summary(result.record))
-    sheet = "candidates.png, " if "candidates" in result.reconstruction else ""
-    print(f"\nSaved to {folder}: reconstruction.png, {sheet}metrics.json, candidates.pt, config.yaml")
+    from .run import PICTURES
+
+    pictures = [name for name in PICTURES if (folder / name).exists()]
+    print(f"\nSaved to {folder}: {', '.join([*pictures, 'metrics.json', 'candidates.pt', 'config.yaml'])}")
     if interrupted:
         raise KeyboardInterrupt  # the jobs that follow would each have to be interrupted, too
     return result.record["psnr"]

@@ -76,7 +76,8 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
     row.update({key: record[key] for key in COLUMNS if key in record})
     config = record.get("config") or {}
     row["candidate_seed"] = ((config.get("attack") or {}).get("restarts") or {}).get("seed")
-    row["settings"] = {key: value for key, value in _flat(config).items() if not _says_nothing(key)}
+    values = _flat(config).items()
+    row["settings"] = {key: value for key, value in values if value is not None and not _says_nothing(key)}
     if record.get("interrupted"):
         why = "out of memory" if record.get("out_of_memory") else "interrupted"
         row["error"] = f"{why}: its files hold the best so far"
@@ -144,8 +145,8 @@ def _told_apart(same: list[list[dict[str, Any]]]) -> list[tuple[str, list[dict[s
     settings = [group[-1].get("settings") or {} for group in same]
     keys = sorted(set().union(*settings))
     differ = [key for key in keys if len({json.dumps(s.get(key), sort_keys=True) for s in settings}) > 1]
-    marks = [" [" + ", ".join(f"{key}={s.get(key)}" for key in differ) + "]" if differ else "" for s in settings]
-    return list(zip(marks, same, strict=True))
+    marks = [", ".join(f"{key}={json.dumps(s.get(key))}" for key in differ) for s in settings]
+    return [(f" [{mark}]" if mark else "", group) for mark, group in zip(marks, same, strict=True)]
 
 
 def independent(members: Sequence[dict[str, Any]], metric: str) -> list[float]:

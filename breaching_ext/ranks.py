@@ -152,7 +152,8 @@ def interrupts() -> Iterator[list[int]]:
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, usual)
+        if signal.getsignal(signal.SIGINT) is note:  # never throw away what somebody else has put there since
+            signal.signal(signal.SIGINT, usual)
 
 
 _joined: list[Ranks] = []

@@ -8,6 +8,7 @@ import platform
 import random
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,11 +23,16 @@ from .errors import ConfigError
 from .evaluation import Evaluation, evaluate, to_images
 from .evaluation.figures import save_reconstruction
 from .files import write_atomically, write_json
+from .ranks import current as ranks_of_run
 from .ranks import interrupts, local_device, local_processes
 from .registration import clean_data_of, register
 from .run_checks import check_case, check_values
 
 log = logging.getLogger(__name__)
+
+#: Pictures in a run's folder.
+PICTURES = ("reconstruction.png", "candidates.png")
+_made_deterministic = False
 
 
 @dataclass
@@ -57,9 +63,9 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     setup = {"device": resolve_device(cfg.device), "dtype": getattr(torch, cfg.case.impl.dtype)}
     seed_everything(cfg.seed)
     _choose_kernels(cfg.case.impl)
-    _place_checkpoint(cfg, output_dir)
+    network = _place_checkpoint(cfg, output_dir)
     if cfg.dryrun and cfg.case.get("training") is not None:
-        cfg.case.training.update(max_steps=1, cache_path=None)  # a loop, too
+        cfg.case.training.update(max_steps=1, cache_path=None, checkpoint_path=None)  # a loop, too, of another recipe
     user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
     attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
     check_case(cfg, user, attacker)
@@ -70,7 +76,9 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
 
     attacker.keep_checkpoint = True  # until everything is written
     start = time.perf_counter()
-    with interrupts() as noted:  # Breaching's own attacks end with their best so far, and do not tell
+    # Breaching's own attacks end with their best so far, and do not tell
+    noting: AbstractContextManager[list[int]] = interrupts() if ranks_of_run().size == 1 else nullcontext([])
+    with noting as noted:
         reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
     stats["interrupted"] = bool(stats.get("interrupted") or noted)
     seconds = time.perf_counter() - start + getattr(attacker, "seconds_before", 0.0)
@@ -91,6 +99,8 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
         save(result, cfg, output_dir, mean, std)
     if hasattr(attacker, "forget_checkpoint"):
         attacker.forget_checkpoint()
+    if network is not None and not stats["interrupted"]:
+        network.unlink(missing_ok=True)
     return result
 
 
@@ -121,12 +131,14 @@ def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, 
     true, data = (to_images(x, mean, std) for x in (tensors["true_data"], tensors["data"]))
     means = result.evaluation.means
     title = f"{cfg.attack.type} on {cfg.case.name}, {cfg.case.model}: mean PSNR {means['psnr']:.1f} dB"
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run, as well
     order, psnr = result.evaluation.order, result.evaluation.per_image["psnr"]
     try:
-        save_reconstruction(folder / "reconstruction.png", true, data[order], psnr, title)
+        save_reconstruction(folder / PICTURES[0], true, data[order], psnr, title)
         if "candidates" in tensors:
             consensus = cfg.attack.restarts.get("output", "best") == "consensus"
-            save_candidate_sheet(folder / "candidates.png", true, tensors, mean, std, title, consensus)
+            save_candidate_sheet(folder / PICTURES[1], true, tensors, mean, std, title, consensus)
     except Exception as error:  # the run is not lost with a picture
         log.error("A picture could not be drawn (%s: %s).", type(error).__name__, error)
 
@@ -154,14 +166,16 @@ def resolve_device(name: str) -> torch.device:
 
 def _choose_kernels(impl: Any) -> None:
     """Set what Breaching's own start sets: whether kernels are chosen by timing, and whether they are repeatable."""
+    global _made_deterministic
     torch.backends.cudnn.benchmark = bool(impl.benchmark)
     if impl.deterministic:
         from breaching.utils import set_deterministic
 
         set_deterministic()
-    else:  # an earlier job of this process may have asked for it
+    elif _made_deterministic:  # for an earlier job of this process
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
+    _made_deterministic = bool(impl.deterministic)
 
 
 def seed_everything(seed: int) -> None:
@@ -234,16 +248,22 @@ def _attacks_own(attacker: Any, user: Any, reconstruction: dict, true_data: dict
     return added
 
 
-def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> None:
-    """Keep checkpoints in the run's folder, unless the config says where; Breaching's attacks have none."""
-    impl, training = cfg.attack.impl, cfg.case.get("training")
-    if output_dir is not None and training is not None and not training.get("checkpoint_path"):
-        training.checkpoint_path = str(Path(output_dir) / "training.pt")
-    if output_dir is not None and training is not None and impl.get("checkpoint_every"):
-        training.cache_path = training.get("cache_path") or str(Path(output_dir) / "network.pt")  # not trained again
+def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> Path | None:
+    """Keep checkpoints in the run's folder, unless the config says where; Breaching's attacks have none.
+
+    Returns:
+        The file there that keeps the client's trained network until the run is over, if there is one.
+    """
+    impl, training, network = cfg.attack.impl, cfg.case.get("training"), None
+    if output_dir is not None and training is not None and not training.get("cache_path"):
+        training.checkpoint_path = training.get("checkpoint_path") or str(Path(output_dir) / "training.pt")
+        if impl.get("checkpoint_every"):
+            network = Path(output_dir) / "network.pt"  # so that it is not trained again
+            training.cache_path = str(network)
     if output_dir is not None and impl.get("checkpoint_every") and not impl.get("checkpoint_path"):
         with open_dict(impl):  # a config of Breaching's has no such key
             impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
+    return network
 
 
 def _labels_known(cfg: Any) -> bool:

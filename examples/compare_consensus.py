@@ -28,7 +28,7 @@ from breaching_ext.files import write_atomically, write_json
 from breaching_ext.registration import register
 from breaching_ext.run import seed_everything, versions
 
-N = 4
+N, CLIENTS = 4, 16  # candidates; clients of case=sample_photos
 GROUP = "attack.regularization.group_regularization"
 #: arm -> overrides; the reference is the first one
 ARMS = {
@@ -55,6 +55,7 @@ def run_arm(arm: str, batch: int, seed: int, iterations: int) -> dict:
         f"attack.restarts.seed={1000 * seed}",
         f"attack.optim.max_iterations={steps}",
         f"{GROUP}.warmup_iters={iterations // 2}",
+        "attack.restarts.candidate_batching=vmap",  # not chosen by a clock: engines round differently
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         cfg = breaching.get_config(overrides=_merge(overrides, ARMS[arm]))
@@ -76,6 +77,7 @@ def run_arm(arm: str, batch: int, seed: int, iterations: int) -> dict:
         "ssim": found.means["ssim"],
         "lpips": found.means["lpips"],
         "score": float(result["candidate_scores"].min()),
+        "engine": run_stats["engine"],
         "gradient_evaluations": run_stats["gradient_evaluations"],
         "alignment_failures": run_stats.get("alignment_failures", 0),
         "alignments": run_stats.get("alignments", 0),
@@ -136,6 +138,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=400, help="iterations of each of the N candidates")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compare_consensus")
     args = parser.parse_args()
+    if not 1 <= args.seeds <= CLIENTS:
+        parser.error(f"--seeds {args.seeds} is not possible: a seed is a client; valid: 1 to {CLIENTS}")
     warnings.filterwarnings("ignore")
     register()
     file = args.out / "rows.json"

@@ -351,6 +351,8 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = list(dict.fromkeys(chosen(args)))
     clock = time.perf_counter()
+    if not args.report:
+        refuse_others(parser, [run.path(args.out, seed) for run in runs for seed in run.seeds], args)
     for run in runs:
         for seeds in run.groups():
             missing = tuple(seed for seed in seeds if not run.path(args.out, seed).exists())
@@ -365,6 +367,32 @@ def main() -> None:
         break
     if not args.list:
         report(args.out)
+
+
+def refuse_others(parser: argparse.ArgumentParser, paths: list[Path], args: argparse.Namespace) -> None:
+    """End where a run that is there was made in another way, and would stand among those of this one."""
+    for path in (path for path in paths if path.exists()):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        other = others(record)
+        for key, value in (("labels", args.labels), ("classes", args.classes)):
+            if record.get(key, value) != value:
+                other.append(f"{key}={record[key]}")
+        if other and not args.list:
+            parser.error(f"{path} was made with {', '.join(other)}: delete it, or choose another --out")
+
+
+def others(record: dict[str, Any]) -> list[str]:
+    """Settings of a run that are not those that its method has today."""
+    known = asdict(ARMS[record["arm"]]) if record["arm"] in ARMS else record["method"]
+    now, then = (_flat(json.loads(json.dumps(method))) for method in (known, record["method"]))
+    return [f"{key}={then[key]}" for key in sorted(then) if key in now and key != "text" and now[key] != then[key]]
+
+
+def _flat(method: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in method.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def report(out: Path) -> None:
@@ -396,7 +424,9 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         members.sort(key=lambda record: record["seed"])
         psnrs = [m["metrics"]["psnr"] for m in members]
         images = [m["metrics"]["per_image"] for m in members]
-        row = {"arm": arm, "text": members[0]["text"], "batch": batch, "outer": outer, "seeds": len(members)}
+        other = others(members[0])
+        text = f"{members[0]['text']}, made with {', '.join(other)}" if other else members[0]["text"]
+        row = {"arm": arm, "text": text, "batch": batch, "outer": outer, "seeds": len(members)}
         row |= {"psnr": statistics.mean(psnrs), "psnr_ci95": interval(psnrs), "psnr_seeds": psnrs}
         row["psnr_worst_image"] = min(min(i["psnr"]) for i in images)
         for name in ("ssim", "lpips", "label_acc"):
@@ -438,7 +468,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot_arms(path: Path, rows: list[dict[str, Any]]) -> None:
     """PSNR of all arms at the ablation's length, one panel per batch size."""
-    short = [row for row in rows if row["outer"] == SHORT[row["batch"]]]
+    short = [row for row in rows if row["outer"] == SHORT.get(row["batch"])]
     batches = sorted({row["batch"] for row in short})
     if not batches:
         return
@@ -463,13 +493,17 @@ def plot_length(path: Path, rows: list[dict[str, Any]]) -> None:
             if mine:
                 axis.plot(*zip(*mine, strict=True), style, label=f"{arm}, B = {batch}")
     axis.set(xlabel="outer steps of 20 full gradients", ylabel="PSNR [dB]")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda target: figure.savefig(target, dpi=120))
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
     runs = plan()
     arms = args.only.split(",") if args.only else None
+    unknown = sorted(set(arms or ()) - set(ARMS))
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]} is unknown; valid: {', '.join(ARMS)}")
     batches = [int(b) for b in args.batch.split(",")] if args.batch else None
     if arms and batches and args.outer:
         count = args.seeds

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -176,8 +176,20 @@ def build(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
     )
 
 
-def optimise(engine: MagiaEngine, args: argparse.Namespace) -> tuple[list[tuple[int, torch.Tensor]], list[float]]:
-    """Run to the end or to Ctrl-C; returns snapshots (outer step, images (B, C, H, W)) and the losses."""
+class Optimised(NamedTuple):
+    """What the loop leaves: pixels and label logits, snapshots (outer step, images (B, C, H, W)), losses, how it ended.
+
+    After Ctrl-C the point is that of the last whole step, at full size.
+    """
+
+    parameters: list[torch.Tensor]
+    history: list[tuple[int, torch.Tensor]]
+    losses: list[float]
+    interrupted: bool
+
+
+def optimise(engine: MagiaEngine, args: argparse.Namespace) -> Optimised:
+    """Run to the end or to Ctrl-C."""
     alive, history, losses = torch.ones(1, dtype=torch.bool), [], []
     finished = engine.parameters  # of the last whole step: within one, a line search stands at points that it tries
     try:
@@ -191,15 +203,16 @@ def optimise(engine: MagiaEngine, args: argparse.Namespace) -> tuple[list[tuple[
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
                 if iteration % args.checkpoint_every == 0 or iteration == args.n_iter - 1:
                     history.append((iteration, engine.parameters[0][0]))
-                    save_point(args.out / "checkpoints" / f"step_{iteration:05d}.pt", engine, iteration)
+                    save_point(args.out / "checkpoints" / f"step_{iteration:05d}.pt", finished, iteration)
+        finished, interrupted = engine.parameters, False
     except KeyboardInterrupt:
         print(f"Interrupted after {len(losses)} outer steps; keeping what there is.")
-        engine.overwrite(finished)
-    return history or [(0, engine.parameters[0][0])], losses
+        interrupted = True
+    return Optimised(finished, history or [(0, finished[0][0])], losses, interrupted)
 
 
-def save_point(path: Path, engine: MagiaEngine, iteration: int) -> None:
-    pixels, logits = engine.parameters
+def save_point(path: Path, parameters: list[torch.Tensor], iteration: int) -> None:
+    pixels, logits = parameters
     content = {"iteration": iteration, "pixels": pixels[0], "label_logits": logits[0]}
     write_atomically(path, lambda target: torch.save(content, target))
 
@@ -259,9 +272,9 @@ def main() -> None:
     if args.sel_mode == "constk" and not 1 <= args.sel_k <= len(images):
         print(f"--sel_k={args.sel_k} is outside 1 ... {len(images)}: clamped.")
     clock = time.perf_counter()
-    history, losses = optimise(engine, args)
+    found = optimise(engine, args)
     seconds = time.perf_counter() - clock
-    pixels, logits = engine.parameters
+    pixels, logits = found.parameters
     reconstructed, true = to_images(pixels[0]), to_images(images)
     scores = evaluate(reconstructed, true, logits[0].argmax(dim=-1), labels)
     order = scores.order.tolist()
@@ -274,16 +287,17 @@ def main() -> None:
         "one_to_one": reference_metrics(reconstructed, true, order),
         "best_match": best_match(reconstructed, true),
         **scores.as_dict(),
-        "losses": losses,
+        "losses": found.losses,
+        "interrupted": found.interrupted,
         "gradient_evaluations": engine.gradient_evaluations,
         "full_gradients": engine.full_gradients,
         "seconds": seconds,
         "versions": versions(),
     }
     write_json(args.out / "metrics.json", record)
-    save_point(args.out / "final.pt", engine, len(losses) - 1)
+    save_point(args.out / "final.pt", found.parameters, len(found.losses) - 1)
     save_reconstruction(args.out / "final.png", true, reconstructed[scores.order], scores.per_image["psnr"])
-    save_history(args.out / "history.png", history, order)
+    save_history(args.out / "history.png", found.history, order)
     options = (args.sel_k, args.sel_l_iter, args.sig_a, args.sig_b, args.sel_mode)
     save_schedules(args.out / "schedules.png", len(images), args.n_iter, *options)
     report(record, args.out)

@@ -121,9 +121,12 @@ def test_groups_go_by_what_the_runs_recorded(tmp_path):
     make_run(tmp_path / "1", **finished(21.0, 1, config=settings(seed=1)))
     make_run(tmp_path / "2", **finished(25.0, 0, config=settings(iterations=200)))
     words = ["+launch=joblib", "++seed=2", "name=b", "hydra.launcher.n_jobs=4"]
+    older = settings()
+    older["attack"]["impl"]["memory_budget"] = None  # a key that newer runs have, and that is empty
+    make_run(tmp_path / "4", **finished(23.0, 3, config=older))
     make_run(tmp_path / "3", words, **finished(22.0, 2, config=settings(seed=2, name="b")))
     found = groups(read_runs(tmp_path))
-    assert sorted([row["psnr"] for row in members] for members in found.values()) == [[20.0, 21.0, 22.0], [25.0]]
+    assert sorted([row["psnr"] for row in members] for members in found.values()) == [[20.0, 21.0, 22.0, 23.0], [25.0]]
     marks = sorted(name.split(" [")[1] for name in found)
     assert marks == [f"attack.optim.max_iterations={n}]" for n in (100, 200)]
     collect(tmp_path)

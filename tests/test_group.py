@@ -157,7 +157,17 @@ def test_consensus_of_shifted_copies_is_sharper_when_aligned():
     assert (aligned - images)[inner].pow(2).mean() < 0.5 * (blurred - images)[inner].pow(2).mean()
 
 
-@pytest.mark.parametrize("options", [{"aligner": "magic"}, {"scale": -1.0}, {"update_every": 0}, {"warmup_iters": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"aligner": "magic"},
+        {"scale": -1.0},
+        {"update_every": 0},
+        {"warmup_iters": -1},
+        {"warmup_iters": 2.5},
+        {"update_every": float("inf")},
+    ],
+)
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         GroupRegularization(SETUP, **options)
@@ -209,12 +219,12 @@ def test_maps_are_estimated_by_older_scikit_image_too(works):
     assert (found.given == ("source", "target")) if works else found is None
 
 
-def choice(*overrides: str, labels: torch.Tensor, candidates: torch.Tensor):
+def choice(*overrides: str, labels: torch.Tensor, candidates: torch.Tensor, local=None):
     """What the attack would choose of these candidates, scored by their distance from the consensus."""
     options = ["restarts.scoring=registered-group-regularization", *overrides]
     attacker = JointCandidateAttacker(build_model("own"), loss(), attack_config("joint_candidates", options), SETUP)
     attacker.dm, attacker.ds = torch.zeros(()).double(), torch.ones(()).double()
-    shared = [{"metadata": {"local_hyperparams": None}}]
+    shared = [{"metadata": {"local_hyperparams": local}}]
     return attacker._conclude(candidates, Target([], shared, labels, list(candidates.shape[1:])), {})
 
 
@@ -228,6 +238,24 @@ def test_images_of_one_label_are_averaged_in_one_order():
     torch.testing.assert_close(found["candidate_scores"], torch.zeros(3).double(), atol=1e-20, rtol=0)
     fixed = choice("restarts.output=consensus", labels=torch.arange(4), candidates=candidates)  # all labels differ
     assert not torch.allclose(fixed["data"], images, atol=1e-2)
+
+
+def test_local_steps_tell_images_of_one_label_apart_where_they_do():
+    """Images 0 and 2 have one label; in one step they are interchangeable, in two they are not."""
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([2, 5, 2, 7])
+    candidates = torch.stack([images, images[[2, 1, 0, 3]], images])
+    for per_step, tells in ((4, False), (2, True)):
+        steps = list(labels.split(per_step))
+        local = {"lr": 0.1, "steps": len(steps), "data_per_step": per_step, "labels": steps}
+        found = choice("restarts.output=consensus", labels=labels, candidates=candidates, local=local)
+        assert torch.allclose(found["data"], images, atol=1e-2) is not tells
+
+
+def test_where_nothing_is_finite_the_result_is_zeros_with_a_consensus_too():
+    candidates = torch.full((3, 2, 3, 8, 8), float("nan")).double()
+    found = choice("restarts.output=consensus", labels=torch.arange(2), candidates=candidates)
+    assert not found["data"].any()
 
 
 def test_the_aligner_holds_where_the_pull_is_off(monkeypatch):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 
 import pytest
 import torch
 from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from cases import MEAN, STD, attack_config, build_model, loss, observed, photos
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import open_dict
 
 from breaching_ext.attacks import JointCandidateAttacker, observe
+from breaching_ext.matching.candidate_order import interchangeable
+from breaching_ext.matching.client import client_update
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 CANDIDATES, SEED = 2, 11
@@ -164,6 +169,48 @@ def local_update(model, steps=2, lr=0.05):
 def test_several_local_steps():
     payload, shared = local_update("own")
     check(build_model("own"), config(), payload, shared)
+
+
+def test_labels_of_local_steps_are_those_that_the_images_are_matched_with():
+    """Breaching's clients sort each step's labels, and not those beside them."""
+    payload, shared = local_update("own")
+    told = shared[0]["metadata"]["local_hyperparams"]["labels"]
+    told[:] = [labels.sort()[0] for labels in told]
+    shared[0]["metadata"]["labels"] = torch.cat([labels.flip(0) for labels in told])
+    for known in (True, False):
+        if not known:
+            shared[0]["metadata"]["labels"] = None
+        result, _ = joint(build_model("own"), config(iterations=1), payload, shared, "vmap")
+        assert torch.equal(result["labels"], torch.cat(told))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_images_with_one_number_are_interchangeable_and_no_others(data):
+    """Exchanging two of them leaves the client's update as it is; exchanging others of one label does not."""
+    count = data.draw(st.integers(2, 6))
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)))
+    per_step, steps = data.draw(st.integers(1, count)), data.draw(st.integers(1, 4))
+    start, blocks = 0, []
+    for _ in range(steps):
+        blocks.append(labels[start : start + per_step])
+        start = (start + per_step) % count
+    hyperparams = {"lr": 0.5, "steps": steps, "data_per_step": per_step, "labels": blocks}
+    local = data.draw(st.sampled_from([None, hyperparams]))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    update = client_update(model, torch.nn.functional.cross_entropy, local)
+    images = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)).double()
+    before, numbers = update(images, labels)[0], interchangeable(labels, local)
+    for one, other in itertools.combinations(range(count), 2):
+        if labels[one] != labels[other]:
+            assert numbers[one] != numbers[other]
+            continue
+        order = list(range(count))
+        order[one], order[other] = other, one
+        after = update(images[order], labels)[0]
+        same = all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(before, after, strict=True))
+        assert same is bool(numbers[one] == numbers[other])
 
 
 def test_several_queries():

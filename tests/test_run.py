@@ -98,8 +98,10 @@ def test_a_picture_that_fails_does_not_lose_the_run(tmp_path, monkeypatch, caplo
         raise ValueError("Image size of 975x87000 pixels is too large")
 
     monkeypatch.setattr(run_module, "save_candidate_sheet", fail)
+    (tmp_path / "candidates.png").write_bytes(b"of an earlier run")
     run(configured(), tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text())["psnr"]
+    assert not (tmp_path / "candidates.png").exists()  # that of an earlier run
     assert "A picture could not be drawn" in caplog.text
 
 
@@ -127,3 +129,10 @@ def test_repeatable_kernels_are_not_left_to_the_next_job():
     run(configured("case.impl.deterministic=false"))
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
+
+
+def test_what_a_script_chose_stays(request):
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)
+    run(configured("case.impl.deterministic=false"))
+    assert torch.are_deterministic_algorithms_enabled()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
 
-from ..matching.candidate_order import aligned_within
+from ..matching.candidate_order import aligned_within, interchangeable
 from ..ranks import current as ranks_of_run
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from .candidate_objective import match_only_trainable
@@ -52,9 +52,8 @@ class CandidateChoice:
         never = [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]  # still at their start
         scores = self._score_candidates(candidates, target, never)
         best = self._select_optimal_reconstruction(list(candidates), scores, stats)
-        if self.cfg.restarts.get("output", "best") == "consensus":
-            ordered = self._in_one_order(candidates, target)
-            best = self._consensus(ordered[scores.isfinite()] if scores.isfinite().any() else ordered)
+        if self.cfg.restarts.get("output", "best") == "consensus" and scores.isfinite().any():  # else it is zeros
+            best = self._consensus(self._in_one_order(candidates, target)[scores.isfinite()])
         return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
 
     def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
@@ -64,14 +63,12 @@ class CandidateChoice:
         return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
 
     def _in_one_order(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
-        """Return candidates (N, B, C, H, W) whose images of one label stand in the first finite candidate's order.
-
-        The averaged gradient does not say which of two images with the same label is which. Local steps do.
-        """
-        if target.labels is None or target.labels.dim() != 1 or target.local_hyperparams is not None:
+        """Return candidates (N, B, C, H, W), interchangeable images in the order of the first finite candidate."""
+        if target.labels is None or target.labels.dim() != 1:
             return candidates
+        groups = interchangeable(target.labels, target.local_hyperparams)
         reference = next((c for c in candidates if bool(c.isfinite().all())), candidates[0])
-        return torch.stack([c[aligned_within(reference, c, target.labels)] for c in candidates])
+        return torch.stack([c[aligned_within(reference, c, groups)] for c in candidates])
 
     def _score_candidates(self, candidates: torch.Tensor, target: Target, never: Sequence[int] = ()) -> torch.Tensor:
         """Return a score for every candidate, (N,) on the CPU, lower is better.

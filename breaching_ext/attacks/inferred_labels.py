@@ -10,6 +10,20 @@ import torch
 from ..errors import SharedDataError
 
 
+def labels_of_steps(
+    shared_data: Sequence[dict[str, Any]], server_payload: Sequence[dict[str, Any]]
+) -> torch.Tensor | None:
+    """Return labels (B,) of images as the client's local steps have them; None for a single gradient, and for text.
+
+    Each step's labels are sorted, those beside them are not: image p is matched with the p-th of these.
+    """
+    about = shared_data[0]["metadata"]
+    if not about.get("local_hyperparams") or server_payload[0]["metadata"].get("modality", "vision") != "vision":
+        return None
+    told = torch.cat([labels.flatten() for labels in about["local_hyperparams"]["labels"]])[: about["num_data_points"]]
+    return told if len(told) == about["num_data_points"] else None  # a step's data follow those of the step before
+
+
 def infer_labels(
     infer: Callable[[], torch.Tensor | None],
     shared_data: Sequence[dict[str, Any]],
@@ -31,12 +45,11 @@ def infer_labels(
             finds another number of labels than images: bias-corrected takes every class whose bias gradient is below
             zero, which noise on the gradient makes too many.
     """
-    about, images = shared_data[0]["metadata"], server_payload[0]["metadata"].get("modality", "vision") == "vision"
-    number = about["num_data_points"]
-    if images and about.get("local_hyperparams"):  # a step's data follow those of the step before
-        told = torch.cat([labels.flatten() for labels in about["local_hyperparams"]["labels"]])[:number]
-        if len(told) == number:
-            return told
+    images = server_payload[0]["metadata"].get("modality", "vision") == "vision"
+    number = shared_data[0]["metadata"]["num_data_points"]
+    told = labels_of_steps(shared_data, server_payload)
+    if told is not None:
+        return told
     try:
         labels = infer()
     except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
-from .inferred_labels import infer_labels
+from .inferred_labels import infer_labels, labels_of_steps
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 from .sequential_trials import SequentialTrials
@@ -103,7 +103,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         Returns:
             A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (N, B, C, H, W), `candidate_scores` (N,), lower
             is better, and statistics: Breaching's keys (`Trial_0_Val`, ..., `opt_value`) and `engine`, `seed`,
-            `gradient_evaluations`, `interrupted`, `out_of_memory`; where candidates run jointly also
+            `gradient_evaluations`, `interrupted`; where candidates run jointly also `out_of_memory`,
             `candidate_failures`, `alignment_failures`, `calibration` and `memory`.
 
         Raises:
@@ -115,6 +115,8 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         checks.check_shared_data(self.model_template, payload, shared, modality)
         shared = own_copy(shared, self.setup["device"])
         rec_models, labels, stats = self.prepare_attack(payload, shared)
+        told = labels_of_steps(shared, payload)
+        labels = labels if told is None else told
         if labels is None:
             raise SharedDataError("No labels: the client provided none and label_strategy is None.")
         labels = labels.to(self.setup["device"])

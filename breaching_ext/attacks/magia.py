@@ -265,6 +265,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         for offset, result in enumerate(results):
             merged.failures |= {offset + n: step for n, step in result.failures.items()}
         merged.interrupted = any(result.interrupted for result in results)
+        merged.out_of_memory = any(result.out_of_memory for result in results)
         evaluations = sum(engine.gradient_evaluations for engine in engines)
         self._record(stats, merged, engines[0].name, evaluations)
         stats["full_gradients"] = sum(engine.full_gradients for engine in engines)

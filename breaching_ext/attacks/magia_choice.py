@@ -6,7 +6,7 @@ up to their order within the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ class MagiaChoice:
         self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target, stats: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Score with each candidate's own labels, and choose; the ground truth plays no part in it."""
-        scores = self._scores(candidates, probabilities, target)
+        never = [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]  # still at their start
+        scores = self._scores(candidates, probabilities, target, never)
         best = int(scores.argmin())
         data = self._select_optimal_reconstruction(list(candidates), scores, stats)
         chosen = probabilities[best]
-        if self.cfg.restarts.get("output", "best") == "consensus":
-            finite = [n for n in range(len(candidates)) if bool(scores[n].isfinite())] or [best]
+        finite = [n for n in range(len(candidates)) if bool(scores[n].isfinite())]
+        if finite and self.cfg.restarts.get("output", "best") == "consensus":
             orders = {n: aligned_to(candidates[best], candidates[n]) for n in finite}
             data = self._consensus(torch.stack([candidates[n][orders[n]] for n in finite]))
             chosen = torch.stack([probabilities[n][orders[n]] for n in finite]).mean(dim=0)
@@ -46,12 +47,16 @@ class MagiaChoice:
             "candidate_scores": scores,
         }
 
-    def _scores(self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target) -> torch.Tensor:
-        if self.cfg.restarts.scoring == "registered-group-regularization":
-            return self._score_candidates(candidates, target)  # in one order: the target's labels are all the same
+    def _scores(
+        self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target, never: Sequence[int]
+    ) -> torch.Tensor:
+        if self.cfg.restarts.scoring == "registered-group-regularization":  # in one order: the target's labels are
+            return self._score_candidates(candidates, target, never)  # all the same
         scores = [
             torch.as_tensor(self._score_trial(c, p, target.models, target.shared_data)).float().reshape(())
             for c, p in zip(candidates, probabilities, strict=True)
         ]
         stacked = torch.stack(scores).detach().cpu()
-        return torch.where(stacked.isfinite(), stacked, float("inf"))
+        stacked = torch.where(stacked.isfinite(), stacked, float("inf"))
+        stacked[list(never)] = float("inf")
+        return stacked

@@ -3,7 +3,9 @@
 The class of a crop is its photo, or one drawn uniformly from any number of classes (for studies of labels: untrained
 models do not care what a label means, only how often it repeats in a batch). Training crops come from the left and
 right thirds of a photo, validation crops from the middle third, so the two splits share no pixel. Positions follow
-the Halton sequence, which makes them deterministic, spread out from the first crop on, and as many as asked for.
+the Halton sequence, which makes them deterministic, spread out from the first crop on, and as many as asked for. Its
+points alternate between the lower and the upper half, as training crops do between the thirds: they show the lower half
+of the left third and the upper half of the right one.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ class TrainedModelUser(UserSingleStep):
     def _train_network(self, images: Tensor, labels: Tensor) -> None:
         options = self.training_options
         if options.get("cache_path"):
-            report = train_or_load(self.model, images, labels, self.recipe, options.cache_path)
+            checkpoint = options.get("checkpoint_path")
+            report = train_or_load(self.model, images, labels, self.recipe, options.cache_path, checkpoint)
         else:
             report = train(self.model, images, labels, self.recipe, options.get("checkpoint_path"))
         log.info(

@@ -96,9 +96,19 @@ def _warn(report: TrainingReport, recipe: Recipe) -> None:
 
 
 def train_or_load(
-    model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe, path: str | Path
+    model: HomogeneousNetwork,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    path: str | Path,
+    checkpoint: str | Path | None = None,
 ) -> TrainingReport:
     """Train as :func:`train` does and keep the result in a file, or take it from there: several attacks on one network.
+
+    Args:
+        model, images, labels, recipe: see :func:`train`.
+        path: the file.
+        checkpoint: see :func:`train`; None puts it beside the file.
 
     Raises:
         ConfigError: when the file holds a network of other shape, recipe, seed or images.
@@ -112,13 +122,14 @@ def train_or_load(
         )
         if content["key"] != key:
             raise ConfigError(
-                f"{path} holds a network of other shape, recipe, seed or images; set training.seed or another file."
+                f"{path} holds a network of other shape, recipe, seed or images, or of another version of this "
+                "package; set training.seed, or another file."
             )
         model.load_state_dict(content["state_dict"])
         report = TrainingReport(**content["report"])
         _warn(report, recipe)
         return report
-    part = path.with_suffix(".part.pt")
+    part = path.with_suffix(".part.pt") if checkpoint is None else Path(checkpoint).expanduser()
     report = _train(model, images, labels, recipe, part)
     content = {"key": key, "state_dict": model.state_dict(), "report": report.as_dict()}
     write_atomically(path, lambda target: torch.save(content, target))
@@ -219,7 +230,9 @@ def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:
         return 0
     content = read_tensors(checkpoint, "case.training.checkpoint_path", "a training checkpoint", ("key", "step"))
     if content["key"] != key:
-        raise ConfigError(f"The checkpoint {checkpoint} belongs to another training run; remove it.")
+        raise ConfigError(
+            f"The checkpoint {checkpoint} belongs to another training run, or version of this package; remove it."
+        )
     with torch.no_grad():
         for mine, saved in zip(descent.tensors(), content["tensors"], strict=True):
             mine.copy_(saved)

@@ -1,11 +1,13 @@
 """Candidates whose images stand in different orders: match them before they are compared or averaged.
 
 The averaged gradient of a batch does not depend on the order of its images. Where labels are optimised, nothing
-fixes that order, and image 0 of one candidate may be image 5 of another.
+fixes that order, and image 0 of one candidate may be image 5 of another; where they are known, images of one label
+have none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ..regularizers import GroupRegularization
 
-__all__ = ["GroupAnyOrder", "aligned_to", "aligned_within"]
+__all__ = ["GroupAnyOrder", "aligned_to", "aligned_within", "interchangeable"]
 
 
 def aligned_to(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,27 @@ def aligned_within(reference: torch.Tensor, candidate: torch.Tensor, labels: tor
         if len(places) > 1:
             order[places] = places[aligned_to(reference[places], candidate[places])]
     return order
+
+
+def interchangeable(labels: torch.Tensor, local_hyperparams: Mapping[str, Any] | None = None) -> torch.Tensor:
+    """Return a number for every image, (B,): an update does not say which of two images with one number is which.
+
+    Args:
+        labels: (B,). An averaged gradient tells images with different labels apart, no others.
+        local_hyperparams: of several local steps (see `client_update`), which tell apart what does not go through the
+            same steps with the same labels.
+    """
+    if local_hyperparams is None:
+        return labels
+    count, start = len(labels), 0
+    seen = [[(-1, label)] for label in labels.tolist()]
+    for step in range(local_hyperparams["steps"]):
+        block = range(start, min(start + local_hyperparams["data_per_step"], count))
+        for place, label in zip(block, local_hyperparams["labels"][step].flatten().tolist(), strict=False):
+            seen[place].append((step, label))
+        start = (start + local_hyperparams["data_per_step"]) % count
+    numbers: dict[tuple[tuple[int, int], ...], int] = {}
+    return torch.tensor([numbers.setdefault(tuple(steps), len(numbers)) for steps in seen])
 
 
 class GroupAnyOrder(GroupRegularization):

@@ -94,7 +94,7 @@ def run_grid(
         ValueError: If an argument is not valid, or the checkpoint another run's; checked before anything is trained.
     """
     variant = get_variant(variant_id).with_settings(**(settings or {}))
-    cells = _cells(lr_multipliers, wd_multipliers)
+    cells = check_cells(lr_multipliers, wd_multipliers)
     inputs, held_out = images_of(train), images_of(test)
     require(
         inputs.shape[1:] == held_out.shape[1:],
@@ -204,7 +204,9 @@ class _Grid:
         if self.checkpoint is None or not self.checkpoint.exists():
             return {}
         saved = read_json(self.checkpoint)
-        valid = "a file of this run, or a new one: this one holds an unfinished run of other settings, model or data"
+        valid = (
+            "a file of this run, or a new one: it holds an unfinished run of other settings, model or data (delete it)"
+        )
         require(saved["fingerprint"] == self.fingerprint, "checkpoint", str(self.checkpoint), valid)
         self.spent.before = {name: saved.get(name, 0.0) for name in self.spent.before}
         results = [GridSearchResult.from_dict(values) for values in saved["results"]]
@@ -246,8 +248,8 @@ def _digest(*tensors: Tensor) -> str:
     return sha.hexdigest()[:16]
 
 
-def _cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:
-    """The points of the grid, learning rate outermost."""
+def check_cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:
+    """The points of the grid, learning rate outermost; ValueError for multipliers that are not valid."""
     lrs, wds = [float(x) for x in lr_multipliers], [float(x) for x in wd_multipliers]
     require(bool(lrs) and all(0 < x < inf for x in lrs), "lr_multipliers", lrs, "a list of finite numbers > 0")
     require(bool(wds) and all(0 <= x < inf for x in wds), "wd_multipliers", wds, "a list of finite numbers >= 0")

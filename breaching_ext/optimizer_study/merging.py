@@ -7,14 +7,11 @@ from pathlib import Path
 
 from .config import require
 from .figures import panel_title, save_sheet
-from .protocol import BEYOND
+from .protocol import BEYOND, differences
 from .records import OptimizerExperiment
 from .storage import read_json
 from .summary import merge_seeds, summarize, write_tables
 from .variants import VARIANTS
-
-#: What variants must have in common for their losses to compare.
-_COMPARED = ("model", "model_options", "train_size", "test_size", "pool", "epochs", "batch_size")
 
 
 def load_results(folders: Iterable[str | Path], beyond: bool = False) -> list[OptimizerExperiment]:
@@ -81,6 +78,6 @@ def _one_study(by_variant: Mapping[str, Sequence[OptimizerExperiment]]) -> None:
     studies = {name: group[0].config["study"] for name, group in by_variant.items() if "study" in group[0].config}
     for name, study in studies.items():
         first = next(iter(studies))
-        differ = [key for key in _COMPARED if study.get(key) != studies[first].get(key)]
+        differ = differences(study, studies[first])
         valid = f"results of one study: they differ in {', '.join(differ)} (take folders of one of them)"
         require(not differ, "sources", f"{first} and {name}", valid)

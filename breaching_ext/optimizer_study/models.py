@@ -13,6 +13,9 @@ from .config import require, require_choice
 
 MODELS: tuple[str, ...] = ("autoencoder", "small_conv", "mlp")
 
+#: Defaults that differ from those of the class.
+_SMALL: dict[str, dict[str, Any]] = {"small_conv": {"channels": (8, 16), "latent": 32}}
+
 
 class MLPAutoencoder(nn.Module):
     """Fully connected autoencoder with one hidden layer on each side of a linear code.
@@ -72,6 +75,20 @@ class ConvAutoencoder(nn.Module):
         return self.decoder(self.encoder(images))
 
 
+def model_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of a model, those that are not given with their defaults.
+
+    Raises:
+        ValueError: If the name or an option is unknown.
+    """
+    require_choice("model", name, MODELS)
+    known = signature(MLPAutoencoder if name == "mlp" else ConvAutoencoder).parameters
+    defaults = {key: known[key].default for key in tuple(known)[1:]} | _SMALL.get(name, {})
+    for option in options:
+        require_choice(f"model_options of {name}", option, tuple(defaults))
+    return defaults | options
+
+
 def create_model(name: str, image_size: int, seed: int = 42, **options: Any) -> nn.Module:
     """Build an autoencoder by name, its weights drawn from ``seed`` without touching the global generator.
 
@@ -84,15 +101,10 @@ def create_model(name: str, image_size: int, seed: int = 42, **options: Any) -> 
     Raises:
         ValueError: If the name or an option is unknown, or the image has no pixel.
     """
-    require_choice("model", name, MODELS)
-    kind = MLPAutoencoder if name == "mlp" else ConvAutoencoder
-    for option in options:
-        require_choice(f"model_options of {name}", option, tuple(signature(kind).parameters)[1:])
+    options = model_options(name, options)
     require(image_size >= 1, "image_size", image_size, "a whole number >= 1")
     if "channels" in options:
         options["channels"] = tuple(options["channels"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == "small_conv":
-            options = {"channels": (8, 16), "latent": 32} | options
-        return kind(image_size, **options)
+        return (MLPAutoencoder if name == "mlp" else ConvAutoencoder)(image_size, **options)

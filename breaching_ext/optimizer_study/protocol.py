@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from .config import require, require_choice
-from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS
+from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS, check_cells
+from .models import model_options
 from .schedules import SCHEDULES
 from .storage import read_json
 from .variants import VARIANTS, Variant, get_variant
 
 RESULTS = "results"
 BEYOND = "beyond"
+#: What variants must have in common for their losses to compare.
+COMPARED = ("model", "model_options", "train_size", "test_size", "pool", "epochs", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Run:
         arguments = self.arguments
         rates = {key: [float(x) for x in arguments[key]] for key in ("lr_multipliers", "wd_multipliers")}
         shared = {key: getattr(self.protocol, key) for key in chosen}
+        shared["model_options"] = model_options(self.protocol.model, self.protocol.model_options)
         return json.loads(json.dumps({"variant": self.variant.id} | shared | arguments | rates))
 
     def is_done(self) -> bool:
@@ -123,10 +127,28 @@ class Run:
             ValueError: If one of them is not valid.
         """
         arguments = self.arguments
+        check_cells(arguments["lr_multipliers"], arguments["wd_multipliers"])
         self.variant.with_settings(**arguments["settings"])
         options = arguments["schedule_options"] or {}
         self.variant.create_schedule(arguments["epochs"], arguments["schedule"], **options)
         self.is_done()
+
+
+def check_folder(folder: str | Path, run: Run) -> None:
+    """Refuse a folder with results that could not be merged with those of a run.
+
+    Raises:
+        ValueError: If there is one, of whatever variant.
+    """
+    for path in sorted((Path(folder) / RESULTS).glob("*_seed*.json")):
+        study = read_json(path)["config"].get("study") if not path.name.startswith(".") else None
+        differ = differences(study or run.key, run.key)
+        require(not differ, "out", str(path), f"a folder without results of another {', '.join(differ)}")
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """In what two studies differ whose losses do not compare, if in anything."""
+    return [key for key in COMPARED if one.get(key) != other.get(key)]
 
 
 def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protocol: Protocol) -> Iterator[Run]:

@@ -11,7 +11,7 @@ import torch
 from .data import load_fashion_mnist
 from .grid import run_grid
 from .models import create_model
-from .protocol import BEYOND, Protocol, Run, planned, select_variants
+from .protocol import BEYOND, Protocol, Run, check_folder, planned, select_variants
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def run_study(
     runs = list(planned(folder, select_variants(variants), seeds, protocol))
     for run in runs:
         run.check()
+    check_folder(folder, runs[0])
     train, test = (
         images.to(protocol.device)
         for images in load_fashion_mnist(protocol.data_folder, protocol.train_size, protocol.test_size, protocol.pool)

@@ -105,7 +105,7 @@ class GroupRegularization(torch.nn.Module):
         ):
             if not value >= least:
                 raise ConfigError(f"regularization.group_regularization.{key}={value} is too small; valid: >= {least}.")
-            if key != "scale" and value != int(value):
+            if key != "scale" and not float(value).is_integer():
                 raise ConfigError(f"regularization.group_regularization.{key}={value} is not a whole number.")
         self.setup = setup
         self.scale, self.warmup_iters, self.aligner, self.update_every = scale, warmup_iters, aligner, update_every

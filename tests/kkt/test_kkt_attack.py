@@ -395,12 +395,37 @@ def test_a_dry_run_trains_for_one_step_and_keeps_no_network(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_with_checkpoints_the_network_stays_and_is_not_trained_again(folder, tmp_path, monkeypatch):
-    cfg = composed(folder, "attack.impl.checkpoint_every=2", "case.user.provide_labels=true")
-    record = run(cfg, tmp_path).record
-    assert record["labels_known"] is False  # the attack does not use them
-    monkeypatch.setattr("breaching_ext.kkt.training._loop", lambda *args: pytest.fail("trained again"))
-    assert run(cfg, tmp_path).record["kkt_loss"] == record["kkt_loss"]
+def test_with_checkpoints_a_killed_extraction_does_not_train_again(folder, tmp_path, monkeypatch):
+    def composition():
+        return composed(folder, "attack.impl.checkpoint_every=2", "case.user.provide_labels=true")
+
+    whole = run(composition()).record
+    assert whole["labels_known"] is False  # the attack does not use them
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KKTAttacker, "_search", killed)
+        with pytest.raises(Killed):
+            run(composition(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"network.pt"}
+    with monkeypatch.context() as patched:
+        patched.setattr("breaching_ext.kkt.training._loop", lambda *args: pytest.fail("trained again"))
+        assert run(composition(), tmp_path).record["kkt_loss"] == whole["kkt_loss"]
+    assert not list(tmp_path.glob("*.pt")) or {p.name for p in tmp_path.glob("*.pt")} == {"candidates.pt"}
+    other = composition()
+    other.case.training.max_steps = 20  # the folder serves another run
+    assert run(other, tmp_path).record["training"]["steps"] == 20
+
+
+def test_a_dry_run_leaves_a_training_that_was_killed_alone(folder, tmp_path):
+    torch.save({"key": "of a long training", "step": 1, "tensors": []}, tmp_path / "training.pt")
+    assert run(composed(folder, "dryrun=true"), tmp_path).record["training"]["steps"] == 1
+    assert (tmp_path / "training.pt").exists()
 
 
 def test_a_client_that_does_not_say_how_many_images_is_refused_before_the_training(folder, monkeypatch):

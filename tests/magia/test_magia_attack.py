@@ -191,6 +191,27 @@ def test_interrupting_returns_the_best_so_far(monkeypatch):
     assert result["data"].isfinite().all()
 
 
+@pytest.mark.parametrize("scoring", ["euclidean", "registered-group-regularization"])
+@pytest.mark.parametrize("output", ["best", "consensus"])
+def test_a_candidate_that_never_left_its_start_is_not_chosen(monkeypatch, scoring, output):
+    """The first fails in its first step; grey, it is the nearest to the mean of the others."""
+    from breaching_ext.matching.magia_engine import MagiaEngine
+
+    step = MagiaEngine.step
+
+    def failing(self, iteration, alive, progress=None):
+        found = step(self, iteration, alive, progress)
+        found.values[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(MagiaEngine, "step", failing)
+    options = ("restarts.num_trials=3", f"restarts.scoring={scoring}", f"restarts.output={output}")
+    result, stats, *_ = reconstruct(*options, iterations=2)
+    assert stats["candidate_failures"] == {0: 0}
+    assert result["candidate_scores"].isfinite().tolist() == [False, True, True]
+    assert not torch.equal(result["data"], result["candidates"][0])
+
+
 def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
     reconstruct("subset.term=mean", "subset.sel_k=99")
     assert "sel_k=99" in caplog.text

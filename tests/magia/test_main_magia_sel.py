@@ -162,3 +162,26 @@ def test_cifar100_where_there_is_none_says_so(command, tmp_path):
         patch.setattr(torchvision.datasets.CIFAR100, "download", offline)
         with pytest.raises(SystemExit, match=r"cifar100 is not in .*no network"):
             command("--dataset", "cifar100", "--data_path", str(tmp_path), *QUICK)
+
+
+def test_ctrl_c_keeps_the_last_whole_step_at_full_size_and_says_so(command, monkeypatch):
+    """Within a step the images stand on the coarse grid of the pyramid, or at a point that a line search tries."""
+    from breaching_ext.matching.magia_engine import MagiaEngine
+
+    step, whole = MagiaEngine.step, []
+
+    def interrupted(self, iteration, alive, progress=None):
+        if iteration == 1:
+            self.overwrite([torch.zeros_like(p) for p in self.parameters])
+            raise KeyboardInterrupt
+        values = step(self, iteration, alive, progress)
+        whole.append(self.parameters[0][0].clone())
+        return values
+
+    monkeypatch.setattr(MagiaEngine, "step", interrupted)
+    folder, metrics, printed = command("--n_iter", "3", "--batch_size", "2")
+    assert metrics["interrupted"] is True
+    assert "Interrupted after 1 outer steps" in printed.out
+    assert torch.equal(torch.load(folder / "final.pt")["pixels"], whole[0])
+    monkeypatch.setattr(MagiaEngine, "step", step)
+    assert command(*QUICK)[1]["interrupted"] is False

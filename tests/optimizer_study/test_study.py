@@ -214,6 +214,7 @@ def test_conflicts_and_wrong_values_of_late_runs_are_found_before_the_first(fold
     monkeypatch.setattr(study, "run_grid", lambda *args, **kwargs: pytest.fail("trained"))
     monkeypatch.setattr(study, "load_fashion_mnist", lambda *args: pytest.fail("loaded"))
     for changes, words in (
+        ({"beyond": [64, 64]}, "wd_multipliers.*repetition"),
         ({"epochs": 3}, r"out=.*D3_seed1.*other settings"),
         ({"schedule_options": {"warm_restarts": {"end": "middle"}}}, "end='middle'"),
         ({"schedule_options": {"cosine": {"half": 1}}}, "schedule_options of cosine='half'"),
@@ -221,6 +222,19 @@ def test_conflicts_and_wrong_values_of_late_runs_are_found_before_the_first(fold
     ):
         with pytest.raises(ValueError, match=words):
             run_study(tmp_path, ["A1", "C1", "D3"], [1], small(folder, **changes), progress=False)
+
+
+def test_another_variants_results_of_another_study_are_found_before_the_first(folder, tmp_path, monkeypatch):
+    run_study(tmp_path, ["A1"], [1], small(folder), progress=False)
+    monkeypatch.setattr(study, "run_grid", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"out=.*A1_seed1.*another epochs"):
+        run_study(tmp_path, ["B3"], [1], small(folder, epochs=3), progress=False)
+
+
+def test_options_that_are_the_models_own_change_no_study(folder, tmp_path, monkeypatch):
+    run_study(tmp_path, ["A1"], [1], small(folder), progress=False)
+    monkeypatch.setattr(study, "run_grid", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert run_study(tmp_path, ["A1"], [1], small(folder, model_options={"latent": 16, "hidden": 64}), progress=False)
 
 
 def test_variants_of_different_studies_are_not_merged(folder, tmp_path):
@@ -428,5 +442,7 @@ def test_the_module_imports_nothing_from_the_attacks():
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
-    shared = {f"breaching_ext.{name}" for name in ("config", "files", "free_ram", "out_of_memory", "registration")}
+    shared = {
+        f"breaching_ext.{name}" for name in ("config", "errors", "files", "free_ram", "out_of_memory", "registration")
+    }
     assert others <= {"breaching_ext", *shared}

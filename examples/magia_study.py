@@ -428,6 +428,7 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         text = f"{members[0]['text']}, made with {', '.join(other)}" if other else members[0]["text"]
         row = {"arm": arm, "text": text, "batch": batch, "outer": outer, "seeds": len(members)}
         row |= {"psnr": statistics.mean(psnrs), "psnr_ci95": interval(psnrs), "psnr_seeds": psnrs}
+        row["seed_numbers"] = [m["seed"] for m in members]
         row["psnr_worst_image"] = min(min(i["psnr"]) for i in images)
         for name in ("ssim", "lpips", "label_acc"):
             values = [m["metrics"][name] for m in members if m["metrics"].get(name) is not None]
@@ -454,13 +455,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     lines += ["", "Differences in PSNR [dB] at the same budget, paired over seeds, with 95 % intervals:", ""]
     lines += ["| B | outer steps | method | against | difference |", "|--:|--:|:--|:--|--:|"]
-    found = {(row["batch"], row["outer"], row["arm"]): row["psnr_seeds"] for row in rows}
+    found = {
+        (row["batch"], row["outer"], row["arm"]): dict(zip(row["seed_numbers"], row["psnr_seeds"], strict=True))
+        for row in rows
+    }
     for (batch, outer, arm), values in found.items():
         for reference in ("default", "baseline"):
             other = found.get((batch, outer, reference))
-            if other is None or reference == arm or len(other) != len(values):
+            both = sorted(set(values) & set(other or ()))
+            if other is None or reference == arm or not both:
                 continue
-            differences = [a - b for a, b in zip(values, other, strict=True)]
+            differences = [values[seed] - other[seed] for seed in both]
             mean = statistics.mean(differences)
             lines.append(f"| {batch} | {outer} | `{arm}` | `{reference}` | {mean:+.2f} ± {interval(differences):.2f} |")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import two_processes
 
 from breaching_ext.errors import ConfigError
-from breaching_ext.ranks import Ranks, current
+from breaching_ext.ranks import Ranks, current, interrupts
 
 
 def torchrun(root: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -93,3 +94,17 @@ def test_alone_nothing_is_exchanged():
     assert ranks.total(value) is value
     assert ranks.collect(value, 2) is value
     assert ranks.gather(3) == [3]
+
+
+def test_noting_ctrl_c_leaves_a_handler_that_was_set_meanwhile(request):
+    """With several processes the second Ctrl-C must not end the saving of what the first one stopped."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with interrupts():
+        signal.signal(signal.SIGINT, ignoring := lambda number, frame: None)
+    assert signal.getsignal(signal.SIGINT) is ignoring
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with interrupts() as noted, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert len(noted) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

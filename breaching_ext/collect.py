@@ -76,7 +76,7 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
     row.update({key: record[key] for key in COLUMNS if key in record})
     config = record.get("config") or {}
     row["candidate_seed"] = ((config.get("attack") or {}).get("restarts") or {}).get("seed")
-    values = _flat(config).items()
+    values = flattened(config).items()
     row["settings"] = {key: value for key, value in values if value is not None and not _says_nothing(key)}
     if record.get("interrupted"):
         why = "out of memory" if record.get("out_of_memory") else "interrupted"
@@ -99,12 +99,12 @@ def _overrides(home: Path) -> list[str]:
     return [line for line in lines if not _says_nothing(line.lstrip("+").split("=")[0])]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a config's values by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         inner = isinstance(value, dict) and value
-        flat.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+        flat.update(flattened(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
     return flat
 
 

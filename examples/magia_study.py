@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
+from breaching_ext.collect import flattened
 from breaching_ext.data.sample_photos import PHOTOS, SamplePhotos
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
@@ -384,15 +385,8 @@ def refuse_others(parser: argparse.ArgumentParser, paths: list[Path], args: argp
 def others(record: dict[str, Any]) -> list[str]:
     """Settings of a run that are not those that its method has today."""
     known = asdict(ARMS[record["arm"]]) if record["arm"] in ARMS else record["method"]
-    now, then = (_flat(json.loads(json.dumps(method))) for method in (known, record["method"]))
+    now, then = (flattened(json.loads(json.dumps(method))) for method in (known, record["method"]))
     return [f"{key}={then[key]}" for key in sorted(then) if key in now and key != "text" and now[key] != then[key]]
-
-
-def _flat(method: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in method.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def report(out: Path) -> None:

@@ -204,8 +204,9 @@ def _shows_low_rank(grad_a: torch.Tensor, factors: Factors, rank_bound: int | No
     limit = min(rank(factors.a, tolerance), rank(factors.b, tolerance))
     if found < limit:
         return True
-    known = rank_bound is not None and rank_bound <= factors.a.shape[0]
-    return known and (rank_bound <= limit or found > limit)  # type: ignore[operator]
+    if rank_bound is None or rank_bound > factors.a.shape[0]:
+        return False
+    return rank_bound <= limit or found > limit
 
 
 def _basis(matrix: torch.Tensor, tolerance: float | None) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         """What identifies it within a study: everything that decides its numbers, as it will be read from JSON."""
-        chosen = ("model", "model_options", "train_size", "test_size", "pool", "device")
+        chosen = ("model", "train_size", "test_size", "pool", "device")
         arguments = self.arguments
         rates = {key: [float(x) for x in arguments[key]] for key in ("lr_multipliers", "wd_multipliers")}
         shared = {key: getattr(self.protocol, key) for key in chosen}
@@ -140,9 +140,9 @@ def check_folder(folder: str | Path, run: Run) -> None:
     Raises:
         ValueError: If there is one, of whatever variant.
     """
-    for path in sorted((Path(folder) / RESULTS).glob("*_seed*.json")):
-        study = read_json(path)["config"].get("study") if not path.name.startswith(".") else None
-        differ = differences(study or run.key, run.key)
+    paths = (Path(folder) / RESULTS).glob("*_seed*.json")
+    for path in sorted(path for path in paths if not path.name.startswith(".")):  # being written, or left so
+        differ = differences(read_json(path)["config"].get("study", run.key), run.key)
         require(not differ, "out", str(path), f"a folder without results of another {', '.join(differ)}")
 
 

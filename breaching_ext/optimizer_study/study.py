@@ -55,8 +55,6 @@ def run_study(
     # One module for all seeds, so that compiled steps serve them all.
     model = create_model(protocol.model, train.shape[-1], seeds[0], **protocol.model_options).to(protocol.device)
     for run in runs:
-        start = create_model(protocol.model, train.shape[-1], run.seed, **protocol.model_options)
-        model.load_state_dict(start.state_dict())
         _run_one(run, model, train, test, progress)
     return [run.path for run in runs if run.path.parent.name != BEYOND]
 
@@ -66,6 +64,8 @@ def _run_one(run: Run, model: torch.nn.Module, train: torch.Tensor, test: torch.
     if run.is_done():
         log.info("%s is there already.", run.path)
         return
+    start = create_model(run.protocol.model, train.shape[-1], run.seed, **run.protocol.model_options)
+    model.load_state_dict(start.state_dict())
     partial = run.path.with_suffix(".partial")
     experiment = run_grid(
         run.variant.id,

@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def known_rows(args: argparse.Namespace) -> list[dict]:
-    """Rows of the file that this run does not replace, where torch and the numbers of cores and threads are the same."""
+    """Rows of the file, where torch and the numbers of cores and threads are the same."""
     file = args.out / f"{args.device.split(':')[0]}.json"
     if not file.exists():
         return []

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 import breaching_ext
-from breaching_ext.run import versions
+from breaching_ext.environment import versions
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from breaching.cases.models.model_preparation import LeNetZhu
 from matplotlib.figure import Figure
 
 from breaching_ext.data import SamplePhotos
+from breaching_ext.environment import describe_device, versions
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.matching.magia_engine import MagiaEngine, OptimizerOptions
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
 from breaching_ext.regularizers.color_tv import color_total_variation
-from breaching_ext.run import describe_device, versions
 
 
 def target(batch: int) -> tuple[Target, int]:

@@ -29,7 +29,7 @@ from matching_case import Case, Runner, fresh_caches, quiet, seconds_each, timed
 from matching_report import KEYS, load_rows, save_report
 from matching_runs import measure_growth, measure_total
 
-from breaching_ext.matching.build import BuiltEngine
+from breaching_ext.matching.engine_parts import BuiltEngine
 from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.registration import register
 

@@ -20,11 +20,12 @@ from omegaconf import open_dict
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_candidates import Target
 from breaching_ext.attacks.joint_loop import JointLoop
-from breaching_ext.matching.build import BuiltEngine, EngineParts, choose_engine
+from breaching_ext.environment import seed_everything
+from breaching_ext.matching.build import choose_engine
 from breaching_ext.matching.compilation import moved_by_rounding
+from breaching_ext.matching.engine_parts import BuiltEngine, EngineParts
 from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.matching.tracing import relative_difference
-from breaching_ext.run import seed_everything
 
 RUN = 2000  # iterations of the run whose total time is stated
 CHECKED, CHECKED_SLOW = 8, 2  # candidates whose gradients are compared, at most

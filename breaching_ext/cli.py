@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 def _task(cfg: Any) -> float | None:
     """Run one job; returns its mean PSNR, which Hydra's sweepers can optimise."""
     _silence_upstream()  # here too: a launcher may run this in a process of its own
+    from .environment import resolve_device
     from .ranks import joined, started_by_torchrun
-    from .run import resolve_device, run
+    from .run import run
 
     if not started_by_torchrun():
         return _run_and_tell(cfg, run)

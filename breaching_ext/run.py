@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
-import random
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf, open_dict
 
 from .candidate_sheet import save_candidate_sheet
-from .errors import ConfigError
+from .environment import choose_kernels, describe_device, resolve_device, seed_everything, versions
 from .evaluation import Evaluation, evaluate, to_images
 from .evaluation.figures import save_reconstruction
 from .files import write_atomically, write_json
 from .ranks import current as ranks_of_run
-from .ranks import interrupts, local_device, local_processes
+from .ranks import interrupts
 from .registration import clean_data_of, register
 from .run_checks import check_case, check_values
 
@@ -32,7 +28,6 @@ log = logging.getLogger(__name__)
 
 #: Pictures in a run's folder.
 PICTURES = ("reconstruction.png", "candidates.png")
-_made_deterministic = False
 
 
 @dataclass
@@ -62,7 +57,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     check_values(cfg)
     setup = {"device": resolve_device(cfg.device), "dtype": getattr(torch, cfg.case.impl.dtype)}
     seed_everything(cfg.seed)
-    _choose_kernels(cfg.case.impl)
+    choose_kernels(cfg.case.impl)
     network = _place_checkpoint(cfg, output_dir)
     if cfg.dryrun and cfg.case.get("training") is not None:
         cfg.case.training.update(max_steps=1, cache_path=None, checkpoint_path=None)  # a loop, too, of another recipe
@@ -141,66 +136,6 @@ def save(result: RunResult, cfg: Any, output_dir: str | Path, mean: Any = None, 
             save_candidate_sheet(folder / PICTURES[1], true, tensors, mean, std, title, consensus)
     except Exception as error:  # the run is not lost with a picture
         log.error("A picture could not be drawn (%s: %s).", type(error).__name__, error)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device for `auto` (CUDA, then the CPU) or a torch device name.
-
-    Raises:
-        ConfigError: when the device does not exist here.
-    """
-    if local_processes() > 1 and name.startswith("cuda:"):
-        raise ConfigError(f"device={name} under torchrun is one GPU for all processes; valid: cuda, auto, cpu.")
-    if name == "auto":
-        return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        device = local_device(torch.device(name))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device={name} cannot be used here ({first}); valid: auto, cpu, cuda, cuda:N, mps."
-        ) from error
-    return device
-
-
-def _choose_kernels(impl: Any) -> None:
-    """Set what Breaching's own start sets: whether kernels are chosen by timing, and whether they are repeatable."""
-    global _made_deterministic
-    torch.backends.cudnn.benchmark = bool(impl.benchmark)
-    if impl.deterministic:
-        from breaching.utils import set_deterministic
-
-        set_deterministic()
-    elif _made_deterministic:  # for an earlier job of this process
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-    _made_deterministic = bool(impl.deterministic)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("breaching-ext", "breaching", "torch", "torchvision", "hydra-core", "scikit-image", "lpips"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # breaching-ext run from a source tree
-            found[package] = "source tree" if package == "breaching-ext" else "not installed"
-    return found
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the device with the hardware's name where torch knows it."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _record(

@@ -22,11 +22,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from breaching_ext.environment import seed_everything, versions
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.registration import register
-from breaching_ext.run import seed_everything, versions
 
 N, CLIENTS = 4, 16  # candidates; clients of case=sample_photos
 GROUP = "attack.regularization.group_regularization"

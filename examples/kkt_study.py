@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from breaching_ext.attacks import KKTAttacker
 from breaching_ext.data import BinaryFashionMNIST
+from breaching_ext.environment import describe_device, versions
 from breaching_ext.evaluation.figures import save_captioned
 from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically, write_json
@@ -42,7 +43,6 @@ from breaching_ext.kkt.nearest import Nearest
 from breaching_ext.kkt.recipe import initialise
 from breaching_ext.kkt.span import singular_values_in_span
 from breaching_ext.registration import register
-from breaching_ext.run import describe_device, versions
 
 log = logging.getLogger("kkt_study")
 SEEDS = 5

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from breaching_ext.data import SamplePhotos
+from breaching_ext.environment import versions
 from breaching_ext.evaluation import evaluate, psnr, ssim, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
 from breaching_ext.evaluation.schedules import save_schedules
@@ -38,7 +39,6 @@ from breaching_ext.matching.magia_engine import Annealing, MagiaEngine, Optimize
 from breaching_ext.matching.magia_optimizer import STEP_SIZES
 from breaching_ext.matching.subset_matching import SubsetMatching, SubsetTerm, Target
 from breaching_ext.regularizers.color_tv import color_total_variation
-from breaching_ext.run import versions
 from breaching_ext.selection import MODES
 
 #: The image prior falls to --tv_weight from this weight, as in config/attack/magia.yaml.

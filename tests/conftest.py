@@ -22,10 +22,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace and differentiate as torch.compile does, but skip its code generator, which takes most of the time."""
-    from breaching_ext.matching import build
+    from breaching_ext.matching import engine_parts
     from breaching_ext.matching.compiled_engine import CompiledEngine
 
-    monkeypatch.setattr(build, "CompiledEngine", partial(CompiledEngine, backend="aot_eager"))
+    monkeypatch.setattr(engine_parts, "CompiledEngine", partial(CompiledEngine, backend="aot_eager"))
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
-from breaching_ext.matching import build, calibration, choices, tracing
+from breaching_ext.matching import calibration, choices, engine_parts, fastest, tracing
 from breaching_ext.matching.evaluation import StackedEvaluation
 from breaching_ext.matching.graph_costs import Costs
 from breaching_ext.matching.tracing import LITTLE, Replay, SpecialisationError, record, record_a_little, replayed
@@ -93,7 +93,7 @@ def test_compiling_where_it_may_pay_and_keeping_it_where_it_is_faster(clock, tra
 
 def test_compiling_is_left_out_where_it_takes_longer_than_it_saves(clock, monkeypatch):
     clock(list=0.02, vmap=0.01, compiling=40.0)
-    monkeypatch.setattr(build, "CompiledEngine", lambda **parts: pytest.fail("compiled"))
+    monkeypatch.setattr(engine_parts, "CompiledEngine", lambda **parts: pytest.fail("compiled"))
     _, stats = reconstruct(iterations=50, candidates=2)
     assert stats["engine"] == "vmap"
     assert "more than it saves" in stats["calibration"]["reason"]
@@ -105,7 +105,7 @@ def test_a_compiler_that_fails_is_said_and_costs_nothing_else(clock, monkeypatch
         raise SpecialisationError("no compiler here")
 
     clock(list=1000.0, vmap=400.0, compiling=40.0)
-    monkeypatch.setattr(build, "CompiledEngine", refuse)
+    monkeypatch.setattr(engine_parts, "CompiledEngine", refuse)
     _, stats = reconstruct(candidates=2)
     assert stats["engine"] == "vmap"
     assert stats["calibration"]["reason"] == "no compiler here"
@@ -403,14 +403,14 @@ def test_a_choice_that_another_process_made_meanwhile_holds(clock, own_cache, mo
     of_the_other = file.read_text()
     file.unlink()
     clock(list=2.0, vmap=1.0)
-    measure = build._measure
+    measure = fastest._measure
 
     def meanwhile(*arguments):
         found = measure(*arguments)
         file.write_text(of_the_other)
         return found
 
-    monkeypatch.setattr(build, "_measure", meanwhile)
+    monkeypatch.setattr(fastest, "_measure", meanwhile)
     assert reconstruct()[1]["engine"] == "list"
     assert file.read_text() == of_the_other
 

@@ -9,9 +9,10 @@ from hydra import compose, initialize_config_module
 
 from breaching_ext.attacks import JointCandidateAttacker, observe
 from breaching_ext.attacks.joint_loop import JointLoop
+from breaching_ext.environment import resolve_device
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.registration import register
-from breaching_ext.run import resolve_device, run
+from breaching_ext.run import run
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 

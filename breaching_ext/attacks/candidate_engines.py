@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from omegaconf import open_dict
 
-from ..matching.build import BuiltEngine, EngineParts, choose_engine
+from ..matching.build import choose_engine
 from ..matching.engine import CandidateObjective, GradientRule
+from ..matching.engine_parts import BuiltEngine, EngineParts
 from ..matching.lbfgs import BatchedLBFGS
 from ..matching.memory import parse_bytes
 from ..matching.randomness import CandidateStreams

@@ -37,7 +37,7 @@ def run(cfg: Any) -> list[Path]:
             after the report of those before it.
         KeyboardInterrupt: after Ctrl-C, and the report.
     """
-    from ..run import resolve_device
+    from ..environment import resolve_device
     from .ladder import Ladder, run_ladder
     from .report import write_report
     from .settings import Settings

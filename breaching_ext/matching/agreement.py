@@ -11,7 +11,7 @@ from .memory import peak_memory
 from .vmap_engine import VmapEngine
 
 if TYPE_CHECKING:
-    from .build import EngineParts
+    from .engine_parts import EngineParts
 
 
 def check_objective(parts: EngineParts) -> tuple[str, int]:

@@ -1,0 +1,76 @@
+"""What a result depends on besides its config: device, seed, kernels, versions. Set here, and named for the record."""
+
+from __future__ import annotations
+
+import platform
+import random
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import ConfigError
+from .ranks import local_device, local_processes
+
+_made_deterministic = False
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `auto` (CUDA, then the CPU) or a torch device name.
+
+    Raises:
+        ConfigError: when the device does not exist here.
+    """
+    if local_processes() > 1 and name.startswith("cuda:"):
+        raise ConfigError(f"device={name} under torchrun is one GPU for all processes; valid: cuda, auto, cpu.")
+    if name == "auto":
+        return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = local_device(torch.device(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={name} cannot be used here ({first}); valid: auto, cpu, cuda, cuda:N, mps."
+        ) from error
+    return device
+
+
+def choose_kernels(impl: Any) -> None:
+    """Set what Breaching's own start sets: whether kernels are chosen by timing, and whether they are repeatable."""
+    global _made_deterministic
+    torch.backends.cudnn.benchmark = bool(impl.benchmark)
+    if impl.deterministic:
+        from breaching.utils import set_deterministic
+
+        set_deterministic()
+    elif _made_deterministic:  # for an earlier job of this process
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    _made_deterministic = bool(impl.deterministic)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("breaching-ext", "breaching", "torch", "torchvision", "hydra-core", "scikit-image", "lpips"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # breaching-ext run from a source tree
+            found[package] = "source tree" if package == "breaching-ext" else "not installed"
+    return found
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device with the hardware's name where torch knows it."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"

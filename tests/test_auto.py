@@ -18,7 +18,15 @@ from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.matching import calibration, choices, engine_parts, fastest, tracing
 from breaching_ext.matching.evaluation import StackedEvaluation
 from breaching_ext.matching.graph_costs import Costs
-from breaching_ext.matching.tracing import LITTLE, Replay, SpecialisationError, record, record_a_little, replayed
+from breaching_ext.matching.tracing import (
+    LITTLE,
+    Replay,
+    SpecialisationError,
+    operations,
+    record,
+    record_a_little,
+    replayed,
+)
 from breaching_ext.matching.track import Track, advancing
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -349,6 +357,12 @@ def test_replay_is_the_same_to_the_last_bit_through_the_warm_up(monkeypatch, mod
     monkeypatch.setattr(calibration, "SHORT", 1)
     replay, _ = run()
     assert torch.equal(plain["candidates"], replay["candidates"])
+
+
+def test_recording_computes_nothing_and_takes_no_memory():
+    huge = torch.zeros(1, 1).expand(2, 10**13)  # a result of this size does not fit into any machine
+    weights = torch.ones(1, 1)
+    assert operations(record(lambda x: ([x * weights], x.sum(1), x.sum(1)), [huge])) == 3
 
 
 def test_a_replay_that_would_differ_is_not_used(caplog):

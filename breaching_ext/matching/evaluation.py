@@ -13,6 +13,7 @@ from torch.func import grad_and_value, vmap
 from ..out_of_memory import is_out_of_memory
 from .engine import CandidateObjective
 from .graph_costs import Costs
+from .heap import give_back
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class StackedEvaluation:
         shapes = tuple(stack.shape for stack in stacks)
         if shapes not in self._special:
             self._special[shapes] = self._specialise(self.plain, stacks) if self._specialise else self.plain
+            give_back()  # checking it took the plain form's memory, in other pieces
         return self._special[shapes]
 
 

@@ -11,6 +11,7 @@ from .calibration import Calibration
 from .engine import CandidateEngine
 from .engine_parts import EngineParts, compiled_engine, list_engine, stacked_engine, vmap_engine
 from .evaluation import first_line
+from .heap import give_back
 from .memory import MemoryPlan
 from .tracing import LITTLE, SpecialisationError, record_a_little
 from .track import Track, advancing
@@ -66,6 +67,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
     found = Calibration(best, "it is the fastest", parts.iterations, times, tracing_seconds=tracing)
     chosen: CandidateEngine = engine
     if _is_worth_compiling(engine, found):
+        give_back()
         try:
             compiled = compiled_engine(parts, memory)
         except SpecialisationError as error:

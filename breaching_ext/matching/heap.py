@@ -50,6 +50,16 @@ def keeping_freed_memory() -> Iterator[None]:
             libc.malloc_trim(0)
 
 
+def give_back() -> None:
+    """Give what is free back to the system at once, within such a block, too.
+
+    What comes next needs blocks of other sizes, and would otherwise take them beside those that are kept.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 def _set(mallopt: Callable[[int, int], int], values: dict[int, int]) -> None:
     refused = [name for name, value in values.items() if not mallopt(name, value)]
     if refused:

@@ -13,6 +13,7 @@ from breaching_ext.matching import heap
 
 PROBE = """
 import resource, torch
+from breaching_ext.matching import heap
 from breaching_ext.matching.heap import keeping_freed_memory
 
 torch.set_num_threads(1)
@@ -35,8 +36,10 @@ with keeping_freed_memory():
     with keeping_freed_memory():
         faults(), faults()  # blocks may change places once
     within = faults(), resident()
+    heap.give_back()
+    given = resident()
 after = resident()
-print(*before, *within, after)
+print(*before, *within, given, after)
 """
 
 
@@ -49,11 +52,12 @@ def probe(**environment: str) -> list[int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_is_kept_within_and_given_back_afterwards():
-    faults_before, resident_before, faults_within, resident_within, resident_after = probe()
+    faults_before, resident_before, faults_within, resident_within, resident_given, resident_after = probe()
     if faults_before < 1000:
         pytest.skip("the system's pages are huge")
     assert faults_within < faults_before / 10  # no page is cleared again
     assert resident_within > resident_before + 50 * 2**20
+    assert resident_given < resident_before + 16 * 2**20  # at once, where the block goes on
     assert resident_after < resident_before + 16 * 2**20
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
-#: The last is all that compiled code says when an operation fails that has worked before: for want of memory.
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
     "cannot allocate memory",
-    "api call failed",
+    "api call failed",  # all that compiled code says when an operation fails that has worked before
+    "cublas_status_alloc_failed",  # what follows is raised by CUDA's libraries in place of torch's own error
+    "cudnn_status_alloc_failed",
+    "unable to find an engine to execute this computation",
+    "unable to find a valid cudnn algorithm",
 )
 
 

@@ -87,8 +87,18 @@ def config_root() -> str:
     return f"file://{Path(__file__).resolve().parent.parent / 'config'}"
 
 
+def _module(name: str) -> Any:
+    """Return a module of Breaching's; None where this Breaching has none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it needs is not
+        return None
+
+
 def _wrap(module_name: str, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    module = importlib.import_module(module_name)
+    module = _module(module_name)
     original = getattr(module, name, None)
     if original is None:
         log.warning("This Breaching has no %s.%s; what builds on it is not registered.", module_name, name)
@@ -104,7 +114,7 @@ def _wrap(module_name: str, name: str, wrapper: Callable[[Callable], Callable]) 
 
 
 def _add_entry(module_name: str, table_name: str, key: str, value: Any) -> None:
-    table = getattr(importlib.import_module(module_name), table_name, None)
+    table = getattr(_module(module_name), table_name, None)
     if table is None:
         log.warning("This Breaching has no %s.%s; %r is not registered.", module_name, table_name, key)
         return

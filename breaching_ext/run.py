@@ -164,7 +164,7 @@ def _record(
         "model": cfg.case.model,
         "num_data_points": cfg.case.user.num_data_points,
         "labels_known": _labels_known(cfg),
-        "buffers_known": bool(cfg.case.user.provide_buffers or cfg.case.server.get("provide_public_buffers")),
+        "buffers_known": _buffers_known(cfg),
         "user_idx": cfg.case.user.get("user_idx"),
         "command": " ".join(sys.argv),
         "versions": versions(),
@@ -206,6 +206,10 @@ def _labels_known(cfg: Any) -> bool:
     user = cfg.case.user
     told = user.provide_labels or (user.user_type == "local_update" and user.get("provide_local_hyperparams"))
     return bool(told) and cfg.attack.attack_type not in ("magia", "kkt")
+
+
+def _buffers_known(cfg: Any) -> bool:
+    return bool(cfg.case.user.provide_buffers or cfg.case.server.get("provide_public_buffers"))
 
 
 def _what_is_attacked(cfg: Any) -> str:

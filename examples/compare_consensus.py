@@ -149,6 +149,8 @@ def main() -> None:
     rows = known["rows"]
     done = {(r["arm"], r["batch"], r["seed"]) for r in rows}
     jobs = [(arm, b, s) for b in args.batch_sizes for s in range(args.seeds) for arm in ARMS if (arm, b, s) not in done]
+    if jobs and not all("engine" in row for row in rows):
+        parser.error(f"{file} has runs of an earlier version, whose engine a clock chose; choose another --out")
     for job in tqdm(jobs, desc="runs"):
         rows.append(run_arm(*job, args.iterations))
         write_json(file, {"iterations": args.iterations, "candidates": N, "versions": versions(), "rows": rows})

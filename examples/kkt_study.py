@@ -116,14 +116,20 @@ def images_of(arm: Arm, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return images, labels, torch.stack([other[i][0] for i in own]), data.mean_image()
 
 
+def recipe_of(arm: Arm, seed: int) -> Recipe:
+    """Return how the network is trained, or drawn: an untrained first layer of 1e-3 is nothing beside the head."""
+    recipe = replace(arm.recipe, seed=seed)
+    return replace(recipe, first_layer_std=0.05) if arm.untrained else recipe
+
+
 def victim(arm: Arm, seed: int, cache: Path) -> tuple[HomogeneousNetwork, dict[str, Any]]:
     """Return the trained network and how its training went, from the cache where it is there."""
     images, labels, _, mean = images_of(arm, seed)
     model = build_network(arm.model, (1, 28, 28))
     model.mean.copy_(mean)
-    recipe = replace(arm.recipe, seed=seed)
+    recipe = recipe_of(arm, seed)
     if arm.untrained:
-        initialise(model, replace(recipe, first_layer_std=0.05))  # of the size that training gives the layer
+        initialise(model, recipe)
         return model, {}
     key = hashlib.sha256(repr((arm.n, arm.model, arm.labels, recipe)).encode()).hexdigest()[:16]
     return model, train_or_load(model, images, labels, recipe, cache / f"{key}.pt").as_dict()
@@ -167,7 +173,7 @@ def make(name: str, seed: int, out: Path, cache: Path) -> None:
         values = singular_values_in_span(weight, (images - mean).flatten(1)).tolist()
     record = {
         "arm": name, "text": arm.text, "seed": seed, "n": arm.n, "model": arm.model, "labels": arm.labels,
-        "recipe": asdict(arm.recipe), "attack_overrides": arm.attack, "training": training,
+        "recipe": asdict(recipe_of(arm, seed)), "attack_overrides": arm.attack, "training": training,
         "kkt_loss": stats["kkt_loss"], "kkt_loss_absolute": stats["kkt_loss_absolute"], "rank": stats["rank"],
         "restart_losses": found["candidate_scores"].tolist(), "multipliers": found["multipliers"].tolist(),
         "training_images": scores.as_dict(), "unseen_images": nearest(found["pool"], unseen, mean).as_dict(),

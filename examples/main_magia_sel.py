@@ -56,6 +56,10 @@ PUBLISHED_MODES = {
 }
 
 
+#: Most columns of history.png: a picture must not have more than 65,536 pixels a side.
+COLUMNS = 40
+
+
 def schedule_name(text: str) -> str:
     """One of the seven schedules, by our name or the published script's."""
     name = PUBLISHED_MODES.get(text, text)
@@ -143,6 +147,8 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, list[int
     else:
         generator = torch.Generator().manual_seed(args.seed)
         indices = torch.randperm(len(data), generator=generator)[: args.batch_size].tolist()
+        if args.batch_size > len(data):
+            sys.exit(f"--batch_size={args.batch_size} is more than there are images; valid: 1 to {len(data)}")
     points = [data[i] for i in indices]
     return torch.stack([p[0] for p in points]), torch.tensor([p[1] for p in points]), indices, classes
 
@@ -241,7 +247,9 @@ def best_match(reconstructed: torch.Tensor, true: torch.Tensor) -> dict[str, Any
 
 
 def save_history(path: Path, history: list[tuple[int, torch.Tensor]], order: list[int]) -> None:
-    """One row an image, one column a checkpoint."""
+    """One row an image, one column a checkpoint; of many, COLUMNS that are spread evenly, the last among them."""
+    step = -(-len(history) // COLUMNS)
+    history = history[::-1][::step][::-1]
     figure = Figure(figsize=(0.9 * len(history) + 0.3, 0.9 * len(order) + 0.4), layout="constrained")
     axes = figure.subplots(len(order), len(history), squeeze=False)
     for column, (iteration, pixels) in enumerate(history):

@@ -36,8 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", choices=names)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--output", type=Path, default=ROOT / "examples" / "results" / "ssigd")
+    parser.add_argument("--output", type=Path, help="default: where the published results are, which a run of another"
+                        " config does not replace: with overrides outputs/ssigd")  # fmt: skip
     arguments = parser.parse_args()
+    published = ROOT / "examples" / "results" / "ssigd"
+    arguments.output = arguments.output or (Path("outputs/ssigd") if arguments.overrides else published)
     torch.set_num_threads(1)
     config = OmegaConf.merge(
         OmegaConf.load(folder / f"{arguments.config}.yaml"), OmegaConf.from_dotlist(arguments.overrides)

@@ -52,6 +52,17 @@ def attack(model, payload, shared, *overrides, **more):
         (["impl.dtype=float33"], ["impl.dtype", "float33"]),
         (["+regularization.group_regularization.warmup_iter=5"], ["warmup_iter", "warmup_iters"]),
         (["regularization.group_regularization.aligner=magic"], ["aligner", "magic", "ransac_flow"]),
+        (
+            ["regularization.group_regularization.aligner=magic", "regularization.group_regularization.scale=0"],
+            ["aligner", "magic", "ransac_flow"],
+        ),
+        (["regularization.group_regularization.warmup_iters=null"], ["warmup_iters", "None"]),
+        (["optim.step_size=null"], ["optim.step_size", "None"]),
+        (["optim.step_size=-1"], ["optim.step_size", "-1"]),
+        (["optim.grad_clip=-1"], ["optim.grad_clip", "-1"]),
+        (["+augmentations.magic.p=1"], ["augmentations", "magic", "discrete_shift"]),
+        (["label_strategy=magic"], ["label_strategy", "magic", "bias-corrected"]),
+        (["init=magic"], ["init", "magic", "randn-trunc"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -76,6 +87,13 @@ def broken(what: str):
         data["metadata"]["labels"] = torch.tensor([0, 8])
     elif what == "wrong number of labels":
         data["metadata"]["labels"] = torch.tensor([0])
+    elif what == "soft labels of another number":
+        data["metadata"]["labels"] = torch.rand(3, 8)
+    elif what.startswith("local steps"):
+        labels = [torch.tensor([0, 12 if "range" in what else 3]), torch.tensor([1, 2])]
+        labels = labels[: 1 if "too few" in what else 2]
+        labels[-1] = labels[-1][: 1 if "wrong number" in what else 2]
+        data["metadata"]["local_hyperparams"] = {"labels": labels, "steps": 2, "data_per_step": 2, "lr": 0.1}
     elif what == "unknown number of data points":
         data["metadata"]["num_data_points"] = None
     elif what == "two payloads":
@@ -95,6 +113,10 @@ def broken(what: str):
         ("not finite", ["mix.weight", "not finite"]),
         ("labels out of range", ["[0, 8]", "0 to 7"]),
         ("wrong number of labels", ["(1,)", "2 data points"]),
+        ("soft labels of another number", ["(3, 8)", "2 data points"]),
+        ("local steps with labels out of range", ["[0, 12]", "0 to 7"]),
+        ("local steps with labels of too few", ["2 local steps", "1"]),
+        ("local steps with labels of the wrong number", ["(1,)", "2 data points"]),
         ("unknown number of data points", ["None", "provide_num_data_points"]),
         ("two payloads", ["2", "1"]),
         ("start of the wrong shape", ["(1, 3, 32, 32)", "(2, 3, 32, 32)", "(4, 2, 3, 32, 32)"]),

@@ -92,6 +92,36 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
         attack(path, 3, "vmap", ["optim.step_size=0.2"])
 
 
+@pytest.mark.parametrize("change", ["weights", "loss", "normalisation", "local steps"])
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path, monkeypatch, change):
+    """The gradients and the config are the same; what they are matched with is not."""
+    path = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr("breaching_ext.attacks.checkpoint.Checkpoint.remove", lambda self: None)
+    options = [f"impl.checkpoint_path={path}", "impl.checkpoint_every=3", "restarts.seed=1", "restarts.num_trials=2"]
+    cfg = attack_config("joint_candidates", options, 3)
+    steps = {"labels": [torch.tensor([1, 2])], "steps": 1, "data_per_step": 2, "lr": 0.1}
+
+    def once(changed=False):
+        model, loss_fn, known = build_model("own"), torch.nn.CrossEntropyLoss(), {}
+        payload, shared, *_ = observed(model)
+        if changed and change == "weights":
+            model.head.weight.data += 1e-3
+        if changed and change == "loss":
+            loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        if changed and change == "normalisation":
+            known = {"mean": [0.5, 0.5, 0.5]}
+        if change == "local steps":
+            known = {"local_hyperparams": {**steps, "lr": 0.2 if changed else 0.1}}
+        payload, shared, *_ = observed(build_model("own"), **known)
+        payload[0]["parameters"] = list(model.parameters())
+        return JointCandidateAttacker(model, loss_fn, cfg, SETUP).reconstruct(payload, shared)
+
+    once()
+    once()  # the same goes on
+    with pytest.raises(ConfigError, match="another config, model, gradient"):
+        once(changed=True)
+
+
 def test_bad_interval(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint_every=0"):
         attack(tmp_path / "c.pt", "0", "vmap", [])
@@ -208,9 +238,13 @@ def test_the_fingerprint_knows_everything_that_decides_a_run():
         fingerprint(cfg, shared, starts, "vmap", [torch.tensor([2, 1])]),  # other labels
         fingerprint(cfg, shared, starts, "vmap", [torch.tensor([1, 2]), torch.zeros(1)]),  # buffers
         fingerprint(cfg, shared, starts, "list", [torch.tensor([1, 2])]),
+        fingerprint(cfg, shared, [torch.ones(1, 2)], "vmap", [torch.tensor([1, 2])]),
+        fingerprint(cfg, shared, [start.double() for start in starts], "vmap", [torch.tensor([1, 2])]),
         fingerprint(cfg, [{"gradients": [torch.zeros(2)]}], starts, "vmap", [torch.tensor([1, 2])]),
     ]
     assert plain not in others
+    at = [fingerprint(cfg, shared, starts, f"vmap <function loss at 0x{n}f>") for n in (1, 2)]
+    assert at[0] == at[1]  # an address is another in the process that goes on
     fingerprint(cfg, shared, [start.bfloat16() for start in starts], "vmap")  # a dtype that numpy has not
 
 

@@ -14,11 +14,12 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.types import RunMode
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from breaching_ext import cli
 from breaching_ext.candidate_sheet import save_candidate_sheet
 from breaching_ext.registration import register
-from breaching_ext.run import run
+from breaching_ext.run import _buffers_known, _labels_known, run
 
 
 def breaching_ext(root, cwd, *overrides: str, home: str = "") -> subprocess.CompletedProcess:
@@ -46,18 +47,56 @@ def test_default_run_is_clean_and_complete(root, tmp_path):
     for key in ("psnr", "ssim", "label_acc", "mse"):
         assert len(record["per_image"][key]) == 4
         assert record[key] == pytest.approx(sum(record["per_image"][key]) / 4)
+    tensors, data = torch.load(folder / "candidates.pt"), record["config"]["case"]["data"]
+    mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    found, true = ((tensors[key] * std + mean).clamp(0, 1) for key in ("data", "true_data"))
+    errors = (found.unsqueeze(0) - true.unsqueeze(1)).square().flatten(2).mean(dim=2).double()  # (true, found)
+    order = linear_sum_assignment(errors.numpy())[1]
+    assert record["order"] == order.tolist()
+    expected = errors[range(4), order]
+    assert record["per_image"]["mse"] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert record["per_image"]["psnr"] == pytest.approx((-10 * expected.log10()).tolist(), rel=1e-4)
+    assert record["labels_known"] is True
     assert record["lpips"] is None
     assert "alexnet" in record["lpips_reason"]
     assert record["gradient_evaluations"] == 4 * 4
     assert record["seed"] == 0
     assert record["engine"] == "vmap"
     assert {"seconds", "device", "versions", "config"} <= set(record)
-    tensors = torch.load(folder / "candidates.pt")
     assert tensors["candidates"].shape == (4, 4, 3, 32, 32)
     assert Image.open(folder / "reconstruction.png").size[0] > 400
     assert Image.open(folder / "candidates.png").size[1] > 400
     assert (folder / "config.yaml").exists()
     assert (folder / ".hydra" / "overrides.yaml").exists()
+
+
+def configured(*overrides: str):
+    register()
+    with initialize_config_module("breaching.config", version_base="1.3"):
+        return compose("breaching_ext", overrides=list(overrides))
+
+
+def test_another_seed_is_another_model_and_start_on_the_same_images():
+    options = ["attack.optim.max_iterations=1", "case.model=lenet_zhu"]
+    one, two = (run(configured(*options, f"seed={seed}")) for seed in (0, 1))
+    assert torch.equal(one.true_data["data"], two.true_data["data"])
+    assert not torch.allclose(one.reconstruction["candidates"], two.reconstruction["candidates"], atol=0.1)
+    assert one.record["opt_value"] != two.record["opt_value"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "labels", "buffers"),
+    [
+        (["case.user.provide_labels=true"], True, False),
+        (["case.user.provide_labels=false", "case.user.provide_buffers=true"], False, True),
+        (["case/user=local_updates", "case.user.provide_labels=false"], True, False),
+        (["attack=magia", "case.user.provide_labels=true"], False, False),
+    ],
+)
+def test_what_the_attack_knew_is_recorded(overrides, labels, buffers):
+    cfg = configured("case.server.provide_public_buffers=false", "case.user.provide_buffers=false", *overrides)
+    assert _labels_known(cfg) is labels
+    assert _buffers_known(cfg) is buffers
 
 
 def test_same_command_same_result(root, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from breaching_ext.evaluation import assign, evaluate, psnr, ssim, to_images
 from breaching_ext.evaluation.figures import save_reconstruction
@@ -57,12 +57,26 @@ def test_ssim_of_small_images(size):
     assert ssim(true, true).tolist() == pytest.approx([1, 1])
 
 
+@pytest.mark.parametrize("size", [7, 32])
+def test_ssim_is_scikit_images_for_values_from_0_to_1(size):
+    true = images(3, 3, size)
+    noisy = (true + 0.2 * torch.randn(true.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    expected = [
+        structural_similarity(t.numpy(), n.numpy(), data_range=1.0, channel_axis=0)
+        for t, n in zip(true, noisy, strict=True)
+    ]
+    assert ssim(noisy, true).tolist() == pytest.approx(expected, rel=1e-6)
+    assert max(expected) < 0.95
+
+
 def test_labels_follow_the_assignment():
     true = images(3)
     result = evaluate(true[[2, 0, 1]], true, torch.tensor([7, 5, 5]), torch.tensor([5, 6, 7]))
     assert result.per_image["label_acc"] == [1.0, 0.0, 1.0]
     assert result.means["label_acc"] == pytest.approx(2 / 3)
-    assert result.means["label_overlap"] == pytest.approx(2 / 3)
+    exchanged = evaluate(true, true, torch.tensor([7, 5, 5]), torch.tensor([5, 5, 7]))
+    assert exchanged.means["label_acc"] == pytest.approx(1 / 3)
+    assert exchanged.means["label_overlap"] == 1
 
 
 def test_without_the_backbone_lpips_is_null_with_a_reason(tmp_path, monkeypatch):
@@ -74,10 +88,18 @@ def test_without_the_backbone_lpips_is_null_with_a_reason(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.filterwarnings("ignore")  # lpips's own, of torchvision
 def test_lpips_with_the_real_backbone(lpips_backbone, channels):
+    import lpips
+
     true = images(2, channels, 64)
     same, other = evaluate(true.clone(), true), evaluate(images(2, channels, 64, seed=5), true)
     assert same.means["lpips"] == pytest.approx(0, abs=1e-6)
+    theirs = lpips.LPIPS(net="alex", verbose=False)
+    pair = [x.expand(-1, 3, -1, -1).float() for x in (images(2, channels, 64, seed=5)[other.order], true)]
+    with torch.no_grad():
+        expected = theirs(*pair, normalize=True).flatten().tolist()  # of images in [0, 1]
+    assert other.per_image["lpips"] == pytest.approx(expected, rel=1e-3)
     assert other.means["lpips"] > 0.01
     assert len(other.per_image["lpips"]) == 2
 

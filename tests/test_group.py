@@ -219,13 +219,15 @@ def test_maps_are_estimated_by_older_scikit_image_too(works):
     assert (found.given == ("source", "target")) if works else found is None
 
 
-def choice(*overrides: str, labels: torch.Tensor, candidates: torch.Tensor, local=None):
+def choice(*overrides: str, labels: torch.Tensor, candidates: torch.Tensor, local=None, stats=None):
     """What the attack would choose of these candidates, scored by their distance from the consensus."""
     options = ["restarts.scoring=registered-group-regularization", *overrides]
     attacker = JointCandidateAttacker(build_model("own"), loss(), attack_config("joint_candidates", options), SETUP)
     attacker.dm, attacker.ds = torch.zeros(()).double(), torch.ones(()).double()
     shared = [{"metadata": {"local_hyperparams": local}}]
-    return attacker._conclude(candidates, Target([], shared, labels, list(candidates.shape[1:])), {})
+    return attacker._conclude(
+        candidates, Target([], shared, labels, list(candidates.shape[1:])), {} if stats is None else stats
+    )
 
 
 def test_images_of_one_label_are_averaged_in_one_order():
@@ -268,6 +270,33 @@ def test_the_aligner_holds_where_the_pull_is_off(monkeypatch):
     options = ("restarts.output=consensus", f"{key}.scale=0", f"{key}.aligner=phase_correlation")
     choice(*options, labels=torch.arange(2), candidates=torch.rand(3, 2, 3, 8, 8).double())
     assert set(seen) == {"phase_correlation"}
+
+
+def test_the_candidate_in_the_middle_and_the_smoothest_one_are_chosen():
+    """Lower is better in every scoring."""
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    candidates = torch.stack([images, images + 0.01, images + 0.3])
+    found = choice(labels=torch.arange(2), candidates=candidates)
+    expected = (candidates - candidates.mean(dim=0)).pow(2).flatten(1).mean(dim=1)
+    torch.testing.assert_close(found["candidate_scores"], expected)
+    assert torch.equal(found["data"], candidates[1])
+    flat = torch.stack([images, images * 0.1, images])
+    found = choice("restarts.scoring=TV", labels=torch.arange(2), candidates=flat)
+    assert torch.equal(found["data"], flat[1])
+    torch.testing.assert_close(found["candidate_scores"][0], found["candidate_scores"][2])
+    assert 0 < found["candidate_scores"][1] < found["candidate_scores"][0]
+
+
+def test_alignments_that_fail_where_one_is_chosen_are_counted(monkeypatch):
+    """Once to score by the consensus, once to return it; what the loop counted stays."""
+    monkeypatch.setattr(
+        "breaching_ext.attacks.candidate_choice.registered_consensus",
+        lambda candidates, aligner: (registered_consensus(candidates)[0], 2),
+    )
+    stats = {"alignment_failures": 5, "alignments": 12}
+    choice("restarts.output=consensus", labels=torch.arange(2), candidates=torch.rand(3, 2, 3, 8, 8), stats=stats)
+    assert stats["alignment_failures"] == 5 + 2 * 2
+    assert stats["alignments"] == 12 + 2 * 6
 
 
 def test_what_may_mislead_is_said(caplog):

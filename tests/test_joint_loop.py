@@ -11,6 +11,7 @@ import torch
 from cases import attack_config, build_model, loss, observed, photos
 
 from breaching_ext.attacks import JointCandidateAttacker, observe
+from breaching_ext.attacks.inferred_labels import labels_of_steps
 from breaching_ext.errors import ConfigError
 from breaching_ext.matching import ListEngine
 
@@ -203,12 +204,35 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch):
         return original(self, iteration, alive)
 
     monkeypatch.setattr(ListEngine, "step", interrupted)
-    result, stats = attack(model, payload, shared, ["restarts.candidate_batching=list"])
+    plain = ["restarts.candidate_batching=list", "optim.signed=null", "optim.step_size_decay=null"]
+    result, stats = attack(model, payload, shared, plain)
     assert stats["interrupted"]
     assert len(stats["Trial_0_Val"]) == 4
+    calls["n"] = 5  # no more interrupts: with steps that do not know how many there are, four of them are the same
+    short, _ = attack(model, payload, shared, plain, iterations=4)
+    assert torch.equal(result["candidates"], short["candidates"])
     full, _ = attack(model, payload, shared, ["restarts.candidate_batching=vmap"], iterations=8)
     assert result["data"].shape == full["data"].shape
     assert min(stats["Trial_0_Val"]) < stats["Trial_0_Val"][0]
+
+
+@pytest.mark.parametrize("scoring", ["TV", "registered-group-regularization", "euclidean"])
+def test_a_sequential_trial_that_never_was_finite_is_not_chosen(scoring):
+    """Its start would have a finite score."""
+    model = Fragile()
+    payload, shared, images, _ = observed(model)
+    starts = torch.stack([images * 0, images * 0 + 60, images * 0.5])
+    options = ["restarts.parallel_candidates=false", f"restarts.scoring={scoring}", "optim.boxed=false"]
+    result, stats = attack(model, payload, shared, options, initial_data=starts)
+    assert stats["candidate_failures"] == {1: 0}
+    assert result["candidate_scores"].isfinite().tolist() == [True, False, True]
+
+
+def test_soft_labels_of_local_steps_stay_whole():
+    soft = torch.rand(4, 8, dtype=torch.float64).softmax(dim=1)
+    steps = {"labels": list(soft.split(2)), "steps": 2, "data_per_step": 2, "lr": 0.1}
+    shared = [{"metadata": {"num_data_points": 4, "local_hyperparams": steps}}]
+    assert torch.equal(labels_of_steps(shared, [{"metadata": {"modality": "vision"}}]), soft)
 
 
 def test_the_users_tensors_are_left_alone():

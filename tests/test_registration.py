@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import breaching_ext
+from breaching_ext import registration
 
 
 def python(code: str, cwd: Path, path: Path | None, *arguments: str) -> subprocess.CompletedProcess:
@@ -19,6 +20,16 @@ def python(code: str, cwd: Path, path: Path | None, *arguments: str) -> subproce
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
+
+
+def test_what_a_later_breaching_has_moved_is_skipped_with_a_warning(caplog):
+    """A name, or a whole module."""
+    before = list(registration._undo)
+    for module, name in (("breaching.attacks", "nothing"), ("breaching.nowhere", "prepare_attack")):
+        registration._wrap(module, name, lambda original: original)
+        registration._add_entry(module, name, "key", object())
+        assert caplog.text.count(f"This Breaching has no {module}.{name}") == 2
+    assert registration._undo == before
 
 
 def test_register_and_unregister_are_idempotent_and_undo_everything():

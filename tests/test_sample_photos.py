@@ -52,6 +52,21 @@ def test_splits_share_no_pixel(photo):
     assert all(right <= low or left >= high for left, right in outer)
 
 
+def test_crops_show_the_columns_of_their_split(monkeypatch):
+    """By the pixels: the photo's red channel is the column, in 256 steps."""
+    height, width = 300, 420
+    columns = np.broadcast_to(np.arange(width) * 255 / (width - 1), (height, width)).round().astype(np.uint8)
+    monkeypatch.setattr("breaching_ext.data.sample_photos._photo", lambda name: np.stack([columns] * 3, axis=-1))
+    for training in (True, False):
+        dataset = SamplePhotos(training=training, size=64)
+        shown = np.concatenate([np.unique(np.asarray(dataset[i][0])[..., 0]) for i in range(len(dataset))])
+        third = 255 / 3
+        outside = (shown < third - 2) | (shown > 2 * third + 2)
+        within = (shown > third - 2) & (shown < 2 * third + 2)
+        assert (outside | (abs(shown - third) < 4) | (abs(shown - 2 * third) < 4)).all() if training else within.all()
+        assert outside.any() if training else not outside.any()
+
+
 @pytest.mark.parametrize("window", [0.05, 0.3, 0.3333, 1 / 3])
 @pytest.mark.parametrize("photo", PHOTOS)
 def test_every_window_lies_in_its_strip(photo, window):

@@ -37,6 +37,7 @@ class CandidateChoice:
     dm: torch.Tensor
     ds: torch.Tensor
     regularizers: list[Any]
+    _alignments: list[int]  # failed, and all, where a registered consensus was taken to choose
     _select_optimal_reconstruction: Callable[..., torch.Tensor]
 
     @property
@@ -50,17 +51,25 @@ class CandidateChoice:
     def _conclude(self, candidates: torch.Tensor, target: Target, stats: dict) -> dict[str, torch.Tensor]:
         """Score the candidates and choose the output; the ground truth plays no part in either."""
         never = [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]  # still at their start
+        self._alignments = [0, 0]
         scores = self._score_candidates(candidates, target, never)
         best = self._select_optimal_reconstruction(list(candidates), scores, stats)
         if self.cfg.restarts.get("output", "best") == "consensus" and scores.isfinite().any():  # else it is zeros
             best = self._consensus(self._in_one_order(candidates, target)[scores.isfinite()])
+        self._count_alignments(stats)
         return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
 
     def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
         options = (self.cfg.regularization or {}).get("group_regularization") or {}  # also where its scale is 0
-        consensus, _ = registered_consensus(candidates, options.get("aligner", "none"))
+        consensus, failures = registered_consensus(candidates, options.get("aligner", "none"))
+        self._alignments = [self._alignments[0] + failures, self._alignments[1] + len(candidates) * candidates.shape[1]]
         box = self._box()
         return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
+
+    def _count_alignments(self, stats: dict) -> None:
+        """Add what choosing aligned to what the loop did: all processes choose alike, so it counts once."""
+        for key, count in zip(("alignment_failures", "alignments"), self._alignments, strict=True):
+            stats[key] = stats.get(key, 0) + count
 
     def _in_one_order(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
         """Return candidates (N, B, C, H, W), interchangeable images in the order of the first finite candidate."""

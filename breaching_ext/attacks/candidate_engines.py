@@ -11,6 +11,7 @@ import torch
 from omegaconf import open_dict
 
 from ..matching.build import choose_engine
+from ..matching.client import unscripted
 from ..matching.engine import CandidateObjective, GradientRule
 from ..matching.engine_parts import BuiltEngine, EngineParts
 from ..matching.lbfgs import BatchedLBFGS
@@ -49,6 +50,8 @@ class CandidateEngines(KeepsCheckpoint):
     setup: dict[str, Any]
     objective: Any
     loss_fn: Any
+    dm: torch.Tensor
+    ds: torch.Tensor
     augmentations: torch.nn.Sequential
     regularizers: list[Any]
     current_task_loss: Any
@@ -90,8 +93,13 @@ class CandidateEngines(KeepsCheckpoint):
         if not every or not path or dryrun:
             return None
         evaluated = [model for model in target.models if not model.training]  # the others go by the batch's statistics
-        known = [target.labels, *(buffer for model in evaluated for buffer in model.buffers())]
-        run = fingerprint(self.cfg, target.shared_data, starts, f"{engine} {ranks.size}", known)
+        known = [target.labels, self.dm, self.ds, *(buffer for model in evaluated for buffer in model.buffers())]
+        known += [parameter for model in target.models for parameter in model.parameters()]
+        known += target.local_hyperparams["labels"] if target.local_hyperparams else []
+        loss = unscripted(self.loss_fn)
+        known += loss.buffers() if isinstance(loss, torch.nn.Module) else []
+        described = f"{engine} {ranks.size} {self._identity(target)} {_with_settings(loss)}"
+        run = fingerprint(self.cfg, target.shared_data, starts, described, known)
         self._kept = Checkpoint(path, every, run, engine, ranks)
         return self._kept
 
@@ -117,6 +125,7 @@ class CandidateEngines(KeepsCheckpoint):
         rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
         objective, why_not = self._pure_objective(target)
         random = rule.random or len(self.augmentations) > 0
+        dropout = any(model.training for model in target.models)  # perhaps; it draws in the objective
         models, shared_data, labels = target[:3]
 
         def make_closure(
@@ -138,7 +147,7 @@ class CandidateEngines(KeepsCheckpoint):
             why_not=why_not or (_DRAWS_AT_EVERY_CALL if random and self._by_lbfgs else ""),
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
-            random_steps=random,
+            random_steps=random or dropout,
             box=self._box(),
             iterations=1 if dryrun else optim.max_iterations,
             evaluations_each=_LBFGS_EVALUATIONS if self._by_lbfgs else 1,
@@ -193,6 +202,13 @@ class CandidateEngines(KeepsCheckpoint):
         finally:
             self.cfg, self.augmentations = cfg, augmentations
         return value.detach(), [leaf.grad]
+
+
+def _with_settings(loss_fn: Any) -> str:
+    """Return text that says what a loss is; modules have settings, of which they do not tell."""
+    kinds = (str, int, float, bool, tuple)
+    settings = {key: value for key, value in vars(loss_fn).items() if isinstance(value, kinds)}
+    return f"{loss_fn!r} {sorted(settings.items())}"
 
 
 def record_choice(stats: dict, built: BuiltEngine) -> None:

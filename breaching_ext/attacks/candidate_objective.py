@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +23,38 @@ def match_only_trainable(
     """Let an initialised Breaching objective skip parameters that do not require a gradient, or are not used.
 
     Clients send no gradient for frozen backbones, and zeros for a head that the loss does not look at; Breaching would
-    ask autograd for both. Where every parameter has a gradient, nothing changes.
+    ask autograd for both. Where every parameter has a gradient, nothing changes. A single gradient needs nothing but
+    autograd, so that it works for models that torch.func cannot transform.
     """
+    if not isinstance(objective, GradientLoss):
+        return
+    if objective.local_hyperparams is None:
+        objective._grad_fn = partial(_trainable_gradient, loss_fn, objective.cfg_impl.mixed_precision)
+        return
     frozen = any(not p.requires_grad for model in rec_models for p in model.parameters())
     unused = any(not bool(gradient.any()) for data in shared_data for gradient in data["gradients"])
-    if not (frozen or unused) or not isinstance(objective, GradientLoss):
+    if not (frozen or unused):
         return
     hyperparams, mixed = objective.local_hyperparams, objective.cfg_impl.mixed_precision
     updates = {id(model): client_update(model, unscripted(loss_fn), hyperparams, mixed) for model in rec_models}
     objective._grad_fn = lambda model, candidate, labels: updates[id(model)](candidate, labels)
+
+
+def _trainable_gradient(
+    loss_fn: Callable[..., torch.Tensor],
+    mixed_precision: bool,
+    model: torch.nn.Module,
+    candidate: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Do what Breaching's `_grad_fn_single_step` does, for the parameters that a client sends gradients of."""
+    with torch.autocast(candidate.device.type, enabled=mixed_precision):
+        task_loss = loss_fn(model(candidate), labels)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradient = torch.autograd.grad(  # zeros for parameters that the loss does not depend on
+        task_loss, trainable, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return gradient, task_loss
 
 
 def pure_objective(
@@ -55,6 +79,8 @@ def pure_objective(
     distances = [d for d in (gradient_distance(objective, gradient, compiled) for gradient in observed) if d]
     if not distances:
         return None, f"objective {type(objective).__name__} has no batched form"
+    if any(_draws(module) for model in rec_models for module in model.modules()):
+        return None, "the model's dropout is on, and every candidate needs random numbers of its own"
     if cfg_impl.JIT:
         return None, f"impl.JIT={cfg_impl.JIT} makes a TorchScript model"
     mixed, task_weight = cfg_impl.mixed_precision, objective.task_regularization
@@ -78,6 +104,10 @@ def pure_objective(
         return value, task_loss
 
     return candidate_objective, ""
+
+
+def _draws(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

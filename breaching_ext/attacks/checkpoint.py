@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..tensor_files import read_tensors
 log = logging.getLogger(__name__)
 
 #: Raised where a state changes its form or its meaning, so that older checkpoints are refused.
-_FORMAT = 2
+_FORMAT = 3
 _NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress", "memory_budget")
 
 
@@ -73,8 +74,8 @@ class Checkpoint:
         content = _read(self.path)
         if content["fingerprint"] != self.fingerprint:
             raise ConfigError(
-                f"impl.checkpoint_path={self.path} belongs to a run with another config, gradient or engine, or of "
-                "another version of this package; remove it or choose another path."
+                f"impl.checkpoint_path={self.path} belongs to a run with another config, model, gradient or engine, "
+                "or of another version of this package; remove it or choose another path."
             )
         self.seconds_before = content.get("seconds", 0.0)
         log.info("Resuming after iteration %d from %s.", content["states"][0]["iteration"], self.path)
@@ -143,11 +144,13 @@ def fingerprint(
 ) -> str:
     """Return a digest of everything that decides a run: config, engine, gradients, starts and what `also` is known.
 
-    The latter are the labels (given or inferred) and the buffers of the models, which also say whether these were sent.
+    The latter are the labels (given or inferred), the models' parameters and their buffers, which also say whether
+    these were sent. `engine` may say more than its name; addresses in it, which no two processes share, do not count.
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings["impl"] = {k: v for k, v in settings["impl"].items() if k not in _NOT_PART_OF_THE_RUN}
+    engine = re.sub(r" at 0x[0-9a-f]+", "", engine)
     digest = hashlib.sha256(f"{_FORMAT}\n{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
     for tensor in [*starts, *(g for data in shared_data for g in data["gradients"]), *also]:
         plain = tensor.detach().cpu().contiguous().reshape(-1)

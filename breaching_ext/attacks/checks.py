@@ -1,4 +1,4 @@
-"""Checks of configurations and shared data, made before the long loop starts; each error is one line."""
+"""Checks of configurations, made before the long loop starts; each error is one line."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from breaching.attacks.auxiliaries.augmentations import augmentation_lookup
 from breaching.attacks.auxiliaries.objectives import objective_lookup
-from breaching.attacks.auxiliaries.regularizers import DeepInversion, FeatureRegularization, regularizer_lookup
+from breaching.attacks.auxiliaries.regularizers import (
+    DeepInversion,
+    FeatureRegularization,
+    TotalVariation,
+    regularizer_lookup,
+)
 
-from ..errors import ConfigError, SharedDataError, unknown
+from ..errors import ConfigError, unknown
 from ..matching import BATCHING_MODES
-from ..matching.client import matched_parameters
 from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
+from ..regularizers import GroupRegularization
+from ..values import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +31,12 @@ SCHEDULES = ("none", "step-lr", "cosine-decay", "linear")
 SIGNS = ("none", "hard", "soft")
 SCORINGS = ("euclidean", "cosine-similarity", "total-variation", "TV", "registered-group-regularization")
 OUTPUTS = ("best", "consensus")
+STARTS = ("randn", "randn-trunc", "rand", "zeros")
+COLOURS = ("red", "green", "blue", "dark", "light")
+LABEL_STRATEGIES = (
+    *("none", "iDLG", "analytic", "yin", "wainakh-simple", "wainakh-whitebox"),
+    *("bias-corrected", "bias-text", "random", "exhaustive"),
+)
 
 
 def check_config(cfg: Any) -> None:
@@ -33,21 +46,27 @@ def check_config(cfg: Any) -> None:
         ConfigError: naming the key, its value and the valid ones.
     """
     restarts, optim = cfg.restarts, cfg.optim
-    if not isinstance(restarts.num_trials, int) or restarts.num_trials < 1:
+    if not is_whole(restarts.num_trials) or restarts.num_trials < 1:
         raise ConfigError(f"restarts.num_trials={restarts.num_trials} is not possible; valid: 1, 2, 3, ...")
-    if not isinstance(optim.max_iterations, int) or optim.max_iterations < 1:
+    if not is_whole(optim.max_iterations) or optim.max_iterations < 1:
         raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
-    if not isinstance(optim.callback, int) or optim.callback < 1:
+    if not is_whole(optim.callback) or optim.callback < 1:
         raise ConfigError(f"optim.callback={optim.callback} is not possible; valid: 1, 2, 3, ...")
     check_impl(cfg.impl)
     parse_bytes(cfg.impl.get("memory_budget"))
+    _check_names(cfg)
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
     _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)
     for name, least in (("langevin_noise", 0.0), ("warmup", 0)):
         value = optim.get(name, least)
-        if not isinstance(value, (int, float)) or not value >= least:
+        if not is_number(value) or not value >= least:
             raise ConfigError(f"optim.{name}={value} is not possible; valid: a number from {least}.")
+    for name, may_be_empty in (("step_size", cfg.get("attack_type") == "magia"), ("grad_clip", True)):
+        value = optim.get(name)
+        if not (value is None and may_be_empty) and not (is_number(value) and value > 0):
+            empty = "empty, or " if may_be_empty else ""
+            raise ConfigError(f"optim.{name}={value} is not possible; valid: {empty}a number above 0.")
     _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
     _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
     _check_option("optim.signed", optim.signed or "none", SIGNS)
@@ -57,16 +76,31 @@ def check_config(cfg: Any) -> None:
     for key in cfg.regularization or ():
         _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
         scale = (cfg.regularization[key] or {"scale": 0}).get("scale")
-        if not isinstance(scale, (int, float)) or not scale >= 0:
+        if not is_number(scale) or not scale >= 0:
             raise ConfigError(
                 f"regularization.{key}.scale={scale} is not possible; valid: a number from 0, which switches it off."
             )
+        if key == "group_regularization" and cfg.regularization[key]:
+            GroupRegularization({}, **cfg.regularization[key])  # where it is off, choosing reads its aligner
+
+
+def _check_names(cfg: Any) -> None:
+    """Check names that Breaching looks up, or compares, only when it needs them."""
+    for key in cfg.get("augmentations") or ():
+        _check_option("augmentations key", key, augmentation_lookup)
+    strategy = cfg.get("label_strategy") or "none"  # some configs of Breaching's say "None"
+    _check_option("label_strategy", "none" if strategy == "None" else strategy, LABEL_STRATEGIES)
+    start = str(cfg.init)
+    pattern = any(word in start for word in ("patterned", "wei")) and any(map(str.isdigit, start))
+    plain = (*STARTS, "grey") if cfg.get("attack_type") == "magia" else STARTS
+    if start not in plain and not pattern and not any(colour in start for colour in COLOURS):
+        raise unknown("init", start, (*plain, "patterned-4", "rand-wei-4", *COLOURS, *(f"{c}-true" for c in COLOURS)))
 
 
 def check_impl(impl: Any) -> None:
     """Raise ConfigError where checkpoints are due at no whole number, or the type is none."""
     every = impl.get("checkpoint_every")
-    if every is not None and (not isinstance(every, int) or every < 1):
+    if every is not None and (not is_whole(every) or every < 1):
         raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
     check_dtype("impl.dtype", impl.dtype)
 
@@ -83,56 +117,19 @@ def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:
         raise unknown(key, value, valid)
 
 
-def check_shared_data(
-    model: torch.nn.Module, server_payload: Sequence[dict], shared_data: Sequence[dict], modality: str
-) -> None:
-    """Check what the client shared against the model.
+def check_total_variation(regularizers: Sequence[Any], scoring: str, data_shape: Sequence[int]) -> None:
+    """Refuse total variation for data that are no images (C, H, W).
 
     Raises:
-        SharedDataError: for no gradients, a gradient list of the wrong length or shapes, non-finite gradients, an
-            unknown number of data points, or labels that are not classes.
+        ConfigError: naming what asks for it.
     """
-    if len(server_payload) != len(shared_data):
-        raise SharedDataError(f"{len(server_payload)} server payloads but {len(shared_data)} sets of shared data.")
-    expected = matched_parameters(model)
-    for data in shared_data:
-        if data["gradients"] is None:
-            raise SharedDataError("The client shared weights and no gradient; valid for that: attack=kkt.")
-        _check_gradients(list(data["gradients"]), expected)
-        number = data["metadata"]["num_data_points"]
-        if not isinstance(number, int) or number < 1:
-            raise SharedDataError(
-                f"The number of data points is {number}, but the attack must know how many images to reconstruct: "
-                "set case.user.provide_num_data_points=True or give metadata['num_data_points'] >= 1."
-            )
-        if modality == "vision":
-            _check_labels(data["metadata"]["labels"], number, server_payload[0]["metadata"].get("classes"))
-
-
-def _check_gradients(gradients: list[torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    if len(gradients) != len(expected):
-        raise SharedDataError(
-            f"The client shared {len(gradients)} gradients, but the model has {len(expected)} parameters that "
-            "require a gradient (frozen parameters have no gradient in the list)."
-        )
-    for (name, parameter), gradient in zip(expected.items(), gradients, strict=True):
-        if gradient is None:
-            raise SharedDataError(f"The gradient of {name} is None; a parameter that is not used has one of zeros.")
-        if gradient.shape != parameter.shape:
-            raise SharedDataError(
-                f"The gradient of {name} has shape {tuple(gradient.shape)}, the parameter {tuple(parameter.shape)}."
-            )
-        if not bool(torch.isfinite(gradient).all()):
-            raise SharedDataError(f"The gradient of {name} is not finite; nothing can be reconstructed from it.")
-
-
-def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None) -> None:
-    if labels is None or labels.is_floating_point():
+    if len(data_shape) == 3:
         return
-    if labels.shape != (number,):
-        raise SharedDataError(f"The labels have shape {tuple(labels.shape)}, but there are {number} data points.")
-    if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
+    what = f"the data have shape {tuple(data_shape)}, and total variation is one of images (C, H, W)"
+    if any(isinstance(regularizer, TotalVariation) for regularizer in regularizers):
+        raise ConfigError(f"regularization.total_variation: {what}; valid: regularization.total_variation.scale=0.")
+    if scoring in ("TV", "total-variation"):
+        raise ConfigError(f"restarts.scoring={scoring}: {what}; valid: euclidean, cosine-similarity.")
 
 
 def check_augmentations(
@@ -201,16 +198,3 @@ def warn_of_choice(restarts: Any, labels: torch.Tensor, group: Any) -> None:
             "cosine-similarity.",
             *(trials, "s" if trials > 1 else ""),
         )
-
-
-def check_initial_data(initial_data: torch.Tensor, candidates: int, shape: Sequence[int]) -> None:
-    """Check start values: (B, C, H, W) for all candidates, or (N, B, C, H, W) for one each.
-
-    Raises:
-        SharedDataError: for any other shape, or for values that are not finite.
-    """
-    single, stacked = tuple(shape), (candidates, *shape)
-    if tuple(initial_data.shape) not in (single, stacked):
-        raise SharedDataError(f"initial_data has shape {tuple(initial_data.shape)}; valid: {single} or {stacked}.")
-    if not bool(torch.isfinite(initial_data).all()):
-        raise SharedDataError("initial_data is not finite.")

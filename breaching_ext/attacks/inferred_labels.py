@@ -13,14 +13,17 @@ from ..errors import SharedDataError
 def labels_of_steps(
     shared_data: Sequence[dict[str, Any]], server_payload: Sequence[dict[str, Any]]
 ) -> torch.Tensor | None:
-    """Return labels (B,) of images as the client's local steps have them; None for a single gradient, and for text.
+    """Return labels (B,), or soft ones (B, K), of images as the client's local steps have them.
+
+    None for a single gradient, and for text.
 
     Each step's labels are sorted, those beside them are not: image p is matched with the p-th of these.
     """
     about = shared_data[0]["metadata"]
     if not about.get("local_hyperparams") or server_payload[0]["metadata"].get("modality", "vision") != "vision":
         return None
-    told = torch.cat([labels.flatten() for labels in about["local_hyperparams"]["labels"]])[: about["num_data_points"]]
+    steps = about["local_hyperparams"]["labels"]  # (b,) each, or (b, K) where they are soft
+    told = torch.cat(list(steps))[: about["num_data_points"]]
     return told if len(told) == about["num_data_points"] else None  # a step's data follow those of the step before
 
 

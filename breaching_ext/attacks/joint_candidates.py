@@ -19,6 +19,7 @@ from breaching.attacks.optimization_based_attack import OptimizationBasedAttacke
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import ConfigError, SharedDataError
+from ..matching.client import twice_differentiable
 from ..matching.heap import keeping_freed_memory
 from ..ranks import Ranks
 from ..ranks import current as ranks_of_run
@@ -32,6 +33,7 @@ from .inferred_labels import infer_labels, labels_of_steps
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
 from .sequential_trials import SequentialTrials
+from .shared_data_checks import check_initial_data, check_shared_data
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         regularizer = kind(self.setup, **options)
         return AnyChannelTotalVariation.like(regularizer) if type(regularizer) is TotalVariation else regularizer
 
+    @twice_differentiable()
     def reconstruct(
         self,
         server_payload: Sequence[dict] | dict,
@@ -103,8 +106,8 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         Returns:
             A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (N, B, C, H, W), `candidate_scores` (N,), lower
             is better, and statistics: Breaching's keys (`Trial_0_Val`, ..., `opt_value`) and `engine`, `seed`,
-            `gradient_evaluations`, `interrupted`; where candidates run jointly also `out_of_memory`,
-            `candidate_failures`, `alignment_failures`, `calibration` and `memory`.
+            `gradient_evaluations`, `interrupted`, `candidate_failures` and `alignment_failures`; where candidates run
+            jointly also `out_of_memory`, `calibration` and `memory`.
 
         Raises:
             SharedDataError: for shared data that do not fit the model, before the loop starts.
@@ -112,7 +115,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         """
         payload, shared = _as_list(server_payload), _as_list(shared_data)
         modality = payload[0]["metadata"].get("modality", "vision")
-        checks.check_shared_data(self.model_template, payload, shared, modality)
+        check_shared_data(self.model_template, payload, shared, modality)
         shared = own_copy(shared, self.setup["device"])
         rec_models, labels, stats = self.prepare_attack(payload, shared)
         told = labels_of_steps(shared, payload)
@@ -122,9 +125,10 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         labels = labels.to(self.setup["device"])
         shape = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         if initial_data is not None:
-            checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
+            check_initial_data(initial_data, self.cfg.restarts.num_trials, shape)
         target = Target(rec_models, shared, labels, shape)
         checks.check_local_steps(self.regularizers, target.local_hyperparams)
+        checks.check_total_variation(self.regularizers, self.cfg.restarts.scoring, self.data_shape)
         checks.warn_of_choice(self.cfg.restarts, target.labels, self.group)
         jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)

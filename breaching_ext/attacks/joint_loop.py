@@ -98,7 +98,8 @@ class JointLoop:
             with logging_redirect_tqdm(), self.ranks.interrupts_noted(), self._bar(start, iterations) as bar:
                 for iteration in bar:
                     going_on = self._iterate(iteration, bar)
-                    if self.checkpoint is not None and self.checkpoint.due(iteration):
+                    last = iteration + 1 == self.optim.max_iterations  # what follows it is not settled yet
+                    if self.checkpoint is not None and self.checkpoint.due(iteration) and not last:
                         self.checkpoint.save(self._state(iteration + 1))
                     if not going_on:
                         break
@@ -159,7 +160,7 @@ class JointLoop:
             "best": self.track.best,
             "best_values": self.track.best_values,
             "failures": self.result.failures,
-            "values": self._values,
+            "values": torch.stack(self._values) if self._values else None,  # one tensor, however many steps
         }
 
     def _resume(self) -> int:
@@ -176,7 +177,7 @@ class JointLoop:
         track.best_values = state["best_values"].to(device)
         self.result.failures = state["failures"]
         track.whole = not self.result.failures
-        self._values = [v.to(device) for v in state["values"]]
+        self._values = [] if state["values"] is None else list(state["values"].to(device))
         return state["iteration"]
 
     # -- telling -------------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError
 from ..kkt.extraction import ExtractionOptions
 from ..kkt.problem import Problem
+from ..values import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,14 @@ def check_search(extraction: Any) -> None:
     """Check what says how many candidates are searched, and where; raises ConfigError."""
     steepness, span = extraction.steepness, extraction.span
     count, multiple = extraction.candidates, extraction.multiple
-    if steepness is not None and not (_is_number(steepness) and steepness > 0):
+    if steepness is not None and not (is_number(steepness) and steepness > 0):
         raise ConfigError(f"attack.extraction.steepness={steepness} is not possible; valid: empty, or above 0.")
-    if count is not None and (not isinstance(count, int) or count < 1):
+    if count is not None and (not is_whole(count) or count < 1):
         raise ConfigError(f"attack.extraction.candidates={count} is not possible; valid: empty, or 1, 2, ...")
-    if count is None and not (_is_number(multiple) and multiple > 0):
+    if count is None and not (is_number(multiple) and multiple > 0):
         raise ConfigError(f"attack.extraction.multiple={multiple} is not possible; valid: a number above 0.")
-    if span not in ("auto", "full") and (isinstance(span, bool) or not isinstance(span, int) or span < 1):
+    if span not in ("auto", "full") and (not is_whole(span) or span < 1):
         raise ConfigError(f"attack.extraction.span={span} is not possible; valid: auto, full, or 1, 2, ...")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def report_span(problem: Problem, number: int, chosen: str | int, count: int) -> None:

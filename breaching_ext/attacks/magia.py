@@ -18,20 +18,20 @@ import torch
 
 from ..errors import ConfigError, SharedDataError
 from ..matching.candidate_order import GroupAnyOrder
-from ..matching.client import matched_parameters, unscripted
+from ..matching.client import matched_parameters, twice_differentiable, unscripted
 from ..matching.heap import keeping_freed_memory
 from ..matching.magia_engine import MagiaEngine
 from ..matching.randomness import CandidateStreams
 from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
 from ..regularizers import GroupRegularization
-from . import checks
 from .candidate_choice import Target
 from .joint_candidates import JointCandidateAttacker
 from .joint_loop import JointLoop, LoopResult
 from .magia_choice import MagiaChoice
 from .magia_options import MagiaOptions
 from .observation import own_copy
+from .shared_data_checks import check_initial_data, check_shared_data
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             return GroupAnyOrder(self.setup, **options)
         return super()._build_regularizer(key, options)
 
+    @twice_differentiable()
     def reconstruct(
         self,
         server_payload: Sequence[dict] | dict,
@@ -109,7 +110,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         """
         target, stats, classes = self._prepare(server_payload, shared_data)
         if initial_data is not None:
-            checks.check_initial_data(initial_data, self.cfg.restarts.num_trials, target.shape)
+            check_initial_data(initial_data, self.cfg.restarts.num_trials, target.shape)
             self._say_grid()
         self._say_sizes(target.shape[0])
         streams = self._streams()
@@ -130,7 +131,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         shared = [shared_data] if isinstance(shared_data, dict) else list(shared_data)
         if payload[0]["metadata"].get("modality", "vision") != "vision":
             raise SharedDataError("magia reconstructs images; valid: metadata modality 'vision'.")
-        checks.check_shared_data(self.model_template, payload, shared, "text")  # "text": labels are not looked at
+        check_shared_data(self.model_template, payload, shared, "text")  # "text": labels are not looked at
         if len(shared) != 1:
             raise SharedDataError(f"magia attacks the gradient of one query, there are {len(shared)}.")
         if shared[0]["metadata"]["local_hyperparams"] is not None:
@@ -143,8 +144,9 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         labels = torch.zeros(shape[0], dtype=torch.long, device=self.setup["device"])
         with torch.no_grad():
             output = models[0](torch.zeros(shape, **self.setup))  # as many as there are: batch norm may need several
-        if output.dim() != 2:
-            raise SharedDataError(f"The model's output has shape {tuple(output.shape)}; valid: (B, classes).")
+        if not isinstance(output, torch.Tensor) or output.dim() != 2:
+            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise SharedDataError(f"The model's output is {found}; valid: a tensor (B, classes).")
         return Target(models, device_shared, labels, shape), stats, output.shape[1]
 
     def _recover_label_information(self, *args: Any, **kwargs: Any) -> None:

@@ -23,12 +23,15 @@ class MagiaChoice:
     _consensus: Callable[[torch.Tensor], torch.Tensor]
     _score_candidates: Callable[..., torch.Tensor]
     _score_trial: Callable[..., torch.Tensor]
+    _count_alignments: Callable[[dict[str, Any]], None]
+    _alignments: list[int]
 
     def _finish(
         self, candidates: torch.Tensor, probabilities: torch.Tensor, target: Target, stats: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Score with each candidate's own labels, and choose; the ground truth plays no part in it."""
         never = [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]  # still at their start
+        self._alignments = [0, 0]
         scores = self._scores(candidates, probabilities, target, never)
         best = int(scores.argmin())
         data = self._select_optimal_reconstruction(list(candidates), scores, stats)
@@ -38,6 +41,7 @@ class MagiaChoice:
             orders = {n: aligned_to(candidates[best], candidates[n]) for n in finite}
             data = self._consensus(torch.stack([candidates[n][orders[n]] for n in finite]))
             chosen = torch.stack([probabilities[n][orders[n]] for n in finite]).mean(dim=0)
+        self._count_alignments(stats)
         return {
             "data": data,
             "labels": chosen.argmax(dim=-1),

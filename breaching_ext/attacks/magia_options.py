@@ -86,7 +86,9 @@ class MagiaOptions:
                 schedule=_schedule(subset),
                 annealing=Annealing(_number(prior, "image_prior.weight", 0.001), first),
                 optimizer=_optimizer(optim),
-                pyramid=Pyramid(tuple(grids.get("factors", (4, 2, 1))), tuple(grids.get("shares", (0.25, 0.3)))),
+                pyramid=Pyramid(
+                    _several(grids, "pyramid.factors", (4, 2, 1)), _several(grids, "pyramid.shares", (0.25, 0.3))
+                ),
                 prior_kind=kind,
                 chroma=chroma,
                 eps=eps,
@@ -141,6 +143,13 @@ def _number(part: Mapping[str, Any], name: str, default: float | None = None) ->
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name}={value} is not possible; valid: a number.")
     return float(value)
+
+
+def _several(part: Mapping[str, Any], name: str, default: tuple) -> tuple:
+    value = part.get(name.rsplit(".", 1)[-1], default)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f"{name}={value} is not possible; valid: a list of numbers, as {list(default)}.")
+    return tuple(value)
 
 
 def _whole(part: Mapping[str, Any], name: str, default: int) -> int:

@@ -56,6 +56,8 @@ class SequentialTrials(OptimizationBasedAttacker):
             log.warning("Interrupted in candidate %d of %d: the others were not run.", len(candidates), trials)
         stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=self._closure_calls)
         stats["interrupted"] = bool(interrupted)
+        never = [n for n in range(len(candidates)) if not stats.get(f"Trial_{n}_Val")]  # not finite at their start
+        stats["candidate_failures"] = dict.fromkeys(never, 0)
         return torch.stack(candidates)
 
     def _run_trial(self, rec_model: Any, shared_data: Any, labels: Any, stats: Any, *args: Any, **kwargs: Any) -> Any:

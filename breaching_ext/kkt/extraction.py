@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ConfigError, unknown
+from ..values import is_number, is_whole
 from .problem import Problem
 
 log = logging.getLogger(__name__)
@@ -62,14 +63,16 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optim.optimizer", self.optimizer, OPTIMIZERS)
-        if not isinstance(self.steps, int):
-            raise ConfigError(f"steps={self.steps} is not possible; valid: a whole number.")
-        for name in ("steps", "lr", "lr_lambda", "init_scale", "lambda_init"):
-            if not (getattr(self, name) or 0) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not possible; valid: above 0.")
+        if not is_whole(self.steps) or self.steps < 1:
+            raise ConfigError(f"optim.max_iterations={self.steps} is not possible; valid: 1, 2, 3, ...")
+        for name in ("lr", "lr_lambda", "init_scale", "lambda_init"):
+            value = getattr(self, name)
+            if not is_number(value) or not value > 0:
+                raise ConfigError(f"extraction.{name}={value} is not possible; valid: a number above 0.")
         for name in ("lr_slack", "slack", "box_weight", "lambda_weight", "lambda_min"):
-            if getattr(self, name) is None or not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not possible; valid: 0 or more.")
+            value = getattr(self, name)
+            if not is_number(value) or not value >= 0:
+                raise ConfigError(f"extraction.{name}={value} is not possible; valid: a number from 0.")
 
 
 @dataclass

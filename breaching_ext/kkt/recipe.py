@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..values import is_number, is_whole
 from .models import HomogeneousNetwork
 
 
@@ -42,15 +43,18 @@ class Recipe:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("first_layer_std", "head_scale", "lr", "target_loss", "max_steps", "check_every"):
-            if not (getattr(self, name) or 0) > 0:
-                raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: above 0.")
+        for name in ("first_layer_std", "head_scale", "lr", "target_loss"):
+            value = getattr(self, name)
+            if not is_number(value) or not value > 0:
+                raise ConfigError(f"training.{name}={value} is not possible; valid: a number above 0.")
         for name in ("weight_decay", "target_residual"):
-            if getattr(self, name) is None or not getattr(self, name) >= 0:
-                raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: 0 or more.")
+            value = getattr(self, name)
+            if not is_number(value) or not value >= 0:
+                raise ConfigError(f"training.{name}={value} is not possible; valid: a number from 0.")
         for name in ("max_steps", "check_every"):
-            if not isinstance(getattr(self, name), int):
-                raise ConfigError(f"training.{name}={getattr(self, name)} is not possible; valid: a whole number.")
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise ConfigError(f"training.{name}={value} is not possible; valid: 1, 2, 3, ...")
         if self.dtype not in ("auto", "float", "float32", "double", "float64"):
             raise ConfigError(f"training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
 

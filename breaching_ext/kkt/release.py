@@ -179,6 +179,8 @@ def load_checkpoint(model: HomogeneousNetwork, path: str | Path) -> None:
     found = {name: tensor for name, tensor in state.items() if name in own or name.startswith(("layers.", "features."))}
     if {k: tuple(v.shape) for k, v in found.items()} != {k: tuple(v.shape) for k, v in own.items()}:
         raise ConfigError(f"{path} holds {_shapes(found or state)}; the network needs {_shapes(own)}.")
+    if "mean" in state and state["mean"].numel() != model.mean.numel():
+        raise ConfigError(f"{path} holds mean {tuple(state['mean'].shape)}; the network needs {tuple(model.shape)}.")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])

@@ -186,6 +186,11 @@ def _loop(descent: Descent, recipe: Recipe, checkpoint: Path | None, progress: b
     key = repr((asdict(recipe), shapes, _digest(descent.images, descent.labels, descent.model.mean)))
     start = _resume(descent, checkpoint, key)
     report = TrainingReport(start, math.nan, math.nan, 0.0, False)
+    if start >= recipe.max_steps:  # it was killed after its last step
+        descent.write_back()
+        with torch.no_grad():
+            value = log_loss(descent.labels * descent.model(descent.images)[:, 0])
+        _check(descent, recipe, report, start, float(value))
     bar = tqdm(
         total=recipe.max_steps, initial=start, desc="training", disable=None if progress is None else not progress
     )

@@ -54,7 +54,10 @@ def run(cfg: Any) -> list[Path]:
     finally:  # also where a cell fails: those before it are there
         ladder = Ladder.open(cfg.out, settings)
         if len(ladder.rows) > len(before.rows) or not ladder.missing():
-            files = write_report(ladder.rows, cfg.out, settings.ceiling, ladder.images)
+            if ladder.lost_images:
+                log.warning("pictures.png is not drawn anew: the images of earlier cells are not in %s.", cfg.out)
+            images = {} if ladder.lost_images else ladder.images
+            files = write_report(ladder.rows, cfg.out, settings.ceiling, images)
             log.info("Wrote %s.", ", ".join(map(str, files)))
     if ladder.missing():
         raise KeyboardInterrupt

@@ -94,6 +94,12 @@ class Ladder:
         done = {_key(row) for row in self.rows}
         return [cell for cell in plan(self.settings) if _key(asdict(cell)) not in done]
 
+    @property
+    def lost_images(self) -> bool:
+        """Whether rows are there without their images: a picture of the others would lack them."""
+        of_one_seed = [row for row in self.rows if row["seed"] == self.rows[0]["seed"]]
+        return any(label(row) not in self.images for row in of_one_seed)
+
     def add(self, row: dict[str, Any], images: torch.Tensor, device: torch.device) -> None:
         """Append a row and write the file; images (B, C, H, W) in [0, 1] are kept for the seed that came first."""
         if row["seed"] == (self.rows or [row])[0]["seed"]:

@@ -59,6 +59,7 @@ class Settings:
         model: a key of `MODELS`.
         layers: names of the adapted layers; empty takes the model's own.
         phases, ranks, starts, seeds: which cells to run.
+        methods: of each phase's `METHODS` those to run; empty takes all.
         scale: s of the adapters, peft's lora_alpha / r, the same for all ranks and layers.
         batch: photos of a client.
         public: photos that the learned decoder is trained on.
@@ -80,6 +81,7 @@ class Settings:
     local_lr: float
     ceiling: float
     attack: Any
+    methods: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: Any) -> Settings:
@@ -102,6 +104,7 @@ class Settings:
             local_lr=_number("local_lr", cfg.local_lr),
             ceiling=_number("ceiling", cfg.ceiling),
             attack=cfg.attack,
+            methods=tuple(_list(cfg.get("methods") or ())),
         )
         settings.check()
         return settings
@@ -114,6 +117,8 @@ class Settings:
             check_layers(build_model(self.model, 0), self.layers)
         _check_each("phases", self.phases, METHODS)
         _check_each("starts", self.starts, STARTS)
+        possible = [method for phase in self.phases for method in METHODS[phase]]
+        _check_each("methods", self.methods, dict.fromkeys(possible))
         for rank in self.ranks:
             if rank != "full" and not _counts(rank):
                 raise ConfigError(f"ranks={rank!r} is not possible; valid: 1, 2, 3, ... or 'full'.")
@@ -164,8 +169,9 @@ def plan(settings: Settings) -> list[Cell]:
 
 def _arms(phase: int, settings: Settings) -> list[tuple[str, str, int | str]]:
     """Return (method, start, rank) of a phase, those without an adapter first."""
-    rankless = [(method, "-", "-") for method in METHODS[phase] if (phase, method) in RANKLESS]
-    methods = [method for method in METHODS[phase] if (phase, method) not in RANKLESS]
+    chosen = [method for method in METHODS[phase] if method in settings.methods or not settings.methods]
+    rankless = [(method, "-", "-") for method in chosen if (phase, method) in RANKLESS]
+    methods = [method for method in chosen if (phase, method) not in RANKLESS]
     return rankless + [(m, start, rank) for start in settings.starts for m in methods for rank in settings.ranks]
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch.func import functional_call, grad_and_value
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .normalization import AffineBatchNorm
+
+#: Within it attention is a row of plain operations: the fused kernels that torch takes otherwise have no second
+#: derivative, and every matching needs one. It decorates functions, too.
+twice_differentiable = partial(sdpa_kernel, SDPBackend.MATH)
 
 #: (data (B, ...), labels) -> (one tensor for every matched parameter, task loss)
 ClientUpdate = Callable[[torch.Tensor, torch.Tensor], tuple[tuple[torch.Tensor, ...], torch.Tensor]]

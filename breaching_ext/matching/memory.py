@@ -55,11 +55,12 @@ def show_bytes(value: float) -> str:
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that this process may still take on a device; None where nobody knows.
 
-    On a CPU, processes that torchrun started on this machine share its memory equally.
+    Processes that torchrun started on this machine share its memory, or a GPU's, equally.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        ours = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return ours // -(-local_processes() // torch.cuda.device_count())  # where processes outnumber the GPUs
     if device.type != "cpu":
         return None
     ram = free_ram()
@@ -113,6 +114,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any,
     library takes inside one operation (a convolution's workspace) is not seen there.
     """
     if device.type == "cuda":
+        function()  # the first call also takes what libraries keep, and what kernels are chosen with
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -87,7 +87,8 @@ def advance(engine: CandidateEngine, iteration: int, track: Track) -> Advance:
         track.forget_values()
     if track.box is not None:
         _project(engine, track.box, None if track.whole else track.alive)  # None: all, which needs no mask
-    _keep_best(engine, values if rankings is None else rankings, values.isfinite(), track, before)
+    ranked = values if rankings is None else rankings  # these are of the points `before`, whatever the step then did
+    _keep_best(engine, ranked, ranked.isfinite(), track, before)
     failed = track.alive & ~values.isfinite()
     if bool(failed.any()):
         track.alive, track.whole = track.alive & ~failed, False

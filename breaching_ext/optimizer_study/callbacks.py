@@ -16,10 +16,10 @@ class MergeResults(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Merge the results below the study's folder."""
-        from .merging import merge_results
+        from .merging import folders_to_merge, merge_results
 
         try:
-            files = merge_results([*(config.sources or []), config.out], config.out)
+            files = merge_results(folders_to_merge(config.sources, config.out), config.out)
         except Exception as error:  # Hydra makes a warning of what a callback raises, and ends as if all were well
             log.error("The results are not merged: %s", error)
             raise SystemExit(1) from error

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .config import require_choice
-from .merging import merge_results
+from .merging import folders_to_merge, merge_results
 from .protocol import Protocol, select_variants
 from .study import run_study
 
@@ -63,6 +63,7 @@ def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
         FileNotFoundError: If Fashion-MNIST, or a result to merge, is not at hand.
     """
     require_choice("action", cfg.action, ACTIONS)
+    folders = folders_to_merge(_plain(cfg.sources), cfg.out)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if cfg.action == "run":
@@ -71,7 +72,7 @@ def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
         run_study(cfg.out, variants, seeds if isinstance(seeds, list) else [seeds], protocol_of(cfg), cfg.progress)
     if not merge:
         return []
-    files = merge_results([*(cfg.sources or []), cfg.out], cfg.out)
+    files = merge_results(folders, cfg.out)
     log.info("Wrote %s.", ", ".join(map(str, files)))
     return files
 

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Literal
 
+from ..values import is_whole
+
 Decay = Literal["l2", "schedule", "lr"]
 FactoredDims = Literal["largest", "last"]
 SecondMoment = Literal["none", "full", "factored"]
@@ -154,7 +156,8 @@ class Budget:
     def __post_init__(self) -> None:
         """Reject values below one (ValueError)."""
         for key in ("points", "batch_size", "epochs"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "a whole number >= 1")
+            value = getattr(self, key)
+            require(is_whole(value) and value >= 1, key, value, "a whole number >= 1")
 
     @property
     def steps_per_epoch(self) -> int:

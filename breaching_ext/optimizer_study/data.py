@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import shutil
 import struct
@@ -73,12 +74,15 @@ def images_of(data: Dataset | Tensor) -> Tensor:
     """The inputs of a dataset (its items or their first entries), or a tensor as it is, as (n, …).
 
     Raises:
-        ValueError: If there is no item.
+        ValueError: If there is no item, or items are no tensors.
     """
     if not isinstance(data, Tensor):
         items = [data[index] for index in range(len(data))]  # type: ignore[arg-type]
         require(bool(items), "data", "an empty dataset", "a dataset with at least one item")
-        data = torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
+        inputs = [item[0] if isinstance(item, (tuple, list)) else item for item in items]
+        kinds = sorted({type(item).__name__ for item in inputs if not isinstance(item, Tensor)})
+        require(not kinds, "data", f"a dataset of {', '.join(kinds)}", "one of tensors (give it transform=ToTensor())")
+        data = torch.stack(inputs)
     require(len(data) > 0, "data", tuple(data.shape), "a tensor with at least one item")
     return data
 
@@ -146,9 +150,13 @@ def _read_bytes(root: Path, name: str, dimensions: int) -> Tensor:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to get it anew.") from error
-    magic, *shape = struct.unpack(f">{dimensions + 1}I", raw[: 4 * (dimensions + 1)])
+    header = 4 * (dimensions + 1)
+    magic, *shape = struct.unpack(f">{dimensions + 1}I", raw[:header].ljust(header, b"\0"))
     require(magic == _MAGIC + dimensions, "data.folder", str(path), "a folder with Fashion-MNIST's idx files")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 * (dimensions + 1)).reshape(shape).copy())
+    expected = header + math.prod(shape)
+    if len(raw) != expected:
+        raise ValueError(f"{path} is damaged ({len(raw)} bytes, not {expected}); delete it to get it anew.")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
 def _prepare(images: Tensor, key: str, size: int | None, pool: int) -> Tensor:

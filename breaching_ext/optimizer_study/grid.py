@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..values import is_whole
 from .clock import Spent
 from .config import Budget, require
 from .data import images_of
@@ -103,13 +104,21 @@ def run_grid(
         f"shaped like {inputs.shape[1:]}",
     )
     if isinstance(model, str):
+        valid = "images (n, 1, S, S) for a model that is named"
+        require(inputs.dim() == 4 and inputs.shape[1] == 1, "train", tuple(inputs.shape), valid)
+        require(inputs.shape[2] == inputs.shape[3], "train", tuple(inputs.shape), valid)
         model = create_model(model, inputs.shape[-1], seed)
     _check_model(model)
-    require(chunk is None or chunk >= 1, "chunk", chunk, "a whole number >= 1, or None")
+    require(chunk is None or (is_whole(chunk) and chunk >= 1), "chunk", chunk, "a whole number >= 1, or None")
+    require(is_whole(seed), "seed", seed, "a whole number")
+    rates = variant.create_schedule(epochs, schedule, **(schedule_options or {}))
+    for epoch in sample_epochs:
+        valid = f"whole numbers from 1 to {rates.epochs}, the length of the run"
+        require(is_whole(epoch) and 1 <= epoch <= rates.epochs, "sample_epochs", list(sample_epochs), valid)
     parameter = next(model.parameters())
     task = TrainingTask(
         variant=variant,
-        schedule=variant.create_schedule(epochs, schedule, **(schedule_options or {})),
+        schedule=rates,
         budget=Budget(len(inputs), batch_size, epochs),
         model=model,
         train=inputs.to(parameter),
@@ -207,7 +216,7 @@ class _Grid:
         valid = (
             "a file of this run, or a new one: it holds an unfinished run of other settings, model or data (delete it)"
         )
-        require(saved["fingerprint"] == self.fingerprint, "checkpoint", str(self.checkpoint), valid)
+        require(saved.get("fingerprint") == self.fingerprint, "checkpoint", str(self.checkpoint), valid)
         self.spent.before = {name: saved.get(name, 0.0) for name in self.spent.before}
         results = [GridSearchResult.from_dict(values) for values in saved["results"]]
         return {result.cell: result for result in results}  # of other cells, too: they stay in the file

@@ -14,6 +14,18 @@ from .summary import merge_seeds, summarize, write_tables
 from .variants import VARIANTS
 
 
+def folders_to_merge(sources: str | Sequence[str] | None, out: str | Path) -> list[str | Path]:
+    """The folders that a configuration's ``sources`` and ``out`` name; one source may stand without a list.
+
+    Raises:
+        ValueError: If a source is no folder: a study would be merged without it.
+    """
+    folders = [sources] if isinstance(sources, str) else list(sources or [])
+    for folder in folders:
+        require(Path(folder).is_dir(), "sources", folder, "a folder, or a list of folders")
+    return [*folders, out]
+
+
 def load_results(folders: Iterable[str | Path], beyond: bool = False) -> list[OptimizerExperiment]:
     """All grids below some folders, in the order of variants and seeds; the same file name counts once.
 

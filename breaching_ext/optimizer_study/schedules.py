@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 
+from ..values import is_whole
 from .config import require, require_choice
 
 SCHEDULES: tuple[str, ...] = ("fixed", "step_drop", "cosine", "warm_restarts")
@@ -33,7 +34,7 @@ class LRScheduler(ABC):
         Raises:
             ValueError: If ``epochs`` is below one.
         """
-        require(epochs >= 1, "epochs", epochs, "a whole number >= 1")
+        require(is_whole(epochs) and epochs >= 1, "epochs", epochs, "a whole number >= 1")
         self.epochs = epochs
 
     @abstractmethod
@@ -128,10 +129,9 @@ class WarmRestarts(LRScheduler):
         Raises:
             ValueError: If a number is below one or ``end`` is unknown.
         """
-        require(t0 >= 1, "t0", t0, "a whole number >= 1")
-        require(t_mult >= 1, "t_mult", t_mult, "a whole number >= 1")
+        for key, value in (("t0", t0), ("t_mult", t_mult), ("epochs", epochs)):
+            require(is_whole(value) and value >= 1, key, value, "a whole number >= 1")
         require_choice("end", end, RESTART_ENDS)
-        require(epochs >= 1, "epochs", epochs, "a whole number >= 1")
         self.t0, self.t_mult = t0, t_mult
         below, above = self._around(epochs)
         super().__init__({"down": below or epochs, "up": above, "exact": epochs}[end])

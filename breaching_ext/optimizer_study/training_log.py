@@ -23,7 +23,8 @@ class TrainingLog:
     Attributes:
         epoch_train_losses: Mean batch loss of each epoch.
         epoch_test_losses: Test loss after each epoch.
-        epoch_seconds: Wall time of each epoch (training and test); members of a stack share it equally.
+        epoch_seconds: Wall time of each epoch (training and test); members of a stack share it equally. Result files
+            hold it only where they hold steps or samples.
         runtime_seconds: Sum of the same, with start-up and compilation shared equally.
         step_losses: Batch loss of every step (optional).
         step_grad_norms: Gradient norm of every step, before weight decay (optional).

@@ -103,8 +103,10 @@ class GroupRegularization(torch.nn.Module):
             ("warmup_iters", warmup_iters, 0),
             ("update_every", update_every, 1),
         ):
-            if not value >= least:
-                raise ConfigError(f"regularization.group_regularization.{key}={value} is too small; valid: >= {least}.")
+            if not isinstance(value, (int, float)) or not value >= least:
+                raise ConfigError(
+                    f"regularization.group_regularization.{key}={value} is not possible; valid: >= {least}."
+                )
             if key != "scale" and not float(value).is_integer():
                 raise ConfigError(f"regularization.group_regularization.{key}={value} is not a whole number.")
         self.setup = setup

@@ -149,6 +149,9 @@ def run_experiment(config: dict[str, Any]) -> Report:
     if set(arguments) != expected:
         wrong = sorted(set(arguments) ^ expected)
         raise SSIGDError(f"keys {wrong} are unknown to or missing for experiment={name!r}; expected {sorted(expected)}")
+    for key in sorted(expected):
+        if str(run.__annotations__[key]).startswith("list") and not isinstance(arguments[key], list):
+            raise SSIGDError(f"{key}={arguments[key]!r} is not a list; expected for example [{arguments[key]}]")
     report = run(**arguments)
     report.summary.update(config=config, versions=versions(), device="cpu")
     return report

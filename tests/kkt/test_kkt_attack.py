@@ -158,9 +158,11 @@ def test_a_stopped_extraction_goes_on_bit_for_bit(victim, tmp_path, monkeypatch)
         (["restarts.num_trials=0"], "restarts.num_trials=0"),
         (["+extraction.magic=1"], "magic"),
         (["optim.optimizer=lion"], "optim.optimizer"),
-        (["extraction.lr=0"], "lr=0"),
+        (["extraction.lr=0"], r"extraction\.lr=0 is not possible"),
+        (["extraction.lr=fast"], r"extraction\.lr=fast is not possible; valid: a number above 0"),
+        (["optim.max_iterations=0"], r"optim\.max_iterations=0 is not possible"),
     ],
-    ids=["restarts", "key", "optimizer", "rate"],
+    ids=["restarts", "key", "optimizer", "rate", "word", "steps"],
 )
 def test_a_config_that_cannot_work(victim, overrides, words):
     with pytest.raises(ConfigError, match=words):
@@ -255,6 +257,13 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         load_checkpoint(MLP(SHAPE, (9,)), file)
     with pytest.raises(ConfigError, match=r"layers.0.weight \(8, 36\)"):
         network_from_checkpoint(file, (1, 5, 5))
+    state = MLP(SHAPE, (9,)).state_dict()
+    torch.save({**state, "mean": torch.zeros(3)}, file)
+    target = MLP(SHAPE, (9,))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"mean \(3,\); the network needs \(1, 6, 6\)"):
+        load_checkpoint(target, file)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     torch.save({"epoch": 3}, file)
     with pytest.raises(ConfigError, match="no state dict"):
         load_checkpoint(MLP(SHAPE, (9,)), file)
@@ -435,7 +444,12 @@ def test_a_client_that_does_not_say_how_many_images_is_refused_before_the_traini
 
 
 def test_a_network_of_other_images_is_doubted(folder, tmp_path, caplog):
+    torch.manual_seed(0)
     model = build_network("kkt-mlp-40", (1, 28, 28))
+    data = release_of(composed(folder, "case.training.max_steps=1"))[2]
+    with torch.no_grad():  # more than half of its answers are wrong
+        right = (model(data["data"].float())[:, 0] * (2 * data["labels"] - 1) > 0).float().mean()
+        model.layers[-1].weight.mul_(-1 if right > 0.5 else 1)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     record = run(composed(folder, f"case.training.weights={tmp_path / 'weights.pt'}")).record
     assert record["training"]["misclassified"] > 0
@@ -448,9 +462,11 @@ def test_a_network_of_other_images_is_doubted(folder, tmp_path, caplog):
         (["case.user.num_data_points=0"], "num_data_points=0"),
         (["case.training.weights=/nothing.pth"], "does not exist"),
         (["+case.training.magic=1"], "magic"),
+        (["case.training.lr=fast"], "training.lr=fast is not possible; valid: a number above 0"),
+        (["case.training.max_steps=2.5"], "training.max_steps=2.5 is not possible"),
         (["case.model=ResNet18"], "kkt-mlp"),
     ],
-    ids=["n0", "weights", "key", "model"],
+    ids=["n0", "weights", "key", "word", "part", "model"],
 )
 def test_errors_are_one_line(folder, overrides, words):
     breaching_ext.register()

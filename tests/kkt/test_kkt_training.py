@@ -224,8 +224,12 @@ def test_a_trained_network_is_not_lost_before_it_is_kept(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_or_load(network(), images, labels, recipe, file)
     assert (tmp_path / "network.part.pt").exists()
-    train_or_load(network(), images, labels, recipe, file)
+    found = train_or_load(network(), images, labels, recipe, file)
     assert [path.name for path in tmp_path.iterdir()] == ["network.pt"]
+    whole = train(network(), images, labels, recipe, progress=False)
+    assert found.steps == whole.steps == 20
+    assert found.residual == pytest.approx(whole.residual)
+    assert 0 < found.loss < whole.loss  # that is of the point before the last step
 
 
 def test_a_training_that_ends_early_leaves_a_network_that_works(monkeypatch):

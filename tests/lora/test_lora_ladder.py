@@ -63,6 +63,17 @@ def test_the_plan_begins_with_the_cheapest_falsifying_experiment():
     assert len(set(cells)) == len(cells)
 
 
+def test_the_ways_to_attack_can_be_chosen():
+    cells = plan(settings("phases=[0,1,2]", "methods=[full,whiten]", "ranks=[1,2]"))
+    assert [(cell.phase, cell.method, cell.rank) for cell in cells] == [
+        (0, "full", "-"),
+        (1, "whiten", 1),
+        (1, "whiten", 2),
+    ]
+    with pytest.raises(ConfigError, match="Unknown methods='decode'; valid: full, match, whiten"):
+        settings("phases=[0,1]", "methods=[decode]")
+
+
 @needs_peft
 def test_a_tiny_ladder_resumes_and_reports(tmp_path, monkeypatch):
     chosen = settings()
@@ -111,6 +122,17 @@ def test_pictures_are_of_the_seed_that_came_first(tmp_path):
     assert len(first) == 1
     later = run_ladder(settings("phases=[0]", "seeds=[0,1]"), tmp_path).images
     assert torch.equal(later["0 full - -"], first["0 full - -"])
+
+
+@needs_peft
+def test_cells_without_their_images_leave_the_picture_of_all_alone(tmp_path, caplog):
+    """Images are not published with the rows: whoever runs further cells has not got those of the others."""
+    cli.run(config("phases=[0]", "seeds=[0]", f"out={tmp_path}"))
+    (tmp_path / "images.pt").unlink()
+    (tmp_path / "pictures.png").write_text("of all cells")
+    cli.run(config("phases=[0,1]", "ranks=[1]", "starts=[zero]", "seeds=[0]", f"out={tmp_path}"))
+    assert (tmp_path / "pictures.png").read_text() == "of all cells"
+    assert "pictures.png is not drawn anew" in caplog.text
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from cases import MEAN, STD, attack_config, build_model, loss, observed, photos
 
 from breaching_ext.attacks import MagiaAttacker, observe
+from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.matching.candidate_order import GroupAnyOrder, aligned_to
@@ -174,6 +175,45 @@ def test_one_channel_images_and_a_users_own_model():
     assert result["data"].shape == images.shape
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package handles it."""
+
+
+@pytest.mark.parametrize("moment", ["in step 4", "while settling"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, moment):
+    options = ["restarts.num_trials=2", "restarts.seed=1", "subset.term=residual", "pyramid.factors=[2,1]"]
+    options += ["pyramid.shares=[0.5]", "optim.inner_iterations=3"]
+    keep = [f"impl.checkpoint_path={tmp_path / 'c.pt'}", "impl.checkpoint_every=1"]
+    whole, whole_stats, *_ = reconstruct(*options, iterations=5)
+    original, done = JointLoop._iterate, []
+
+    def killed(self, iteration, bar):
+        if moment == "in step 4" and iteration == 4:
+            raise Killed
+        return original(self, iteration, bar)
+
+    def counted(self, iteration, bar):
+        done.append(iteration)
+        return original(self, iteration, bar)
+
+    def settling(*args):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JointLoop, "_iterate", killed)
+        if moment == "while settling":
+            patched.setattr("breaching_ext.attacks.joint_loop.settle", settling)
+        with pytest.raises(Killed):
+            reconstruct(*options, *keep, iterations=5)
+    monkeypatch.setattr(JointLoop, "_iterate", counted)
+    resumed, stats, *_ = reconstruct(*options, *keep, iterations=5)
+    assert done == [4]
+    for key in ("candidates", "candidate_labels", "candidate_scores", "data"):
+        assert torch.equal(resumed[key], whole[key])
+    assert stats["Trial_1_Val"] == whole_stats["Trial_1_Val"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupting_returns_the_best_so_far(monkeypatch):
     from breaching_ext.matching.magia_engine import MagiaEngine
 
@@ -231,6 +271,8 @@ def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
         ("subset.rescaling=binomial", "none, ratio, variance"),
         ("subset.redraw=often", "step, closure"),
         ("image_prior.kind=sobolev", "color, anisotropic"),
+        ("pyramid.factors=1", r"pyramid\.factors=1 is not possible; valid: a list"),
+        ("pyramid.shares=null", r"pyramid\.shares=None is not possible; valid: a list"),
         ("image_prior.weight=-1", "last=-1"),
         ("image_prior.eps=0", "image_prior.eps=0"),
         ("image_prior.chroma=-1", "image_prior.chroma=-1"),

@@ -213,6 +213,23 @@ def test_a_step_that_ends_far_away_does_not_take_the_best_point_with_it():
     assert all(torch.equal(best, point) for best, point in zip(track.best, good, strict=True))
 
 
+def test_a_candidate_that_fails_within_a_step_stays_where_the_step_began():
+    """That point was evaluated, and is better than where the run started."""
+    objective, starts = matching()
+    made = engine(objective, starts, pyramid=ONE_GRID, iterations=4)
+    track = Track.start(made.parameters)
+    advance(made, 0, track)
+    good, run_optimizer = made.parameters, made._run_optimizer
+
+    def failing(iteration, done):
+        return torch.full_like(run_optimizer(iteration, done), float("nan"))
+
+    made._run_optimizer = failing
+    assert advance(made, 1, track).failed.all()
+    for found in (track.best, made.parameters):
+        assert all(torch.equal(best, point) for best, point in zip(found, good, strict=True))
+
+
 def test_annealing_is_geometric_and_can_be_off():
     annealing = Annealing(0.01, 1.0)
     assert [annealing.at(p) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.1, 0.01, 0.01])

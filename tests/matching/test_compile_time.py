@@ -51,8 +51,10 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(compile_time, "cores", lambda: 2)
 
 
-def test_the_second_process_leaves_what_torch_looks_for():
+def test_the_second_process_leaves_what_torch_looks_for(tmp_path, monkeypatch):
     """With this torch: its options are known to it, it ends well, and torch's cache says what it found."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert not compile_time._was_here()
     assert compile_time.start_ahead(options_on_a_cpu()).wait(300) == 0
     assert compile_time._was_here()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch.utils.data import TensorDataset
 
 from breaching_ext.optimizer_study import cli, merging, study
@@ -237,6 +238,19 @@ def test_options_that_are_the_models_own_change_no_study(folder, tmp_path, monke
     assert run_study(tmp_path, ["A1"], [1], small(folder, model_options={"latent": 16, "hidden": 64}), progress=False)
 
 
+def test_one_source_needs_no_list_and_every_source_is_a_folder(tmp_path, monkeypatch):
+    """A name that is wrong would be left out without a word; a text is not a list of letters."""
+    seen = []
+    monkeypatch.setattr(cli, "merge_results", lambda folders, out: seen.append(list(folders)) or [])
+    cfg = OmegaConf.create({"action": "merge", "threads": None, "out": "here", "sources": str(tmp_path)})
+    cli.run(cfg)
+    cli.run(OmegaConf.merge(cfg, {"sources": [str(tmp_path), str(tmp_path)]}))
+    cli.run(OmegaConf.merge(cfg, {"sources": None}))
+    assert seen == [[str(tmp_path), "here"], [str(tmp_path), str(tmp_path), "here"], ["here"]]
+    with pytest.raises(ValueError, match="sources='nowhere'"):
+        cli.run(OmegaConf.merge(cfg, {"sources": [str(tmp_path), "nowhere"]}))
+
+
 def test_variants_of_different_studies_are_not_merged(folder, tmp_path):
     run_study(tmp_path / "one", ["A1"], [1], small(folder), progress=False)
     run_study(tmp_path / "two", ["B3"], [1], small(folder, train_size=24), progress=False)
@@ -302,6 +316,14 @@ def test_a_download_is_whole_or_absent(folder, tmp_path, monkeypatch):
     assert len(load_fashion_mnist()[0]) == 40
 
 
+@pytest.mark.parametrize("kept", [0, 9, 700])
+def test_a_truncated_plain_file_is_named(folder, kept):
+    path = folder / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte"):
+        load_fashion_mnist(folder)
+
+
 def test_a_damaged_file_is_named(folder):
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:1000])
@@ -320,6 +342,32 @@ def test_a_setting_that_no_variant_has_is_refused(folder, tmp_path, changes, wor
     with pytest.raises(ValueError, match=words):
         run_study(tmp_path, ["B3"], [1], small(folder, **changes), progress=False)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_variants_are_those_of_the_study():
+    """Kind, decay, normalized, momentum of Adafactor, schedule: what tells one variant from another."""
+    found = {
+        name: (
+            type(v.config).__name__,
+            getattr(v.config, "decay", None),
+            getattr(v.config, "normalized_decay", None),
+            getattr(v.config, "beta1", None),
+            v.schedule,
+        )
+        for name, v in VARIANTS.items()
+    }
+    schedules = ("fixed", "step_drop", "cosine", "warm_restarts")
+    adamw = {f"B{i + 1}": ("AdamWConfig", "schedule", i > 3, 0.9, schedules[i % 4]) for i in range(8)}
+    assert found == {
+        "A1": ("AdamWConfig", "l2", False, 0.9, "cosine"),
+        "A2": ("OptimizerConfig", "l2", False, 0.9, "cosine"),
+        **adamw,
+        "C1": ("AdafactorConfig", "l2", False, 0.0, "fixed"),
+        "C2": ("AdafactorConfig", "l2", False, 0.9, "fixed"),
+        "D1": ("AdafactorConfig", "schedule", True, 0.0, "cosine"),
+        "D2": ("AdafactorConfig", "schedule", True, 0.0, "warm_restarts"),
+        "D3": ("AdafactorConfig", "schedule", True, 0.9, "warm_restarts"),
+    }
 
 
 def test_variants_are_selected():

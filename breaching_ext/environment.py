@@ -54,7 +54,7 @@ def choose_kernels(impl: Any) -> None:
 
 def _convolve_in_full_precision() -> None:
     """Switch off the ten-bit products that CUDA takes for convolutions: objective and gradient would be 1e-3 off."""
-    convolutions = getattr(torch.backends.cudnn, "conv", None)
+    convolutions: Any = getattr(torch.backends.cudnn, "conv", None)
     if not torch.cuda.is_available():
         return
     if hasattr(convolutions, "fp32_precision"):

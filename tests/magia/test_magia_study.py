@@ -15,6 +15,7 @@ PUBLISHED = SCRIPT.parent / "results" / "magia"
 
 @pytest.fixture
 def study(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
     spec = importlib.util.spec_from_file_location("magia_study", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "magia_study", module)
@@ -66,3 +67,11 @@ def test_a_batch_size_of_ones_own_has_a_report(study, monkeypatch, tmp_path):
 def test_a_method_that_does_not_exist_is_named(study, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="magic is unknown; valid: "):
         call(study, monkeypatch, "--only", "magic", "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([[3.0, 1.0]], False), ([[3.0, None]], True), ([[3.0, 1.0], [3.0, 1e21]], True), ([[2.0]], False)],
+)
+def test_a_run_that_ends_above_its_start_has_diverged(study, losses, expected):
+    assert sys.modules["magia_report"].diverged(losses) is expected

@@ -82,18 +82,16 @@ def test_models_and_objectives(model_name, optimizer, objective):
     check(model, cfg, payload, shared)
 
 
-@pytest.mark.parametrize("signed", ["null", "hard", "soft"])
+@pytest.mark.parametrize("model_name", ["lenet_zhu", "cnn6", "ResNet20", "own"])
+@pytest.mark.parametrize("signed", ["null", "hard"])  # soft: above
 @pytest.mark.parametrize("optimizer", ["adam", "momgd"])
 @pytest.mark.parametrize("objective", ["euclidean", "cosine-similarity"])
-def test_signs(signed, optimizer, objective):
-    model = build_model("own")
+def test_signs(model_name, signed, optimizer, objective):
+    model = build_model(model_name)
     payload, shared, *_ = observed(model)
-    check(
-        model,
-        config(f"optim.signed={signed}", f"optim.optimizer={optimizer}", f"objective.type={objective}"),
-        payload,
-        shared,
-    )
+    options = [f"optim.signed={signed}", f"optim.optimizer={optimizer}", f"objective.type={objective}"]
+    iterations = {"own": 30, "lenet_zhu": 30, "cnn6": 12, "ResNet20": 4}[model_name]
+    check(model, config(*options, iterations=iterations), payload, shared)
 
 
 @pytest.mark.parametrize(

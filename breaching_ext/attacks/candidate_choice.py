@@ -9,6 +9,7 @@ import torch
 from breaching.attacks.auxiliaries.objectives import CosineSimilarity, Euclidean
 
 from ..matching.candidate_order import aligned_within, interchangeable
+from ..matching.randomness import CandidateStreams
 from ..ranks import current as ranks_of_run
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization, registered_consensus
 from .candidate_objective import match_only_trainable
@@ -39,6 +40,7 @@ class CandidateChoice:
     regularizers: list[Any]
     _alignments: list[int]  # failed, and all, where a registered consensus was taken to choose
     _select_optimal_reconstruction: Callable[..., torch.Tensor]
+    _seed: Callable[[], int]
 
     @property
     def group(self) -> GroupRegularization | None:
@@ -114,5 +116,6 @@ class CandidateChoice:
         objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
         match_only_trainable(objective, rec_model, self.loss_fn, shared_data)
         queries = zip(rec_model, shared_data, strict=True)
-        values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
+        with CandidateStreams(self._seed(), 1, candidate.device).use(0):  # dropout that is on: the same for all
+            values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
         return torch.stack(values).sum().detach()

@@ -125,7 +125,7 @@ class CandidateEngines(KeepsCheckpoint):
         rule = GradientRule(optim.max_iterations, optim.langevin_noise, optim.grad_clip, signed)
         objective, why_not = self._pure_objective(target)
         random = rule.random or len(self.augmentations) > 0
-        dropout = any(model.training for model in target.models)  # perhaps; it draws in the objective
+        training = any(model.training for model in target.models)  # perhaps with dropout, which draws, too
         models, shared_data, labels = target[:3]
 
         def make_closure(
@@ -147,7 +147,7 @@ class CandidateEngines(KeepsCheckpoint):
             why_not=why_not or (_DRAWS_AT_EVERY_CALL if random and self._by_lbfgs else ""),
             augmentation=self.augmentations if len(self.augmentations) else None,
             differentiable=self.cfg.differentiable_augmentations,
-            random_steps=random or dropout,
+            random_steps=random or training,
             box=self._box(),
             iterations=1 if dryrun else optim.max_iterations,
             evaluations_each=_LBFGS_EVALUATIONS if self._by_lbfgs else 1,
@@ -207,7 +207,7 @@ class CandidateEngines(KeepsCheckpoint):
 def _with_settings(loss_fn: Any) -> str:
     """Return text that says what a loss is; modules have settings, of which they do not tell."""
     kinds = (str, int, float, bool, tuple)
-    settings = {key: value for key, value in vars(loss_fn).items() if isinstance(value, kinds)}
+    settings = {key: value for key, value in getattr(loss_fn, "__dict__", {}).items() if isinstance(value, kinds)}
     return f"{loss_fn!r} {sorted(settings.items())}"
 
 

@@ -502,6 +502,7 @@ def test_one_network_for_several_attacks(tmp_path):
 
 
 def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):
+    monkeypatch.syspath_prepend(root / "examples")  # as for a script
     spec = importlib.util.spec_from_file_location("kkt_study", root / "examples" / "kkt_study.py")
     study = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "kkt_study", study)

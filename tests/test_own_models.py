@@ -96,8 +96,9 @@ def test_frozen_and_unused_parts_do_not_need_torch_func(caplog):
     )
     noised = [g + 1e-3 * torch.randn_like(g) for g in gradients]  # an unused head's is not zero then
     payload, shared = observe(model, noised, (3, 32, 32), 2, 8, labels)
+    caplog.set_level("INFO")
     assert compared(model, payload, shared)["engine"] == "list"
-    assert "torch.func cannot transform" in caplog.text or caplog.text == ""
+    assert "torch.func cannot transform" in caplog.text
 
 
 class Dropping(torch.nn.Module):

@@ -224,7 +224,11 @@ def test_ctrl_c_keeps_what_there_is():
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"optimizer": "lion"}, "optim.optimizer"), ({"steps": 0}, "steps=0"), ({"slack": -1.0}, "slack=-1.0")],
+    [
+        ({"optimizer": "lion"}, "optim.optimizer"),
+        ({"steps": 0}, "optim.max_iterations=0"),
+        ({"slack": -1.0}, "slack=-1.0"),
+    ],
     ids=["optimizer", "steps", "slack"],
 )
 def test_impossible_options(values, words):

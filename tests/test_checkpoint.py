@@ -23,6 +23,7 @@ SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 CASES = {
     "adam": ["optim.warmup=3", "optim.step_size_decay=linear", "optim.langevin_noise=0.1"],
     "momgd": ["optim.optimizer=momgd", "+augmentations.discrete_shift.lim=2", "optim.step_size_decay=step-lr"],
+    "jitter": ["+augmentations.colorjitter={mean: 0.1, std: 0.1}", "optim.langevin_noise=0.1"],
     "signed": ["optim.signed=hard", "optim.warmup=3", "optim.step_size_decay=cosine-decay"],
     "nesterov": ["optim.optimizer=momgd", "optim.signed=soft"],
     "l-bfgs": ["optim.optimizer=l-bfgs", "optim.signed=null", "objective.type=euclidean"],

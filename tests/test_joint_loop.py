@@ -254,6 +254,19 @@ def test_same_seed_same_result_and_the_global_random_state_is_untouched():
     assert torch.equal(first["candidates"], second["candidates"])
 
 
+@pytest.mark.parametrize("options", [[], ["restarts.parallel_candidates=false"]])
+def test_an_attack_that_is_made_again_draws_again(options):
+    """ColorJitter keeps what it drew first, which was the attack's before."""
+    model = build_model("own")
+    payload, shared, *_ = observed(model)
+    options = [*options, "+augmentations.colorjitter={mean: 0.2, std: 0.2}", "restarts.num_trials=2", "restarts.seed=5"]
+    attacker = JointCandidateAttacker(model, loss(), attack_config("joint_candidates", options, 3), SETUP)
+    found = [attacker.reconstruct(payload, shared)[0]["candidates"] for _ in range(2)]
+    assert torch.equal(*found)
+    two = torch.nn.Sequential(*attacker.augmentations)(torch.ones(2, 3, 4, 4, dtype=torch.float64))
+    assert not torch.equal(two, torch.ones_like(two))
+
+
 class BatchSizeBranch(torch.nn.Module):
     """A model that torch.func cannot transform: it looks at the numbers."""
 

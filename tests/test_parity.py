@@ -122,6 +122,7 @@ def test_other_objectives(objective):
         ["normalize_gradients=true", "objective.type=euclidean"],
         ["+augmentations.discrete_shift.lim=3"],
         ["+augmentations.flip.p=0.5", "differentiable_augmentations=true"],
+        ["+augmentations.colorjitter={mean: 0.1, std: 0.1}", "optim.langevin_noise=0.1"],
         ["+regularization.norm.scale=0.1", "+regularization.norm.pnorm=2"],
         ["+regularization.features.scale=0.1"],
     ],

@@ -82,6 +82,23 @@ class CandidateEngines(KeepsCheckpoint):
             stack = initial_data.detach().to(**self.setup).expand_as(stack).clone()
         return [stack]
 
+    def _draw_once(self, target: Target, streams: CandidateStreams, own: range) -> None:
+        """Draw what an augmentation draws once and keeps (Breaching's ColorJitter), for all candidates.
+
+        As in Breaching, whose first trial draws it after its start; so it is the same in every process, in a run that
+        goes on from a checkpoint, and however long `auto` tries engines.
+        """
+        modules: Any = self.augmentations
+        once = [module for module in modules if hasattr(module, "shuffled") and not module.shuffle_every]
+        first = CandidateStreams(self._seed(), 1, torch.device(self.setup["device"]))
+        with first.use(0):
+            self._initialize_data(target.shape)
+            for module in once:
+                module.shuffled = False  # of an earlier attack
+                module.shuffle(target.shape[0], **self.setup)
+        if once and own.start == 0:
+            streams.states[0] = first.states[0]
+
     def _checkpoint(
         self, target: Target, starts: list[torch.Tensor], engine: str, dryrun: bool, ranks: Ranks | None = None
     ) -> Checkpoint | None:

@@ -171,6 +171,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         if initial_data is not None:
             initial_data = initial_data.expand(trials, *target.shape)[own.start : own.stop]
         starts = self._starts(target, streams, initial_data)
+        self._draw_once(target, streams, own)
         if self.group is not None:
             self._prepare_group(self.group, starts[0])
             self.group.ranks = ranks

@@ -28,6 +28,7 @@ class SequentialTrials(OptimizationBasedAttacker):
     _seed: Callable[[], int]
     _streams: Callable[..., CandidateStreams]
     _say_no_checkpoint: Callable[[], None]
+    augmentations: torch.nn.Sequential
     _closure_calls = 0
 
     def _run_sequentially(
@@ -38,6 +39,10 @@ class SequentialTrials(OptimizationBasedAttacker):
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
         self._say_no_checkpoint()
         self._closure_calls = 0
+        modules: Any = self.augmentations
+        for module in modules:
+            if hasattr(module, "shuffled"):
+                module.shuffled = False  # ColorJitter draws once an attack; this one does so in its first trial
         streams, trials = self._streams(), self.cfg.restarts.num_trials
         starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
         candidates: list[torch.Tensor] = []

@@ -62,6 +62,8 @@ ARMS: dict[str, Arm] = {
     "mean": replace(BASELINE, text="baseline + subset mean term, S = 2", **subset("mean")),
     "residual": replace(BASELINE, text="baseline + residual subset term, S = 2", **subset("residual")),
     "default-residual": replace(DEFAULT, text="default + residual subset term, S = 2", **subset("residual")),
+    "default-released": replace(DEFAULT, text="default + released subset term, S = 2", **subset("released")),
+    "default-mean": replace(DEFAULT, text="default + subset mean term, S = 2", **subset("mean")),
     "default-residual-half": replace(DEFAULT, text="same, α = 0.5", **subset("residual", alpha=0.5)),
     "default-randn": replace(DEFAULT, text="default from randn", start="randn"),
     "default-coarse": replace(DEFAULT, text="default, prior down to 0.02 only", annealing=Annealing(0.02, 3.0)),

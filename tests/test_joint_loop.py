@@ -205,15 +205,15 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch):
 
     monkeypatch.setattr(ListEngine, "step", interrupted)
     plain = ["restarts.candidate_batching=list", "optim.signed=null", "optim.step_size_decay=null"]
+    plain += ["optim.step_size=5", "optim.boxed=false"]  # too long: the best point is not the last
     result, stats = attack(model, payload, shared, plain)
     assert stats["interrupted"]
+    values = stats["Trial_0_Val"]
+    assert values.index(min(values)) < 3
     assert len(stats["Trial_0_Val"]) == 4
     calls["n"] = 5  # no more interrupts: with steps that do not know how many there are, four of them are the same
     short, _ = attack(model, payload, shared, plain, iterations=4)
     assert torch.equal(result["candidates"], short["candidates"])
-    full, _ = attack(model, payload, shared, ["restarts.candidate_batching=vmap"], iterations=8)
-    assert result["data"].shape == full["data"].shape
-    assert min(stats["Trial_0_Val"]) < stats["Trial_0_Val"][0]
 
 
 @pytest.mark.parametrize("scoring", ["TV", "registered-group-regularization", "euclidean"])

@@ -139,6 +139,27 @@ def test_a_shifted_copy_is_aligned_to_within_half_a_pixel(aligner, index, shift)
         assert (aligned - image)[inner].pow(2).mean() < 0.25 * (moved - image)[inner].pow(2).mean()
 
 
+@pytest.mark.parametrize(
+    ("aligner", "follows"), [("phase_correlation", False), ("ransac", True), ("ransac_flow", True)]
+)
+def test_a_turned_copy_is_aligned_by_what_knows_more_than_shifts(aligner, follows):
+    """Turned by six degrees: up to four pixels where it is measured, nowhere the same."""
+    import numpy as np
+    import skimage.transform
+
+    image = large_photo(0)
+    about = skimage.transform.SimilarityTransform(translation=(31.5, 31.5))
+    turn = about.inverse + skimage.transform.SimilarityTransform(rotation=np.deg2rad(6)) + about  # (x, y)
+    reference = image.permute(1, 2, 0).numpy()
+    moving = skimage.transform.warp(reference, turn.inverse, order=1, mode="edge")
+    coordinates = ALIGNERS[aligner](moving, reference)
+    assert coordinates is not None
+    rows, columns = np.mgrid[:64, :64]
+    expected = turn(np.stack([columns.ravel(), rows.ravel()], axis=1)).reshape(64, 64, 2)
+    error = np.hypot(coordinates[0] - expected[..., 1], coordinates[1] - expected[..., 0])[12:-12, 12:-12]
+    assert bool(np.median(error) < 0.5) is follows
+
+
 @pytest.mark.parametrize("aligner", list(ALIGNERS))
 def test_a_hopeless_image_stays_and_is_counted(aligner):
     candidates = torch.zeros(2, 1, 3, 32, 32, dtype=torch.float64)

@@ -431,6 +431,33 @@ def test_with_checkpoints_a_killed_extraction_does_not_train_again(folder, tmp_p
     assert run(other, tmp_path).record["training"]["steps"] == 20
 
 
+def test_what_the_client_and_its_control_hold(folder):
+    """The control are images of the other split; an untrained network is the start, and nothing else."""
+    client = release_of(composed(folder, "case.training.max_steps=1"))[2]["data"]
+    cfg = composed(folder, "case.training.untrained=true", "case.training.first_layer_std=0.05", "case.training.seed=3")
+    user, server, *_ = breaching.cases.construct_case(cfg.case, {"device": torch.device("cpu"), "dtype": torch.float})
+    unseen, other = user.unseen(), user.dataloader.dataset.dataset.other_split()
+    assert all(any(torch.equal(image, other[i][0]) for i in range(len(other))) for image in unseen)
+    assert not any(torch.equal(image, own) for image in unseen for own in client)
+    (shared, *_), *_ = server.run_protocol(user)
+    start = build_network("kkt-mlp-40", (1, 28, 28))
+    initialise(start, Recipe(first_layer_std=0.05, seed=3))
+    for mine, released in zip(start.parameters(), shared["parameters"], strict=True):
+        torch.testing.assert_close(released, mine.detach())
+
+
+def test_restarts_start_from_seeds_that_follow_each_other(victim):
+    def candidates(seed):
+        options = (f"restarts.seed={seed}", "restarts.num_trials=3")
+        return KKTAttacker(victim, None, config(*options)).reconstruct(*release(victim, 4), dryrun=True)[0][
+            "candidates"
+        ]
+
+    first, second = candidates(5), candidates(6)
+    assert not torch.allclose(first[0], first[1])
+    torch.testing.assert_close(first[1:], second[:2])
+
+
 def test_a_dry_run_leaves_a_training_that_was_killed_alone(folder, tmp_path):
     torch.save({"key": "of a long training", "step": 1, "tensors": []}, tmp_path / "training.pt")
     assert run(composed(folder, "dryrun=true"), tmp_path).record["training"]["steps"] == 1

@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from cases import MEAN, STD
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.errors import BreachingExtError, ConfigError
@@ -237,6 +238,35 @@ def test_what_each_attack_matches(phase, method, monkeypatch):
     assert len(shared[0]["gradients"]) == len(names)
     assert (shared[0]["metadata"]["local_hyperparams"] is not None) is (phase == 3 and method == "match")
     assert row["gradient_evaluations"] == 2 * 2
+
+
+@needs_peft
+def test_what_the_decoders_and_the_control_know():
+    """The learned rest is not the closed form's, and the control knows public photos only."""
+    learned, problem, _ = run_one(2, "learned", 2, "random")
+    closed, *_ = run_one(2, "closed", 2, "random")
+    assert learned["decoder"]["public_cosine"] > learned["decoder"]["public_cosine_closed"]
+    assert learned["cosine_decoded"] != pytest.approx(closed["cosine_decoded"], abs=1e-3)
+    control, *_ = run_one(2, "public", "-", "-")
+    stacks = problem.public_gradients[0]
+    whole = torch.cat([stack.flatten(1) for stack in stacks.values()], dim=1)
+    mean = (whole / whole.norm(dim=1, keepdim=True)).mean(dim=0)
+    truth = torch.cat([problem.gradient[name].flatten() for name in stacks])
+    assert control["cosine_decoded"] == pytest.approx(torch.cosine_similarity(mean, truth, dim=0).item())
+
+
+def test_the_cosine_at_the_reconstruction_is_that_of_its_gradient():
+    chosen = settings()
+    problem = ladder_module.Case(chosen.model, chosen.layers, 0, chosen.batch, chosen.public)
+    row, images = run_cell(Cell(chosen.model, 0, "full", "-", "-", 0), problem, chosen, CPU)
+    mean, std = (torch.tensor(values, dtype=torch.double).view(-1, 1, 1) for values in (MEAN, STD))
+    outputs = problem.model((images - mean) / std)
+    named = dict(problem.model.named_parameters())
+    weights = [named[f"{name}.weight"] for name in problem.gradient]
+    found = torch.autograd.grad(torch.nn.functional.cross_entropy(outputs, problem.client.labels), weights)
+    both = [torch.cat([g.flatten() for g in side]) for side in (found, problem.gradient.values())]
+    assert row["cosine_full"] == pytest.approx(torch.cosine_similarity(*both, dim=0).item(), abs=1e-9)
+    assert row["cosine_full"] < 0.999  # after two iterations
 
 
 @needs_peft

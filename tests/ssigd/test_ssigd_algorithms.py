@@ -156,6 +156,14 @@ def test_same_seed_same_run_and_other_seed_another():
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_dsblo_stays_in_the_box():
+    """A long first step out of it ends on its border."""
+    problem = StronglyConvexBilevelProblem(4, seed=1)
+    last = DSBLO(problem, gamma1=1e-6, gamma2=1e-6).solve(3).x_last
+    assert torch.equal(last, problem.project(last))
+    assert ((last == problem.x_lower) | (last == problem.x_upper)).all()
+
+
 def test_dsblo_follows_algorithm_1(monkeypatch):
     problem = dsblo_example(4, 3, 2, low=-1.0)
     algorithm = DSBLO(problem, beta=0.7, gamma1=2.0, gamma2=5.0, q_std=1e-2)

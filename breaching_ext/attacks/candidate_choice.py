@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,11 @@ class Target(NamedTuple):
         return self.shared_data[0]["metadata"]["local_hyperparams"]
 
 
+def never_left_their_start(stats: dict) -> list[int]:
+    """Return the candidates that never were evaluated to a finite number."""
+    return [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]
+
+
 class CandidateChoice:
     """The part of the joint attack that chooses; it expects Breaching's attacker beside it."""
 
@@ -38,7 +43,6 @@ class CandidateChoice:
     dm: torch.Tensor
     ds: torch.Tensor
     regularizers: list[Any]
-    _alignments: list[int]  # failed, and all, where a registered consensus was taken to choose
     _select_optimal_reconstruction: Callable[..., torch.Tensor]
     _seed: Callable[[], int]
 
@@ -52,26 +56,20 @@ class CandidateChoice:
 
     def _conclude(self, candidates: torch.Tensor, target: Target, stats: dict) -> dict[str, torch.Tensor]:
         """Score the candidates and choose the output; the ground truth plays no part in either."""
-        never = [n for n, step in stats.get("candidate_failures", {}).items() if step == 0]  # still at their start
-        self._alignments = [0, 0]
-        scores = self._score_candidates(candidates, target, never)
+        scores = self._score_candidates(candidates, target, stats)
         best = self._select_optimal_reconstruction(list(candidates), scores, stats)
         if self.cfg.restarts.get("output", "best") == "consensus" and scores.isfinite().any():  # else it is zeros
-            best = self._consensus(self._in_one_order(candidates, target)[scores.isfinite()])
-        self._count_alignments(stats)
+            best = self._consensus(self._in_one_order(candidates, target)[scores.isfinite()], stats)
         return {"data": best, "labels": target.labels, "candidates": candidates, "candidate_scores": scores}
 
-    def _consensus(self, candidates: torch.Tensor) -> torch.Tensor:
+    def _consensus(self, candidates: torch.Tensor, stats: dict) -> torch.Tensor:
+        """Return the registered mean (B, C, H, W); what is aligned for it counts beside what the loop aligned."""
         options = (self.cfg.regularization or {}).get("group_regularization") or {}  # also where its scale is 0
         consensus, failures = registered_consensus(candidates, options.get("aligner", "none"))
-        self._alignments = [self._alignments[0] + failures, self._alignments[1] + len(candidates) * candidates.shape[1]]
+        for key, count in (("alignment_failures", failures), ("alignments", len(candidates) * candidates.shape[1])):
+            stats[key] = stats.get(key, 0) + count
         box = self._box()
         return consensus if box is None else torch.max(torch.min(consensus, box[1]), box[0])
-
-    def _count_alignments(self, stats: dict) -> None:
-        """Add what choosing aligned to what the loop did: all processes choose alike, so it counts once."""
-        for key, count in zip(("alignment_failures", "alignments"), self._alignments, strict=True):
-            stats[key] = stats.get(key, 0) + count
 
     def _in_one_order(self, candidates: torch.Tensor, target: Target) -> torch.Tensor:
         """Return candidates (N, B, C, H, W), interchangeable images in the order of the first finite candidate."""
@@ -81,7 +79,7 @@ class CandidateChoice:
         reference = next((c for c in candidates if bool(c.isfinite().all())), candidates[0])
         return torch.stack([c[aligned_within(reference, c, groups)] for c in candidates])
 
-    def _score_candidates(self, candidates: torch.Tensor, target: Target, never: Sequence[int] = ()) -> torch.Tensor:
+    def _score_candidates(self, candidates: torch.Tensor, target: Target, stats: dict) -> torch.Tensor:
         """Return a score for every candidate, (N,) on the CPU, lower is better.
 
         It is infinite where it is not finite, and for candidates that were never evaluated to a finite number.
@@ -89,16 +87,16 @@ class CandidateChoice:
         if self.cfg.restarts.scoring == "registered-group-regularization":
             candidates = self._in_one_order(candidates, target)
             sound = candidates.flatten(1).isfinite().all(dim=1)
-            sound[list(never)] = False
+            sound[never_left_their_start(stats)] = False
             finite = candidates[sound]
-            centre = self._consensus(finite) if len(finite) else candidates[0]
+            centre = self._consensus(finite, stats) if len(finite) else candidates[0]
             scores = (candidates - centre).pow(2).flatten(1).mean(dim=1)
         else:
             ranks = ranks_of_run()
             own = [self._score_trial(candidates[n], target.labels, *target[:2]) for n in ranks.share(len(candidates))]
             scores = ranks.collect(torch.stack(own).detach(), len(candidates))
         scores = torch.where(scores.isfinite(), scores, float("inf")).detach().cpu()
-        scores[list(never)] = float("inf")
+        scores[never_left_their_start(stats)] = float("inf")
         return scores
 
     def _score_trial(

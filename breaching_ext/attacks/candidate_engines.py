@@ -88,15 +88,15 @@ class CandidateEngines(KeepsCheckpoint):
         As in Breaching, whose first trial draws it after its start; so it is the same in every process, in a run that
         goes on from a checkpoint, and however long `auto` tries engines.
         """
-        modules: Any = self.augmentations
-        once = [module for module in modules if hasattr(module, "shuffled") and not module.shuffle_every]
+        once = forget_first_draws(self.augmentations)
+        if not once:
+            return
         first = CandidateStreams(self._seed(), 1, torch.device(self.setup["device"]))
         with first.use(0):
             self._initialize_data(target.shape)
             for module in once:
-                module.shuffled = False  # of an earlier attack
                 module.shuffle(target.shape[0], **self.setup)
-        if once and own.start == 0:
+        if own.start == 0:
             streams.states[0] = first.states[0]
 
     def _checkpoint(
@@ -219,6 +219,14 @@ class CandidateEngines(KeepsCheckpoint):
         finally:
             self.cfg, self.augmentations = cfg, augmentations
         return value.detach(), [leaf.grad]
+
+
+def forget_first_draws(augmentations: Any) -> list[Any]:
+    """Let augmentations that keep what they drew first (Breaching's ColorJitter) draw again; returns these."""
+    once = [module for module in augmentations if hasattr(module, "shuffled") and not module.shuffle_every]
+    for module in once:
+        module.shuffled = False  # of an earlier attack
+    return once
 
 
 def _with_settings(loss_fn: Any) -> str:

@@ -14,6 +14,7 @@ from ..matching.randomness import CandidateStreams
 from ..ranks import interrupts
 from ..regularizers import GroupRegularization
 from .candidate_choice import Target
+from .candidate_engines import forget_first_draws
 from .candidate_objective import match_only_trainable
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,7 @@ class SequentialTrials(OptimizationBasedAttacker):
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
         self._say_no_checkpoint()
         self._closure_calls = 0
-        modules: Any = self.augmentations
-        for module in modules:
-            if hasattr(module, "shuffled"):
-                module.shuffled = False  # ColorJitter draws once an attack; this one does so in its first trial
+        forget_first_draws(self.augmentations)  # the first trial draws them
         streams, trials = self._streams(), self.cfg.restarts.num_trials
         starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
         candidates: list[torch.Tensor] = []

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from ..attacks.checks import check_config
 from ..data.sample_photos import PHOTOS
 from ..errors import ConfigError, unknown
+from ..values import is_whole
 from .adapters import check_layers
 from .models import MODELS, build_model
 
@@ -191,7 +192,7 @@ def _number(key: str, value: Any) -> float:
 
 
 def _counts(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return is_whole(value) and value >= least
 
 
 def _check_each(key: str, values: Iterable[Any], valid: Iterable[Any]) -> None:

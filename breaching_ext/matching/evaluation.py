@@ -127,8 +127,11 @@ class StackedEvaluation:
     def _function(self, stacks: list[torch.Tensor]) -> Evaluate:
         shapes = tuple(stack.shape for stack in stacks)
         if shapes not in self._special:
-            self._special[shapes] = self._specialise(self.plain, stacks) if self._specialise else self.plain
-            give_back()  # checking it took the plain form's memory, in other pieces
+            function = self.plain
+            if self._specialise is not None:
+                function = self._specialise(self.plain, stacks)
+                give_back()  # checking it took the plain form's memory, in other pieces
+            self._special[shapes] = function
         return self._special[shapes]
 
 

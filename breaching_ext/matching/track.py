@@ -88,7 +88,7 @@ def advance(engine: CandidateEngine, iteration: int, track: Track) -> Advance:
     if track.box is not None:
         _project(engine, track.box, None if track.whole else track.alive)  # None: all, which needs no mask
     ranked = values if rankings is None else rankings  # these are of the points `before`, whatever the step then did
-    _keep_best(engine, ranked, ranked.isfinite(), track, before)
+    _keep_best(engine, ranked, track, before)
     failed = track.alive & ~values.isfinite()
     if bool(failed.any()):
         track.alive, track.whole = track.alive & ~failed, False
@@ -100,7 +100,7 @@ def settle(engine: CandidateEngine, track: Track) -> None:
     """After the last step: keep where a `LongStepEngine`'s candidates have arrived, where that is best."""
     if hasattr(engine, "rankings"):
         rankings = engine.rankings()
-        _keep_best(engine, rankings, rankings.isfinite(), track)
+        _keep_best(engine, rankings, track)
 
 
 def _project(engine: CandidateEngine, box: Box, where: torch.Tensor | None) -> None:
@@ -116,7 +116,6 @@ def _project(engine: CandidateEngine, box: Box, where: torch.Tensor | None) -> N
 def _keep_best(
     engine: CandidateEngine,
     values: torch.Tensor,
-    finite: torch.Tensor,
     track: Track,
     points: list[torch.Tensor] | None = None,
 ) -> None:
@@ -124,7 +123,7 @@ def _keep_best(
 
     A step can leave a point that is not finite behind a finite value.
     """
-    better = track.alive & finite & (values < track.best_values)
+    better = track.alive & values.isfinite() & (values < track.best_values)
     if not bool(better.any()):
         return
     parameters = engine.parameters if points is None else points

@@ -105,8 +105,7 @@ def run_grid(
     )
     if isinstance(model, str):
         valid = "images (n, 1, S, S) for a model that is named"
-        require(inputs.dim() == 4 and inputs.shape[1] == 1, "train", tuple(inputs.shape), valid)
-        require(inputs.shape[2] == inputs.shape[3], "train", tuple(inputs.shape), valid)
+        require(inputs.shape[1:] == (1, inputs.shape[-1], inputs.shape[-1]), "train", tuple(inputs.shape), valid)
         model = create_model(model, inputs.shape[-1], seed)
     _check_model(model)
     require(chunk is None or (is_whole(chunk) and chunk >= 1), "chunk", chunk, "a whole number >= 1, or None")

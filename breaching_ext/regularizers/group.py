@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ConfigError, unknown
 from ..ranks import Ranks
+from ..values import is_number
 from .aligners import ALIGNERS, align
 
 
@@ -103,7 +104,7 @@ class GroupRegularization(torch.nn.Module):
             ("warmup_iters", warmup_iters, 0),
             ("update_every", update_every, 1),
         ):
-            if not isinstance(value, (int, float)) or not value >= least:
+            if not is_number(value) or not value >= least:
                 raise ConfigError(
                     f"regularization.group_regularization.{key}={value} is not possible; valid: >= {least}."
                 )

@@ -48,7 +48,7 @@ def clock(monkeypatch):
         monkeypatch.setattr(
             calibration,
             "seconds",
-            lambda functions, device, iterations, aside=None: {
+            lambda functions, device, iterations, aside=None, until_decided=False: {
                 name: (function(), known[name])[1] for name, function in {**functions, **(aside or {})}.items()
             },
         )
@@ -286,6 +286,23 @@ def test_a_run_is_measured_as_long_as_it_is_worth(lasting, step, iterations, cal
     found = calibration.seconds({"vmap": call}, torch.device("cpu"), iterations, {"recording": aside})
     assert found == {"vmap": pytest.approx(step), "recording": 0.0}
     assert len(called) == len(along) == calls
+
+
+@pytest.mark.parametrize(
+    ("until_decided", "compiled", "rounds"),
+    [
+        (False, [0.9, 1.1], 3),  # 0.3 % of 1,400 s: three rounds of two seconds are more
+        (True, [0.9, 1.1], 8),  # each wins rounds, so measuring goes on to 1 %
+        (True, [0.9, 0.95], 3),  # one wins all
+        (True, [1.1, 1.2], 3),
+    ],
+)
+def test_engines_that_are_alike_are_timed_for_longer(lasting, until_decided, compiled, rounds):
+    vmap, _ = lasting(itertools.repeat(1.0))
+    other, called = lasting(itertools.chain([9.0], itertools.cycle(compiled)))
+    pair = {"vmap": vmap, "compile": other}
+    calibration.seconds(pair, torch.device("cpu"), 1400, until_decided=until_decided)
+    assert len(called) == 1 + rounds
 
 
 def test_no_operation_is_timed_where_the_run_is_too_short_to_compile(clock, monkeypatch):

@@ -25,6 +25,8 @@ SHORT = 200
 SHORT_ALONE = 300
 #: Measuring ends after OF_THE_RUN of it, but not before LEAST_CALLS of each engine, unless they take LEAST_SECONDS.
 OF_THE_RUN, LEAST_CALLS, LEAST_SECONDS = 0.003, 3, 2.0
+#: Where two engines are so alike that each wins a round, it goes on to this share: a slow minute must not decide.
+OF_THE_RUN_IF_ALIKE = 0.01
 #: Operations are timed for as much of the run, and for so many seconds at least.
 LEAST_OF_OPERATIONS = 0.5
 #: `list` is taken where it is faster than the replay by more than what the clock leaves open.
@@ -92,6 +94,7 @@ def seconds(
     iterations: int,
     aside: Mapping[str, Callable[[], Any]] | None = None,
     repeats: int = 11,
+    until_decided: bool = False,
 ) -> dict[str, float]:
     """Return each function's seconds, from several calls after one to warm up; random numbers are given back.
 
@@ -105,6 +108,7 @@ def seconds(
         iterations: how many the run will make, which says how long it may be measured.
         aside: what else is timed in every round; its median counts.
         repeats: most calls of each that count.
+        until_decided: whether to go on for longer where neither of two functions wins every round.
     """
     devices = [device] if device.type == "cuda" else []
     everything = {**functions, **(aside or {})}
@@ -118,11 +122,12 @@ def seconds(
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[name].append(time.perf_counter() - start)
+            counted = {name: spent[1:] for name, spent in times.items()}
+            first, *others = (counted[name] for name in functions)
+            alike = until_decided and not _one_wins(first, *others)
             run = iterations * max(times[name][-1] for name in functions)
-            if repeat > 0 and _enough(repeat, sum(sum(spent[1:]) for spent in times.values()), run):
+            if repeat > 0 and _enough(repeat, sum(sum(spent) for spent in counted.values()), run, alike):
                 break
-    counted = {name: spent[1:] for name, spent in times.items()}
-    first = counted[next(iter(functions))]
     medians = {name: statistics.median(spent) for name, spent in counted.items()}
     return {**medians, **{name: statistics.median(first) * _ratio(counted[name], first) for name in functions}}
 
@@ -132,14 +137,20 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
+def _one_wins(times: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the same one of two functions was faster in every round."""
+    return len({one < other for one, other in zip(times, others, strict=True)}) < 2
+
+
 def worth_measuring(iterations: int, step: float) -> float:
     """Return for how many seconds the operations of a run of so many steps, each of `step` seconds, are timed."""
     return max(LEAST_OF_OPERATIONS, OF_THE_RUN * iterations * step)
 
 
-def _enough(calls: int, spent: float, run: float) -> bool:
+def _enough(calls: int, spent: float, run: float, alike: bool) -> bool:
     """Whether to stop measuring a run of that many seconds after so many calls of each that took `spent` seconds."""
-    return spent > OF_THE_RUN * run and (calls >= LEAST_CALLS or spent > LEAST_SECONDS)
+    share = OF_THE_RUN_IF_ALIKE if alike else OF_THE_RUN
+    return spent > share * run and (calls >= LEAST_CALLS or spent > LEAST_SECONDS)
 
 
 def expected_compile_seconds(operations: int, tracing: float, replayed: float = 0.0) -> float:

@@ -75,7 +75,7 @@ def _measure(parts: EngineParts, memory: MemoryPlan) -> tuple[CandidateEngine, C
         else:
             found.compile_seconds = compiled.compile_seconds
             pair = {"vmap": _iteration(engine, parts), "compile": _iteration(compiled, parts)}
-            times.update(calibration.seconds(pair, device, parts.iterations))
+            times.update(calibration.seconds(pair, device, parts.iterations, until_decided=True))
             if times["compile"] < min(times["list"], times["vmap"]):
                 found.engine = "compile"
                 chosen = compiled

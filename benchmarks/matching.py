@@ -34,7 +34,8 @@ from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.registration import register
 
 ENGINES = ("list", "vmap", "compile")
-SLOW = 4.0  # seconds from which a step is repeated as little as possible
+SLOW = 4.0  # seconds from which a step is repeated as little as possible: as often as
+SLOW_SECONDS = 200.0  # hold, and twice at least
 
 
 class NotMeasuredError(Exception):
@@ -118,7 +119,7 @@ def interleaved(
     runners: dict[str, Runner], alone: float, case: Case, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, int | None]]:
     """Return seconds a candidate-iteration, round after round, and the memory that a first short call takes."""
-    memory, iterations = {}, {}
+    memory, iterations, expected = {}, {}, {}
     for name, runner in runners.items():
         least = 1 if case.slow and name != "breaching" else 2
         spent: list[float] = []
@@ -129,8 +130,10 @@ def interleaved(
             spent.append(seconds_each(runner, least))
         step = spent[-1] * (1 if name == "breaching" else case.candidates)
         iterations[name] = int(min(max(args.round_seconds / step, least), 200))
+        expected[name] = step * iterations[name]
     times = defaultdict(list)
-    for _ in range(min(args.rounds, 2) if case.slow else args.rounds):
+    held = max(2, int(SLOW_SECONDS / sum(expected.values())))
+    for _ in range(min(args.rounds, held) if case.slow else args.rounds):
         for name, runner in runners.items():
             times[name].append(seconds_each(runner, iterations[name]))
     return times, memory

@@ -20,9 +20,10 @@ from torch import Tensor
 from ..errors import ConfigError, SharedDataError
 from ..kkt.candidates import candidate_labels, draw_starts, stretch, strongest
 from ..kkt.extraction import Extracted, Extraction
-from ..kkt.models import HomogeneousNetwork
+from ..kkt.models import HomogeneousNetwork, SmoothBackwardReLU
 from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
+from ..values import is_whole
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
 from .checks import check_impl
 from .kkt_options import check_search, extraction_options, report_span
@@ -59,9 +60,13 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         super().__init__(model, loss_fn, cfg_attack, setup)
         self.options = extraction_options(cfg_attack)
         restarts = cfg_attack.restarts.num_trials
-        if not isinstance(restarts, int) or restarts < 1:
+        if not is_whole(restarts) or restarts < 1:
             raise ConfigError(f"restarts.num_trials={restarts} is not possible; valid: 1, 2, 3, ...")
         check_search(cfg_attack.extraction)
+        if cfg_attack.restarts.scoring != "kkt-loss":
+            raise ConfigError(
+                f"restarts.scoring={cfg_attack.restarts.scoring} is not possible for kkt; valid: kkt-loss."
+            )
         check_impl(cfg_attack.impl)
 
     def reconstruct(
@@ -93,7 +98,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         payload, shared = _first(server_payload), _first(shared_data)
         model = self._released(payload, shared)
         number = shared["metadata"]["num_data_points"]
-        if not isinstance(number, int) or number < 1:
+        if not is_whole(number) or number < 1:
             raise SharedDataError(
                 f"metadata['num_data_points']={number}: how many images are suspected? Valid: 1, 2, ..."
             )
@@ -155,7 +160,22 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 mine.copy_(released)
         if not all(bool(p.isfinite().all()) for p in (*own, *model.buffers())):
             raise SharedDataError("The released weights are not finite; nothing can be reconstructed from them.")
+        self._check_network(model)
         return model.requires_grad_(False)
+
+    def _check_network(self, model: HomogeneousNetwork) -> None:
+        """Refuse a network of several outputs, and warn of one whose activations cannot be smoothed."""
+        with torch.no_grad():
+            shape = tuple(model(torch.zeros(1, *model.shape, **self.setup)).shape)
+        if shape != (1, 1):
+            raise ConfigError(f"The network's output for one image has shape {shape}; attack=kkt needs (1, 1).")
+        if self.cfg.extraction.steepness is not None and not any(
+            isinstance(module, SmoothBackwardReLU) for module in model.modules()
+        ):
+            log.warning(
+                "attack.extraction.steepness=%s has no effect: the network has no SmoothBackwardReLU.",
+                self.cfg.extraction.steepness,
+            )
 
     def _count(self, number: int) -> int:
         count, multiple = self.cfg.extraction.candidates, self.cfg.extraction.multiple

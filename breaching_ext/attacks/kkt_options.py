@@ -53,6 +53,8 @@ def report_span(problem: Problem, number: int, chosen: str | int, count: int) ->
         log.info("All pixels are searched: %s.", auto if problem.slack_widths else "the network is no MLP")
         if not problem.slack_widths and chosen not in ("auto", "full"):
             log.warning("attack.extraction.span=%s is not used: only fully connected networks show a span.", chosen)
+        if not problem.slack_widths:
+            log.info("attack.extraction.slack is not used: only fully connected networks have slacks.")
         return
     values, rank = problem.span.singular_values, problem.span.rank
     cut = chosen != "auto" or rank == count  # as many as there may be images: more may stand above the noise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models import MLP, HomogeneousNetwork
+from .models import MLP, HomogeneousNetwork, is_plain_mlp
 from .recipe import Recipe
 
 
@@ -100,4 +100,4 @@ class SpanDescent(Descent):
 
 def descent_of(model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe) -> Descent:
     """Return the cheapest exact form of the steps for a network."""
-    return (SpanDescent if isinstance(model, MLP) else Descent)(model, images, labels, recipe)  # type: ignore[arg-type]
+    return (SpanDescent if is_plain_mlp(model) else Descent)(model, images, labels, recipe)  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 
+_BIASES = ("first", "none", "hidden", "all")
+
 
 class SmoothBackwardReLU(nn.Module):
     """ReLU whose derivative is σ(steepness · z), in every order ("ModifiedReLU" of Haim et al.); infinity is plain."""
@@ -42,7 +44,6 @@ class HomogeneousNetwork(nn.Module):
     """Base class: mean image, activations, and the outputs (B, 1) that Breaching expects of a model."""
 
     mean: Tensor
-    first: nn.Module
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
@@ -62,7 +63,8 @@ class MLP(HomogeneousNetwork):
     Args:
         shape: of an image, (C, H, W).
         widths: units of the hidden layers.
-        biases: 'first' (only the first layer has one), 'none', or 'all' (not homogeneous; for such checkpoints).
+        biases: 'first' (only the first layer has one), 'none', or 'hidden' and 'all' (all but the last, and all; not
+            homogeneous; for such checkpoints).
     """
 
     def __init__(
@@ -71,11 +73,11 @@ class MLP(HomogeneousNetwork):
         super().__init__(shape)
         if not widths or min(widths) < 1:
             raise ConfigError(f"widths={list(widths)} is not possible; valid: one or more numbers above 0.")
-        if biases not in ("first", "none", "all"):
-            raise unknown("biases", biases, ("first", "none", "all"))
+        if biases not in _BIASES:
+            raise unknown("biases", biases, _BIASES)
         sizes = [int(torch.Size(self.shape).numel()), *widths, 1]
         self.layers = nn.ModuleList(
-            nn.Linear(a, b, bias=biases == "all" or (biases == "first" and index == 0))
+            nn.Linear(a, b, bias=index < {"none": 0, "first": 1, "hidden": len(widths), "all": len(sizes)}[biases])
             for index, (a, b) in enumerate(itertools.pairwise(sizes))
         )
         self.activation = SmoothBackwardReLU()
@@ -94,6 +96,12 @@ class MLP(HomogeneousNetwork):
         for layer in list(self.layers)[1:]:
             z = layer(self.activation(z))
         return z
+
+
+def is_plain_mlp(model: nn.Module) -> bool:
+    """Return whether a network computes what :class:`MLP` does: its formulas hold for no other `forward`."""
+    same = all(getattr(type(model), name, None) is getattr(MLP, name) for name in ("forward", "after_first"))
+    return isinstance(model, MLP) and same and type(model.activation) is SmoothBackwardReLU
 
 
 class SmallConv(HomogeneousNetwork):

@@ -46,17 +46,17 @@ class Recipe:
         for name in ("first_layer_std", "head_scale", "lr", "target_loss"):
             value = getattr(self, name)
             if not is_number(value) or not value > 0:
-                raise ConfigError(f"training.{name}={value} is not possible; valid: a number above 0.")
+                raise ConfigError(f"case.training.{name}={value} is not possible; valid: a number above 0.")
         for name in ("weight_decay", "target_residual"):
             value = getattr(self, name)
             if not is_number(value) or not value >= 0:
-                raise ConfigError(f"training.{name}={value} is not possible; valid: a number from 0.")
+                raise ConfigError(f"case.training.{name}={value} is not possible; valid: a number from 0.")
         for name in ("max_steps", "check_every"):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
-                raise ConfigError(f"training.{name}={value} is not possible; valid: 1, 2, 3, ...")
+                raise ConfigError(f"case.training.{name}={value} is not possible; valid: 1, 2, 3, ...")
         if self.dtype not in ("auto", "float", "float32", "double", "float64"):
-            raise ConfigError(f"training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
+            raise ConfigError(f"case.training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
 
     def seeded(self) -> Recipe:
         """Return the recipe with the seed that it takes now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -13,8 +14,9 @@ from breaching.cases.users import UserSingleStep
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SharedDataError
 from ..tensor_files import read_tensors
+from ..values import is_number
 from .models import MLP, HomogeneousNetwork
 from .recipe import Recipe, initialise
 from .span import singular_values_in_span
@@ -62,7 +64,15 @@ class TrainedModelUser(UserSingleStep):
         if cfg_user.num_data_points < 1:
             raise ConfigError(f"case.user.num_data_points={cfg_user.num_data_points} is not possible; valid: 1, 2, ...")
         if not isinstance(model, HomogeneousNetwork):
-            raise ConfigError("case.user=trained_model needs case.model=kkt-mlp-300, kkt-conv, ... (one output).")
+            raise ConfigError(
+                "case.user.user_type=trained_model needs case.model=kkt-mlp-300, kkt-conv, ... (one output)."
+            )
+        for name, value in (cfg_user.get("local_diff_privacy") or {}).items():
+            if is_number(value) and value > 0:
+                raise ConfigError(
+                    f"case.user.local_diff_privacy.{name}={value}: a client that releases its weights does not apply "
+                    "it, and the attack would be measured without that defence; valid: 0."
+                )
         super().__init__(model, loss, dataloader, setup, idx, cfg_user)
         self.training_options = cfg_training
         self.recipe = recipe_from(cfg_training)
@@ -74,6 +84,9 @@ class TrainedModelUser(UserSingleStep):
         data = self._load_data() if custom_data is None else custom_data
         self.data_key = "inputs"
         images, labels = data["inputs"].to(**self.setup), data["labels"]
+        wrong = sorted(set(labels.tolist()) - {0, 1})
+        if wrong:
+            raise SharedDataError(f"Labels {wrong} are not those of two classes; valid: 0 and 1.")
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), server_payload["parameters"], strict=True):
                 mine.copy_(theirs)
@@ -203,8 +216,9 @@ def network_from_checkpoint(path: str | Path, shape: tuple[int, ...]) -> MLP:
     biases = [name for name in state if name.startswith("layers.") and name.endswith(".bias")]
     if not weights or any(w.ndim != 2 for w in weights):
         raise ConfigError(f"{path} holds {_shapes(state)}; expected layers.0.weight, layers.1.weight, ... (out, in).")
-    kind = "none" if not biases else "first" if biases == ["layers.0.bias"] else "all"
-    if kind == "all":
+    hidden = [f"layers.{index}.bias" for index in range(len(weights) - 1)]
+    kind = {(): "none", ("layers.0.bias",): "first", tuple(hidden): "hidden"}.get(tuple(sorted(biases)), "all")
+    if kind in ("hidden", "all"):
         log.warning(
             "%s has biases beyond the first layer: the network is not homogeneous, KKT holds but roughly.", path
         )
@@ -214,7 +228,7 @@ def network_from_checkpoint(path: str | Path, shape: tuple[int, ...]) -> MLP:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, without a prefix `module.` or `model.`.
+    """Return the state dict in a file, without a prefix `module.` or `model.`; `convnet.` of the paper's is `layers.`.
 
     Raises:
         ConfigError: when there is none.
@@ -231,7 +245,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise ConfigError(f"{path} holds no state dict, nor a dict with one under {', '.join(_NESTS)}.")
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    return {k.removeprefix("module.").removeprefix("model."): v for k, v in tensors.items()}
+    plain = {k.removeprefix("module.").removeprefix("model."): v for k, v in tensors.items()}
+    return {re.sub(r"^convnet\.", "layers.", k): v for k, v in plain.items()}
 
 
 def _joined(values: list[float]) -> str:

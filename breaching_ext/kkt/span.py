@@ -27,7 +27,7 @@ class Span:
     """An orthonormal basis of a space of images.
 
     Attributes:
-        basis: (r, D), orthonormal rows.
+        basis: (r, D), orthonormal rows; (0, D) for the space of all images, which needs none (D × D may be too large).
         singular_values: of the first layer, (min(m, D),), largest first.
     """
 
@@ -37,16 +37,16 @@ class Span:
     @property
     def full(self) -> bool:
         """Whether it is the space of all images."""
-        return self.basis.shape[0] == self.basis.shape[1]
+        return len(self.basis) in (0, self.basis.shape[1])
 
     @property
     def rank(self) -> int:
         """Dimension r of the space."""
-        return len(self.basis)
+        return len(self.basis) or self.basis.shape[1]
 
     def inside(self, weight: Tensor) -> Tensor:
         """Return a weight (m, D) in the coordinates of the space, (m, r)."""
-        return weight @ self.basis.T
+        return weight if self.full else weight @ self.basis.T
 
     def outside(self, weight: Tensor) -> float:
         """Return the squared norm of what `inside` loses."""
@@ -54,7 +54,7 @@ class Span:
 
     def pixels(self, coordinates: Tensor) -> Tensor:
         """Return images (..., D) from coordinates (..., r)."""
-        return coordinates @ self.basis
+        return coordinates if self.full else coordinates @ self.basis
 
 
 def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = None) -> Span:
@@ -71,13 +71,13 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
         ConfigError: for any other `rank`.
     """
     if rank == "full":
-        return Span(torch.eye(weight.shape[1]).to(weight), torch.linalg.svdvals(weight.cpu().double()).to(weight))
+        return Span(weight.new_zeros(0, weight.shape[1]), torch.linalg.svdvals(weight.cpu().double()).to(weight))
     _, values, right = torch.linalg.svd(weight.cpu().double(), full_matrices=False)  # not every device has it
     values, right = values.to(weight), right.to(weight)
     if rank == "auto":
         chosen = signal_rank(values, min(weight.shape) / max(weight.shape))
         if chosen == 0 or 2 * chosen > len(values):
-            return span_of(weight, "full")
+            return Span(weight.new_zeros(0, weight.shape[1]), values)
         return Span(right[: min(chosen, candidates or chosen)], values)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= len(values):
         raise ConfigError(f"span={rank!r} is not possible; valid: auto, full, or 1 to {len(values)}.")

@@ -160,6 +160,13 @@ def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor
         )
     if not bool(images.isfinite().all()):
         raise SharedDataError("The images are not finite; nothing can be trained on them.")
+    low, high = float(images.min()), float(images.max())
+    if low < -1e-6 or high > 1 + 1e-6:
+        log.warning(
+            "The images lie in %.3g to %.3g: the attack keeps its candidates near pixels of 0 to 1 "
+            "(attack.extraction.box_weight=0 does not), and SSIM supposes them.",
+            *(low, high),
+        )
     wrong = sorted(set(labels.tolist()) - {-1, 1})
     if wrong:
         raise SharedDataError(f"Labels {wrong} are not valid for the logistic loss; valid: -1 and +1.")
@@ -214,7 +221,9 @@ def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int,
     report.steps, report.loss = steps, math.exp(log_value) if log_value > -740 else 0.0
     last = steps >= recipe.max_steps
     if not math.isfinite(log_value):
-        raise ConfigError(f"Training diverged after {steps} steps (loss {log_value}); lower training.lr={recipe.lr}.")
+        raise ConfigError(
+            f"Training diverged after {steps} steps (loss {log_value}); lower case.training.lr={recipe.lr}."
+        )
     if log_value <= math.log(recipe.target_loss) or recipe.weight_decay or last:
         descent.write_back()
         report.residual = kkt_residual(descent.model, descent.images, descent.labels)

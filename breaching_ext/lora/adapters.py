@@ -90,7 +90,7 @@ def row_counts(model: nn.Module, layers: Sequence[str], shape: Sequence[int], ba
     handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in layers]
     try:
         with torch.no_grad():
-            model(torch.zeros(batch, *shape, dtype=next(model.parameters()).dtype))
+            model(next(model.parameters()).new_zeros(batch, *shape))
     finally:
         for handle in handles:
             handle.remove()
@@ -148,7 +148,7 @@ def adapt(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
             b.copy_(factor.b.reshape(b.shape))
             layer.scaling["default"] = factor.scale
             weight = layer.get_base_layer().weight
-            weight.sub_((factor.scale * factor.b @ factor.a).reshape(weight.shape))
+            weight.sub_((factor.scale * factor.b @ factor.a).reshape(weight.shape).to(weight))
             a.requires_grad_(True)
             b.requires_grad_(True)
     return adapted.eval()

@@ -82,7 +82,8 @@ def _note_failure(folder: Path, error: Exception, seed: Any) -> None:
     except (OSError, ValueError):
         finished = False
     name = "error.json" if finished else "metrics.json"
-    write_json(folder / name, {"error": f"{type(error).__name__}: {error}", "seed": seed})
+    overrides = list(HydraConfig.get().overrides.task)
+    write_json(folder / name, {"error": f"{type(error).__name__}: {error}", "seed": seed, "overrides": overrides})
 
 
 def summary(record: dict[str, Any]) -> str:

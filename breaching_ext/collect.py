@@ -62,7 +62,7 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
     """Return a run's row; None for a metrics.json of another program."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row["folder"] = str(home.relative_to(root))
-    row["overrides"] = " ".join(sorted(_overrides(home)))
+    row["overrides"] = _what_was_changed(_overrides(home))
     failure = home / "error.json"
     file = failure if failure.exists() else home / "metrics.json"
     try:
@@ -74,6 +74,8 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not {"error", "attack"} & set(record):
         return None
     row.update({key: record[key] for key in COLUMNS if key in record})
+    if "overrides" in record:  # the file beside it may be that of a later run in this folder
+        row["overrides"] = _what_was_changed(record["overrides"])
     config = record.get("config") or {}
     row["candidate_seed"] = ((config.get("attack") or {}).get("restarts") or {}).get("seed")
     values = flattened(config).items()
@@ -91,12 +93,16 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
 
 
 def _overrides(home: Path) -> list[str]:
-    """Return what the user changed, without what only repeats a run (seed, client)."""
+    """Return the overrides of the last run in a folder, as Hydra wrote them."""
     file = home / ".hydra" / "overrides.yaml"
     if not file.exists():
         return []
-    lines = [line[2:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
-    return [line for line in lines if not _says_nothing(line.lstrip("+").split("=")[0])]
+    return [line[2:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
+
+
+def _what_was_changed(overrides: list[str]) -> str:
+    """Return overrides as one text, without what only repeats a run (seed, client)."""
+    return " ".join(sorted(line for line in overrides if not _says_nothing(line.lstrip("+").split("=")[0])))
 
 
 def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: when the device does not exist here.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"device={name} is not possible; valid: auto, cpu, cuda, cuda:N, mps.")
     if local_processes() > 1 and name.startswith("cuda:"):
         raise ConfigError(f"device={name} under torchrun is one GPU for all processes; valid: cuda, auto, cpu.")
     if name == "auto":

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from .candidate_sheet import save_candidate_sheet
 from .environment import choose_kernels, describe_device, resolve_device, seed_everything, versions
+from .errors import BreachingExtError
 from .evaluation import Evaluation, evaluate, to_images
 from .evaluation.figures import save_reconstruction
 from .files import write_atomically, write_json
 from .ranks import current as ranks_of_run
 from .ranks import interrupts
 from .registration import clean_data_of, register
-from .run_checks import check_case, check_values
+from .run_checks import cannot_be_built, check_case, check_values
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,13 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     network = _place_checkpoint(cfg, output_dir)
     if cfg.dryrun and cfg.case.get("training") is not None:
         cfg.case.training.update(max_steps=1, cache_path=None, checkpoint_path=None)  # a loop, too, of another recipe
-    user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
-    attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
+    try:
+        user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
+        attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
+    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
+        if isinstance(error, BreachingExtError):
+            raise
+        raise cannot_be_built(cfg, error) from error
     check_case(cfg, user, attacker)
     private = clean_data_of(user, setup["dtype"])
     shared_data, payloads, true_data = server.run_protocol(user)
@@ -94,7 +101,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
         save(result, cfg, output_dir, mean, std)
     if hasattr(attacker, "forget_checkpoint"):
         attacker.forget_checkpoint()
-    if network is not None and not stats["interrupted"]:
+    if network is not None and not stats["interrupted"] and not cfg.dryrun:  # a dry run did not take it
         network.unlink(missing_ok=True)
     return result
 
@@ -145,8 +152,8 @@ def _record(
     value = stats.get("opt_value")
     value = value if isinstance(value, float) else None  # attacks that do not optimise have none
     kept = (
-        *("engine", "processes", "calibration", "memory", "gradient_evaluations"),
-        *("candidate_failures", "alignment_failures", "interrupted", "out_of_memory"),
+        *("engine", "processes", "calibration", "memory", "gradient_evaluations", "full_gradients"),
+        *("candidate_failures", "alignments", "alignment_failures", "interrupted", "out_of_memory"),
         *("kkt_loss", "kkt_loss_absolute", "rank", "singular_values", "failed_restarts"),
     )
     return {
@@ -167,6 +174,7 @@ def _record(
         "buffers_known": _buffers_known(cfg),
         "user_idx": cfg.case.user.get("user_idx"),
         "command": " ".join(sys.argv),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
         "versions": versions(),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }

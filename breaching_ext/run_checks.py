@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from .attacks.checks import check_dtype
 from .errors import ConfigError
+from .matching.evaluation import first_line
 from .ranks import current as ranks_of_run
+from .values import check_switches, is_whole
+
+SWITCHES = (
+    "dryrun",
+    *(f"case.user.provide_{what}" for what in ("labels", "buffers", "num_data_points", "local_hyperparams")),
+    *("case.server.provide_public_buffers", "case.data.normalize", "case.training.untrained"),
+    *("case.impl.deterministic", "case.impl.benchmark"),
+)
+#: What Breaching's case and attack are built from by name.
+_NAMES = (
+    *("case.model", "case.data.name", "case.data.partition", "case.server.name", "case.user.user_type"),
+    "attack.attack_type",
+)
 
 
 def check_values(cfg: Any) -> None:
@@ -15,6 +31,7 @@ def check_values(cfg: Any) -> None:
     Raises:
         ConfigError: naming the key, its value and the valid ones.
     """
+    check_switches(cfg, SWITCHES)
     if cfg.case.data.modality != "vision":
         raise ConfigError(
             f"case.data.modality={cfg.case.data.modality}: breaching-ext evaluates images; valid: vision. Text attacks "
@@ -22,8 +39,15 @@ def check_values(cfg: Any) -> None:
         )
     check_dtype("case.impl.dtype", cfg.case.impl.dtype)
     for key, value, least in (("seed", cfg.seed, 0), ("case.user.num_data_points", cfg.case.user.num_data_points, 1)):
-        if not isinstance(value, int) or value < least:
+        if not is_whole(value) or not least <= value < 2**63:
             raise ConfigError(f"{key}={value} is not possible; valid: {least}, {least + 1}, {least + 2}, ...")
+    index = cfg.case.user.get("user_idx")
+    if index is not None and (not is_whole(index) or index < 0):
+        raise ConfigError(f"case.user.user_idx={index} is not possible; valid: empty, or 0, 1, 2, ...")
+    if cfg.case.user.user_type == "trained_model" and cfg.case.get("training") is None:
+        raise ConfigError(
+            "case.user.user_type=trained_model needs case.training, how it is trained; valid: case=kkt_fashion_mnist."
+        )
     if cfg.case.user.user_type == "local_update" and not cfg.case.user.get("provide_local_hyperparams"):
         raise ConfigError(
             "case.user.provide_local_hyperparams=false: the update of several steps would be matched as one gradient, "
@@ -34,6 +58,13 @@ def check_values(cfg: Any) -> None:
             "case.user.user_type=multiuser_aggregate: Breaching's server keeps one client's images of several to "
             "compare with; valid here: local_gradient, local_update. Its own scripts run our attacks on such an update."
         )
+
+
+def cannot_be_built(cfg: Any, error: Exception) -> ConfigError:
+    """Return what to raise where Breaching cannot build its case or attack: one line with the names it went by."""
+    names = ", ".join(f"{key}={OmegaConf.select(cfg, key)}" for key in _NAMES)
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return ConfigError(f"Breaching cannot build this case or attack ({reason}); it has {names}.")
 
 
 def check_case(cfg: Any, user: Any, attacker: Any) -> None:

@@ -63,6 +63,16 @@ def attack(model, payload, shared, *overrides, **more):
         (["+augmentations.magic.p=1"], ["augmentations", "magic", "discrete_shift"]),
         (["label_strategy=magic"], ["label_strategy", "magic", "bias-corrected"]),
         (["init=magic"], ["init", "magic", "randn-trunc"]),
+        (["restarts.seed=abc"], ["restarts.seed", "abc"]),
+        (["restarts.seed=1.5"], ["restarts.seed", "1.5"]),
+        (["restarts.parallel_candidates=no"], ["restarts.parallel_candidates=no", "true, false"]),
+        (["optim.boxed=off"], ["optim.boxed=off", "true, false"]),
+        (["objective.scale=abc"], ["objective.scale", "abc"]),
+        (["objective.task_regularization=abc"], ["objective.task_regularization", "abc"]),
+        (["impl.JIT=foo"], ["impl.JIT", "foo", "trace"]),
+        (["regularization.total_variation.inner_exp=abc"], ["total_variation.inner_exp", "abc"]),
+        (["+regularization.total_variation.double_opponents=no"], ["double_opponents=no", "true, false"]),
+        (["+regularization.total_variation.foo=1"], ["total_variation key", "foo", "outer_exp"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -236,6 +246,18 @@ def test_observing_incomplete_or_training(caplog):
     [
         (["case.impl.dtype=float33"], ["case.impl.dtype", "float33"]),
         (["seed=null"], ["seed", "None"]),
+        (["seed=99999999999999999999"], ["seed", "99999999999999999999"]),
+        (["device=null"], ["device", "None", "auto"]),
+        (["dryrun=no"], ["dryrun=no", "true, false"]),
+        (["case.user.provide_labels=no"], ["case.user.provide_labels=no", "true, false"]),
+        (["case.user.user_idx=1.5"], ["case.user.user_idx", "1.5"]),
+        (["case.model=foo"], ["cannot build", "case.model=foo"]),
+        (["case.data.name=foo"], ["cannot build", "case.data.name=foo"]),
+        (["case.data.partition=foo"], ["cannot build", "case.data.partition=foo"]),
+        (["case.server.name=foo"], ["cannot build", "case.server.name=foo"]),
+        (["case.user.user_type=foo"], ["cannot build", "case.user.user_type=foo"]),
+        (["attack.attack_type=foo"], ["cannot build", "attack.attack_type=foo"]),
+        (["case/user=trained_model"], ["case.training", "case=kkt_fashion_mnist"]),
         (["case.user.num_data_points=4.0"], ["num_data_points", "4.0"]),
         (["case/user=local_updates", "case.user.provide_local_hyperparams=false"], ["provide_local_hyperparams"]),
         (["case/user=multiuser_aggregate", "case.user.user_range=[0,3]"], ["multiuser_aggregate", "local_update"]),
@@ -257,3 +279,10 @@ def test_one_gpu_named_for_all_processes(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="device=cuda:0 under torchrun"):
         resolve_device("cuda:0")
+
+
+def test_a_strategy_for_the_labels_of_text():
+    model = build_model("own")
+    payload, shared, *_ = observed(model, labels=None)
+    with pytest.raises(SharedDataError, match="label_strategy=bias-text infers the tokens of text"):
+        attack(model, payload, shared, "label_strategy=bias-text")

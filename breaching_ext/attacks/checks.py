@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..matching import BATCHING_MODES
 from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
 from ..regularizers import GroupRegularization
-from ..values import is_number, is_whole
+from ..values import check_switches, is_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ SCORINGS = ("euclidean", "cosine-similarity", "total-variation", "TV", "register
 OUTPUTS = ("best", "consensus")
 STARTS = ("randn", "randn-trunc", "rand", "zeros")
 COLOURS = ("red", "green", "blue", "dark", "light")
+SWITCHES = (
+    *("optim.boxed", "restarts.parallel_candidates", "normalize_gradients", "differentiable_augmentations"),
+    "impl.mixed_precision",
+)
 LABEL_STRATEGIES = (
     *("none", "iDLG", "analytic", "yin", "wainakh-simple", "wainakh-whitebox"),
     *("bias-corrected", "bias-text", "random", "exhaustive"),
@@ -46,12 +51,19 @@ def check_config(cfg: Any) -> None:
         ConfigError: naming the key, its value and the valid ones.
     """
     restarts, optim = cfg.restarts, cfg.optim
+    check_switches(cfg, SWITCHES)
     if not is_whole(restarts.num_trials) or restarts.num_trials < 1:
         raise ConfigError(f"restarts.num_trials={restarts.num_trials} is not possible; valid: 1, 2, 3, ...")
     if not is_whole(optim.max_iterations) or optim.max_iterations < 1:
         raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
     if not is_whole(optim.callback) or optim.callback < 1:
         raise ConfigError(f"optim.callback={optim.callback} is not possible; valid: 1, 2, 3, ...")
+    if restarts.get("seed") is not None and not is_whole(restarts.seed):
+        raise ConfigError(f"restarts.seed={restarts.seed} is not possible; valid: empty, or a whole number.")
+    _check_option("impl.JIT", cfg.impl.get("JIT") or "none", ("none", "script", "trace"))
+    for name in ("scale", "task_regularization"):
+        if not is_number(cfg.objective.get(name, 0.0)):
+            raise ConfigError(f"objective.{name}={cfg.objective[name]} is not possible; valid: a number.")
     check_impl(cfg.impl)
     parse_bytes(cfg.impl.get("memory_budget"))
     _check_names(cfg)
@@ -82,6 +94,8 @@ def check_config(cfg: Any) -> None:
             )
         if key == "group_regularization" and cfg.regularization[key]:
             GroupRegularization({}, **cfg.regularization[key])  # where it is off, choosing reads its aligner
+        elif cfg.regularization[key]:
+            _check_options(f"regularization.{key}", regularizer_lookup[key], cfg.regularization[key])
 
 
 def _check_names(cfg: Any) -> None:
@@ -110,6 +124,18 @@ def check_dtype(key: str, name: Any) -> None:
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"{key}={name} is not possible; valid: float, double, float32, ...")
+
+
+def _check_options(name: str, kind: Any, options: Mapping[str, Any]) -> None:
+    """Check a part of the config that one of Breaching's classes takes as its keyword arguments, by their defaults."""
+    known = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
+    valid = {key: default for key, default in known.items() if key not in ("self", "setup")}
+    for key, value in options.items():
+        _check_option(f"{name} key", key, valid)
+        if isinstance(valid[key], bool):
+            check_switches(options, [str(key)], f"{name}.")
+        elif is_number(valid[key]) and not is_number(value):
+            raise ConfigError(f"{name}.{key}={value} is not possible; valid: a number.")
 
 
 def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:

@@ -45,8 +45,8 @@ def register() -> None:
 
     Afterwards `breaching.attacks.prepare_attack` accepts our attack types, `regularization.group_regularization`
     is a known regularizer, `case.data.name=sample_photos` and `fashion_mnist_binary` with `partition=interleaved` are
-    known datasets, `case.model=kkt-mlp-300` and its like known models, and `case.user=trained_model` a known user.
-    Safe to call any number of times. A name that a later Breaching has moved is skipped with one warning.
+    known datasets, `case.model=kkt-mlp-300` and its like known models, and `case.user.user_type=trained_model` a known
+    user. Safe to call any number of times. A name that a later Breaching has moved is skipped with one warning.
     """
     if _undo:
         return

@@ -164,6 +164,7 @@ def optimise(
     bar.close()
     pixels, logits = engine.parameters
     cost = {"full_gradients_per_seed": engine.full_gradients / len(seeds), "outer_steps": iteration}
+    cost["schedule"] = asdict(engine.schedule)
     return pixels, logits, {**cost, "failed": (~alive).tolist(), "losses": [list(c) for c in zip(*losses, strict=True)]}
 
 
@@ -187,6 +188,7 @@ def make(run: Run, seeds: tuple[int, ...], out: Path, classes: int, labels_of: s
             "failed": any(r[2]["failed"][n] for r in results),
             "cpu_seconds_of_stack": seconds, "stack": len(seeds),
             "method": json.loads(json.dumps(asdict(arm))),
+            "schedule_of_the_run": results[0][2]["schedule"],
             "metrics": scores.as_dict(), "losses": [r[2]["losses"][n] for r in results],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }  # fmt: skip

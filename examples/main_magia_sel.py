@@ -202,15 +202,16 @@ def optimise(engine: MagiaEngine, args: argparse.Namespace) -> Optimised:
         with tqdm(range(args.n_iter), desc=f"magia {args.sel_mode}", unit="step", disable=None) as bar:
             for iteration in bar:
                 losses.append(engine.step(iteration, alive).values.item())
-                if not torch.isfinite(torch.tensor(losses[-1])):
-                    print(f"The objective is not finite in outer step {iteration}: stopped at the last finite point.")
+                reached = engine.parameters
+                if not all(bool(value.isfinite().all()) for value in (torch.tensor(losses[-1]), *reached)):
+                    print(f"Not finite in outer step {iteration}: stopped at the end of the last finite one.")
                     break
-                finished = engine.parameters
+                finished = reached
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
                 if iteration % args.checkpoint_every == 0 or iteration == args.n_iter - 1:
-                    history.append((iteration, engine.parameters[0][0]))
+                    history.append((iteration, finished[0][0]))
                     save_point(args.out / "checkpoints" / f"step_{iteration:05d}.pt", finished, iteration)
-        finished, interrupted = engine.parameters, False
+        interrupted = False
     except KeyboardInterrupt:
         print(f"Interrupted after {len(losses)} outer steps; keeping what there is.")
         interrupted = True

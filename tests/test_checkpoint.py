@@ -14,7 +14,10 @@ from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.checkpoint import fingerprint
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import ConfigError
+from breaching_ext.matching.engine import GradientRule
+from breaching_ext.matching.randomness import CandidateStreams
 from breaching_ext.matching.state import on_device, optimizer_state, restore_optimizer
+from breaching_ext.matching.vmap_engine import VmapEngine
 from breaching_ext.registration import register
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -126,6 +129,47 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path, monkeypatch, chang
 def test_bad_interval(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint_every=0"):
         attack(tmp_path / "c.pt", "0", "vmap", [])
+
+
+def test_a_run_without_a_seed_says_which_one_its_checkpoint_has(tmp_path, monkeypatch):
+    path, unseeded = tmp_path / "checkpoint.pt", [*CASES["adam"], "restarts.seed=null"]
+    monkeypatch.setattr("breaching_ext.attacks.checkpoint.Checkpoint.remove", lambda self: None)
+    monkeypatch.setattr(torch, "initial_seed", lambda: 5)
+    first, _ = attack(path, 3, "vmap", unseeded)
+    monkeypatch.setattr(torch, "initial_seed", lambda: 6)  # another process
+    with pytest.raises(ConfigError, match=r"restarts\.seed=5, and this one has 6; valid to go on: restarts\.seed=5"):
+        attack(path, 3, "vmap", unseeded)
+    resumed, _ = attack(path, 3, "vmap", [*CASES["adam"], "restarts.seed=5"])
+    assert torch.equal(resumed["candidates"], first["candidates"])
+
+
+def test_a_path_alone_keeps_nothing_and_decides_nothing(tmp_path, caplog):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("of another run")
+    attack(path, None, "auto", CASES["adam"])
+    assert "checkpoint_path=" in caplog.text
+    assert "has no effect without impl.checkpoint_every" in caplog.text
+    assert path.read_text() == "of another run"
+
+
+@pytest.mark.parametrize(
+    ("saved", "planned", "taken", "warns"), [(1, None, 1, False), (1, 2, 1, False), (None, 1, 1, True)]
+)
+def test_a_resumed_run_goes_on_in_the_chunks_of_the_first(caplog, saved, planned, taken, warns):
+    first, second = stacked(saved), stacked(planned)
+    second.restore(first.state(), 0)
+    assert second.evaluation.chunk == taken
+    assert ("not bit for bit" in caplog.text) == warns
+
+
+def stacked(chunk: int | None) -> VmapEngine:
+    def factory(stacks):
+        optimizer = torch.optim.SGD(stacks, lr=0.1)
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    rule, streams = GradientRule(3, 0.0, None, None), CandidateStreams([0, 1], torch.device("cpu"))
+    objective = lambda x: (x.square().sum(), x.sum())  # noqa: E731
+    return VmapEngine([torch.ones(2, 3)], objective, factory, rule, streams, chunk=chunk)
 
 
 def test_one_step_to_try_leaves_the_checkpoint_of_the_long_run(tmp_path, monkeypatch):
@@ -249,10 +293,10 @@ def test_the_fingerprint_knows_everything_that_decides_a_run():
     fingerprint(cfg, shared, [start.bfloat16() for start in starts], "vmap")  # a dtype that numpy has not
 
 
-@pytest.mark.parametrize("content", [{"candidates": torch.zeros(2)}, torch.zeros(2), None])
+@pytest.mark.parametrize("content", [{"candidates": torch.zeros(2)}, torch.zeros(2), "<html>", "junk", ""])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "candidates.pt"
-    path.write_text("<html>") if content is None else torch.save(content, path)
+    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         attack(path, 4, "auto", [])
 

@@ -67,6 +67,35 @@ def test_a_budget_below_one_candidate_is_refused_before_the_loop():
         reconstruct("impl.memory_budget=20000")
 
 
+def test_a_budget_for_one_candidate_at_a_time_is_said_to_do_nothing(caplog):
+    reconstruct("impl.memory_budget=20000", "restarts.candidate_batching=list")
+    assert "impl.memory_budget has no effect" in caplog.text
+
+
+class AnySize(torch.nn.Module):
+    """A model of images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.conv(x)).mean(dim=(2, 3)))
+
+
+def test_the_size_of_augmented_images_counts():
+    """Enlarged four times each way, they take about sixteen times as much."""
+    torch.manual_seed(0)
+    model, found = AnySize().double(), []
+    payload, shared, *_ = observed(model)
+    for zoom in ((), ("+augmentations.zoom={out_size: 128}", "differentiable_augmentations=true")):
+        options = ["restarts.candidate_batching=vmap", "regularization.group_regularization.scale=0", *zoom]
+        cfg = attack_config("joint_candidates", options, 1)
+        _, stats = JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
+        found.append(stats["memory"]["bytes_per_candidate"])
+    assert 10 < found[1] / found[0] < 25
+
+
 @pytest.mark.parametrize("value", ["much", "-3", "0", "4 elephants"])
 def test_a_budget_that_is_no_size(value):
     with pytest.raises(ConfigError, match=r"impl\.memory_budget"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from cases import attack_config, build_model, loss, observed
@@ -161,3 +164,75 @@ def test_total_variation_of_vectors_is_refused(overrides, words):
     with pytest.raises(ConfigError, match=words):
         attack(model, payload, shared, *overrides)
     attack(model, payload, shared, "regularization.total_variation.scale=0")
+
+
+class Tied(torch.nn.Module):
+    """Two layers that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+        self.head = torch.nn.Linear(12, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("batching", ["list", "vmap"])
+def test_local_steps_move_a_shared_weight_in_both_places(batching):
+    """The distance at the client's own data is zero only where they do."""
+    model = own(Tied)
+    images, labels = torch.rand(2, 12, dtype=torch.float64), torch.tensor([1, 3])
+    moved = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(moved(images), labels).backward()
+        optimizer.step()
+    pairs = zip(moved.parameters(), model.parameters(), strict=True)
+    update = [after.detach() - before.detach() for after, before in pairs]
+    local = {"steps": 2, "data_per_step": 2, "lr": 0.1, "labels": [labels, labels]}
+    payload, shared = observe(model, update, (12,), 2, 4, labels, local_hyperparams=local)
+    options = ["objective.type=euclidean", "regularization.total_variation.scale=0", "optim.boxed=false"]
+    options += ["restarts.seed=5", "restarts.num_trials=1", f"restarts.candidate_batching={batching}"]
+    made = JointCandidateAttacker(model, loss(), attack_config("joint_candidates", options, 1), SETUP)
+    _, stats = made.reconstruct(payload, shared, initial_data=images)
+    assert stats["engine"] == batching
+    assert stats["Trial_0_Val"][0] < 1e-20
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_a_start_at_the_solution_is_not_taken_for_a_wrong_engine(noise, caplog):
+    """There the gradient is rounding errors alone, of which no two engines have the same."""
+    model = build_model("own")
+    payload, shared, images, _ = observed(model)
+    options = ["regularization.total_variation.scale=0", "restarts.candidate_batching=vmap", "restarts.num_trials=2"]
+    cfg = attack_config("joint_candidates", options, 2)
+    start = images + noise * torch.randn_like(images)
+    _, stats = JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared, initial_data=start)
+    assert stats["engine"] == "vmap"
+    assert "differs from Breaching" not in caplog.text
+
+
+def test_numbers_and_labels_from_numpy():
+    model = build_model("own")
+    payload, shared, _, labels = observed(model)
+    expected, _ = attack(model, payload, shared)
+    shared[0]["metadata"].update(num_data_points=np.int64(2), labels=labels.to(torch.int32))
+    found, _ = attack(model, payload, shared)
+    assert torch.equal(found["candidates"], expected["candidates"])
+
+
+def test_vectors_with_a_mean_and_deviation():
+    torch.manual_seed(3)
+    model = torch.nn.Linear(10, 4).double()
+    images, labels = torch.rand(2, 10, dtype=torch.float64), torch.tensor([1, 3])
+    mean, std = torch.linspace(0.3, 0.6, 10), torch.linspace(0.1, 0.2, 10)
+    gradients = torch.autograd.grad(cross_entropy(model((images - mean) / std), labels), list(model.parameters()))
+    payload, shared = observe(model, gradients, (10,), 2, 4, labels, mean.tolist(), std.tolist())
+    found, _ = attack(model, payload, shared, "regularization.total_variation.scale=0", "optim.step_size=100")
+    pixels = found["candidates"] * std + mean
+    assert found["candidates"].shape == (2, 2, 10)
+    assert pixels.min() > -1e-6
+    assert pixels.max() < 1 + 1e-6

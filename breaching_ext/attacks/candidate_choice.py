@@ -114,6 +114,6 @@ class CandidateChoice:
         objective.initialize(self.loss_fn, self.cfg.impl, shared_data[0]["metadata"]["local_hyperparams"])
         match_only_trainable(objective, rec_model, self.loss_fn, shared_data)
         queries = zip(rec_model, shared_data, strict=True)
-        with CandidateStreams(self._seed(), 1, candidate.device).use(0):  # dropout that is on: the same for all
+        with CandidateStreams([self._seed()], candidate.device).use(0):  # dropout that is on: the same for all
             values = [objective(model, data["gradients"], candidate, labels)[0] for model, data in queries]
         return torch.stack(values).sum().detach()

@@ -67,7 +67,7 @@ class CandidateEngines(KeepsCheckpoint):
     def _streams(self, own: range | None = None) -> CandidateStreams:
         """Return the random streams of the candidates `own` (all by default); candidate i's depends on i alone."""
         own = range(self.cfg.restarts.num_trials) if own is None else own
-        return CandidateStreams(self._seed() + own.start, len(own), torch.device(self.setup["device"]))
+        return CandidateStreams([self._seed() + index for index in own], torch.device(self.setup["device"]))
 
     def _starts(
         self, target: Target, streams: CandidateStreams, initial_data: torch.Tensor | None
@@ -91,7 +91,7 @@ class CandidateEngines(KeepsCheckpoint):
         once = forget_first_draws(self.augmentations)
         if not once:
             return
-        first = CandidateStreams(self._seed(), 1, torch.device(self.setup["device"]))
+        first = CandidateStreams([self._seed()], torch.device(self.setup["device"]))
         with first.use(0):
             self._initialize_data(target.shape)
             for module in once:
@@ -107,6 +107,8 @@ class CandidateEngines(KeepsCheckpoint):
         every, path = self.cfg.impl.get("checkpoint_every"), ranks.from_first(self.cfg.impl.get("checkpoint_path"))
         if every and not path and not dryrun:
             log.warning("impl.checkpoint_every=%d has no effect without impl.checkpoint_path.", every)
+        if path and not every and not dryrun:
+            log.warning("impl.checkpoint_path=%s has no effect without impl.checkpoint_every.", path)
         if not every or not path or dryrun:
             return None
         evaluated = [model for model in target.models if not model.training]  # the others go by the batch's statistics
@@ -115,9 +117,9 @@ class CandidateEngines(KeepsCheckpoint):
         known += target.local_hyperparams["labels"] if target.local_hyperparams else []
         loss = unscripted(self.loss_fn)
         known += loss.buffers() if isinstance(loss, torch.nn.Module) else []
-        described = f"{engine} {ranks.size} {self._identity(target)} {_with_settings(loss)}"
+        described = f"{engine} {ranks.size} {self._seed()} {self._identity(target)} {_with_settings(loss)}"
         run = fingerprint(self.cfg, target.shared_data, starts, described, known)
-        self._kept = Checkpoint(path, every, run, engine, ranks)
+        self._kept = Checkpoint(path, every, run, engine, ranks, self._seed())
         return self._kept
 
     def _say_no_checkpoint(self) -> None:
@@ -127,7 +129,7 @@ class CandidateEngines(KeepsCheckpoint):
     def _choose_engine(self, parts: EngineParts, ranks: Ranks, dryrun: bool = False) -> BuiltEngine:
         """Return the engine; where `auto` goes on from a checkpoint, that run's. All processes take the first's."""
         mode = self.cfg.restarts.get("candidate_batching", "auto")
-        if mode == "auto" and ranks.first and not dryrun:
+        if mode == "auto" and ranks.first and not dryrun and self.cfg.impl.get("checkpoint_every"):
             mode = saved_engine(self.cfg.impl.get("checkpoint_path")) or mode
         built = choose_engine(mode, parts) if ranks.first else None
         name = ranks.from_first(built.engine.name if built else None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from breaching.attacks.auxiliaries.objectives import GradientLoss
 
-from ..matching.client import client_update, unscripted
+from ..matching.client import client_update, draws, unscripted
 from ..matching.engine import CandidateObjective
 from ..matching.objectives import gradient_distance
 
@@ -20,11 +20,12 @@ def match_only_trainable(
     loss_fn: Callable[..., torch.Tensor],
     shared_data: Sequence[dict[str, Any]],
 ) -> None:
-    """Let an initialised Breaching objective skip parameters that do not require a gradient, or are not used.
+    """Let an initialised Breaching objective skip parameters that do not require a gradient, are unused, or are shared.
 
     Clients send no gradient for frozen backbones, and zeros for a head that the loss does not look at; Breaching would
-    ask autograd for both. Where every parameter has a gradient, nothing changes. A single gradient needs nothing but
-    autograd, so that it works for models that torch.func cannot transform.
+    ask autograd for both. Of a weight that two layers share, its local steps would move one alone. Where every
+    parameter has a gradient of its own, nothing changes. A single gradient needs nothing but autograd, so that it works
+    for models that torch.func cannot transform.
     """
     if not isinstance(objective, GradientLoss):
         return
@@ -33,11 +34,16 @@ def match_only_trainable(
         return
     frozen = any(not p.requires_grad for model in rec_models for p in model.parameters())
     unused = any(not bool(gradient.any()) for data in shared_data for gradient in data["gradients"])
-    if not (frozen or unused):
+    if not (frozen or unused or any(_shares_weights(model) for model in rec_models)):
         return
     hyperparams, mixed = objective.local_hyperparams, objective.cfg_impl.mixed_precision
     updates = {id(model): client_update(model, unscripted(loss_fn), hyperparams, mixed) for model in rec_models}
     objective._grad_fn = lambda model, candidate, labels: updates[id(model)](candidate, labels)
+
+
+def _shares_weights(model: torch.nn.Module) -> bool:
+    names = list(model.named_parameters(remove_duplicate=False))
+    return len(names) > len(list(model.parameters()))
 
 
 def _trainable_gradient(
@@ -79,7 +85,7 @@ def pure_objective(
     distances = [d for d in (gradient_distance(objective, gradient, compiled) for gradient in observed) if d]
     if not distances:
         return None, f"objective {type(objective).__name__} has no batched form"
-    if any(_draws(module) for model in rec_models for module in model.modules()):
+    if any(draws(model) for model in rec_models):
         return None, "the model's dropout is on, and every candidate needs random numbers of its own"
     if cfg_impl.JIT:
         return None, f"impl.JIT={cfg_impl.JIT} makes a TorchScript model"
@@ -104,10 +110,6 @@ def pure_objective(
         return value, task_loss
 
     return candidate_objective, ""
-
-
-def _draws(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,15 +22,15 @@ from ..tensor_files import read_tensors
 log = logging.getLogger(__name__)
 
 #: Raised where a state changes its form or its meaning, so that older checkpoints are refused.
-_FORMAT = 3
+_FORMAT = 4
 _NOT_PART_OF_THE_RUN = ("checkpoint_every", "checkpoint_path", "progress", "memory_budget")
 
 
 def saved_engine(path: str | Path | None) -> str | None:
     """Return the engine of the run whose checkpoint lies there, or None where there is no checkpoint."""
-    if path is None or not Path(path).exists():
+    if path is None or not Path(path).expanduser().exists():
         return None
-    return _read(path)["engine"]
+    return _read(Path(path).expanduser())["engine"]
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -47,15 +47,23 @@ class Checkpoint:
         ranks: the processes of the run; the first one writes the states of all.
         fingerprint: identifies config, shared gradients and engine (see :func:`fingerprint`); a checkpoint of
             another run is refused rather than continued.
+        seed: the run's, which may be empty in its config; for the error where another process drew another.
 
     Attributes:
         seconds_before: what the run had taken up to the checkpoint that it goes on from; 0 for a new run.
     """
 
     def __init__(
-        self, path: str | Path, every: int, fingerprint: str, engine: str = "", ranks: Ranks | None = None
+        self,
+        path: str | Path,
+        every: int,
+        fingerprint: str,
+        engine: str = "",
+        ranks: Ranks | None = None,
+        seed: int | None = None,
     ) -> None:
-        self.path, self.every, self.fingerprint, self.engine = Path(path), every, fingerprint, engine
+        self.seed = seed
+        self.path, self.every, self.fingerprint, self.engine = Path(path).expanduser(), every, fingerprint, engine
         self.ranks = ranks or Ranks()
         self.seconds_before, self._clock = 0.0, time.perf_counter()
 
@@ -73,6 +81,12 @@ class Checkpoint:
             return None
         content = _read(self.path)
         if content["fingerprint"] != self.fingerprint:
+            other = content.get("seed")
+            if other not in (None, self.seed):
+                raise ConfigError(
+                    f"impl.checkpoint_path={self.path} belongs to a run with restarts.seed={other}, and this one has "
+                    f"{self.seed}; valid to go on: restarts.seed={other}. Otherwise choose another path."
+                )
             raise ConfigError(
                 f"impl.checkpoint_path={self.path} belongs to a run with another config, model, gradient or engine, "
                 "or of another version of this package; remove it or choose another path."
@@ -96,7 +110,8 @@ class Checkpoint:
         if not self.ranks.first:
             return
         seconds = self.seconds_before + time.perf_counter() - self._clock
-        content = {"fingerprint": self.fingerprint, "engine": self.engine, "states": states, "seconds": seconds}
+        about = {"fingerprint": self.fingerprint, "engine": self.engine, "seed": self.seed}
+        content = {**about, "states": states, "seconds": seconds}
         try:
             write_atomically(self.path, lambda target: torch.save(content, target))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
@@ -145,11 +160,13 @@ def fingerprint(
     """Return a digest of everything that decides a run: config, engine, gradients, starts and what `also` is known.
 
     The latter are the labels (given or inferred), the models' parameters and their buffers, which also say whether
-    these were sent. `engine` may say more than its name; addresses in it, which no two processes share, do not count.
+    these were sent. `engine` says more than its name, the seed in effect among it (the
+    config's may be empty); addresses in it, which no two processes share, do not count.
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings["impl"] = {k: v for k, v in settings["impl"].items() if k not in _NOT_PART_OF_THE_RUN}
+    settings["restarts"] = {k: v for k, v in (settings.get("restarts") or {}).items() if k != "seed"}  # see `engine`
     engine = re.sub(r" at 0x[0-9a-f]+", "", engine)
     digest = hashlib.sha256(f"{_FORMAT}\n{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
     for tensor in [*starts, *(g for data in shared_data for g in data["gradients"]), *also]:

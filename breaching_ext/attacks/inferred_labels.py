@@ -53,6 +53,8 @@ def infer_labels(
     told = labels_of_steps(shared_data, server_payload)
     if told is not None:
         return told
+    if images and strategy == "bias-text":
+        raise SharedDataError("label_strategy=bias-text infers the tokens of text; valid for images: yin, random, ...")
     try:
         labels = infer()
     except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -143,6 +143,9 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         prepared = super().prepare_attack(server_payload, shared_data)
         if server_payload[0]["metadata"].get("normalize") is False:
             self.dm, self.ds = torch.tensor(0, **self.setup), torch.tensor(1, **self.setup)
+        elif self.dm.dim():  # Breaching shapes them for images, whatever the data are
+            of_a_point = (1, -1, *[1] * (len(self.data_shape) - 1))
+            self.dm, self.ds = self.dm.reshape(of_a_point), self.ds.reshape(of_a_point)
         return prepared
 
     def _recover_label_information(self, user_data: list[dict], server_payload: list[dict], rec_models: Any) -> Any:

@@ -26,8 +26,10 @@ from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
 from ..regularizers import GroupRegularization
 from .candidate_choice import Target
+from .checks import warn_of_choice
 from .joint_candidates import JointCandidateAttacker
 from .joint_loop import JointLoop, LoopResult
+from .magia_checks import check_loss, check_output, warn_of_grid, warn_of_sizes
 from .magia_choice import MagiaChoice
 from .magia_options import MagiaOptions
 from .observation import own_copy
@@ -44,7 +46,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
 
     Args:
         model: the model under attack.
-        loss_fn: its loss; it must take soft labels, as torch.nn.CrossEntropyLoss does.
+        loss_fn: its loss; it must take label probabilities (B, classes), as torch.nn.CrossEntropyLoss does.
         cfg_attack: an attack config, for example `breaching.get_attack_config("magia")`.
         setup: dict(dtype=..., device=...) as Breaching's; `impl.dtype` of the config (float, double) decides.
 
@@ -105,14 +107,15 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             the joint attack's, with `full_gradients`: evaluations in units of one full-batch gradient.
 
         Raises:
+            ConfigError: for a loss that does not take label probabilities.
             SharedDataError: for shared data that do not fit the model, several queries or local steps, or a start
                 that is not finite, before the loop starts.
         """
         target, stats, classes = self._prepare(server_payload, shared_data)
         if initial_data is not None:
             check_initial_data(initial_data, self.cfg.restarts.num_trials, target.shape)
-            self._say_grid()
-        self._say_sizes(target.shape[0])
+            warn_of_grid(self.options)
+        warn_of_sizes(self.options, target.shape[0], self.cfg.optim.max_iterations)
         streams = self._streams()
         starts = self._starts(target, streams, initial_data)
         starts = [self._to_pixels(starts[0]), self._label_starts(streams, target.shape[0], classes)]
@@ -142,35 +145,18 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         shape = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         device_shared = self._cast_shared_data(shared)
         labels = torch.zeros(shape[0], dtype=torch.long, device=self.setup["device"])
-        with torch.no_grad():
+        with torch.no_grad(), CandidateStreams([self._seed()], labels.device).use(0):  # dropout that is on draws
             output = models[0](torch.zeros(shape, **self.setup))  # as many as there are: batch norm may need several
-        if not isinstance(output, torch.Tensor) or output.dim() != 2:
-            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise SharedDataError(f"The model's output is {found}; valid: a tensor (B, classes).")
+        check_output(output)
+        check_loss(self.loss_fn, output)
+        if self.options.relative and not any(bool(g.any()) for g in device_shared[0]["gradients"]):
+            raise SharedDataError("The shared gradient is zero: image_prior.relative=true has nothing to go by.")
+        warn_of_choice(self.cfg.restarts, torch.arange(shape[0]), None)  # labels are no part of the order here
         return Target(models, device_shared, labels, shape), stats, output.shape[1]
 
     def _recover_label_information(self, *args: Any, **kwargs: Any) -> None:
         """Labels are optimised; Breaching must not infer them."""
         return
-
-    def _say_sizes(self, batch_size: int) -> None:
-        options, steps = self.options, self.cfg.optim.max_iterations
-        if options.term.kind == "none":
-            if options.without_effect:
-                log.warning("%s: no effect with subset.term=none.", ", ".join(options.without_effect))
-            return
-        if options.schedule.mode == "constk" and not 1 <= options.schedule.k <= batch_size:
-            size = options.schedule.size(0, batch_size, steps)
-            log.warning("subset.sel_k=%d is outside 1 ... %d; taking %d.", options.schedule.k, batch_size, size)
-
-    def _say_grid(self) -> None:
-        factor = self.options.pyramid.factors[0]
-        if factor > 1:
-            log.warning(
-                "initial_data loses its detail: it is averaged to a grid coarser by %d first; pyramid.factors=[1] "
-                "pyramid.shares=[] starts from it as it is.",
-                factor,
-            )
 
     # -- starts --------------------------------------------------------------------------------------------------
 
@@ -251,7 +237,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             seeds,
             self.cfg.optim.max_iterations,
             options.schedule,
-            options.annealing_for(matching.target.gradients),
+            options.annealing_for(matching.target.squared_norm()),
             options.optimizer,
             options.pyramid,
         )

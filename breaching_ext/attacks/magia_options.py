@@ -114,11 +114,9 @@ class MagiaOptions:
         said += [(key, getattr(self.schedule, name), getattr(Schedule(), name)) for name, key in keys.items()]
         return [f"subset.{key}={value}" for key, value, default in said if value != default]
 
-    def annealing_for(self, gradients: Sequence[torch.Tensor]) -> Annealing:
-        """Weights of the prior against the distance from these gradients, which grows with their squared norm."""
-        if not self.relative:
-            return self.annealing
-        return self.annealing.times(float(torch.stack([g.square().sum() for g in gradients]).sum()))
+    def annealing_for(self, squared_norm: float) -> Annealing:
+        """Weights of the prior against the distance from a gradient of that ‖g*‖², with which the distance grows."""
+        return self.annealing.times(squared_norm) if self.relative else self.annealing
 
     def prior(self, pixels: torch.Tensor) -> torch.Tensor:
         """The image prior of one candidate (B, C, H, W) in [0, 1], a scalar."""

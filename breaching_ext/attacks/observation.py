@@ -89,11 +89,12 @@ def own_copy(shared_data: Sequence[dict[str, Any]], device: torch.device) -> lis
     copies = []
     for data in shared_data:
         metadata = dict(data["metadata"])
+        metadata["num_data_points"] = int(metadata["num_data_points"])  # NumPy's will not do everywhere
         if metadata["labels"] is not None:
-            metadata["labels"] = metadata["labels"].to(device)
+            metadata["labels"] = _labels(metadata["labels"], device)
         if metadata["local_hyperparams"] is not None:
             steps = dict(metadata["local_hyperparams"])
-            steps["labels"] = [labels.to(device) for labels in steps["labels"]]
+            steps["labels"] = [_labels(labels, device) for labels in steps["labels"]]
             metadata["local_hyperparams"] = steps
         tensors = {
             key: None if data[key] is None else [t.to(device) for t in _clones(data[key])]
@@ -101,6 +102,11 @@ def own_copy(shared_data: Sequence[dict[str, Any]], device: torch.device) -> lis
         }
         copies.append({**data, **tensors, "metadata": metadata})
     return copies
+
+
+def _labels(labels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Labels on a device, classes as int64, which torch's losses ask for."""
+    return labels.to(device) if labels.is_floating_point() else labels.to(device, torch.long)
 
 
 def _clones(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import SharedDataError
 from ..matching.client import matched_parameters
+from ..values import is_whole
 
 
 def check_shared_data(
@@ -28,7 +29,7 @@ def check_shared_data(
             raise SharedDataError("The client shared weights and no gradient; valid for that: attack=kkt.")
         _check_gradients(list(data["gradients"]), expected)
         number = data["metadata"]["num_data_points"]
-        if not isinstance(number, int) or number < 1:
+        if not is_whole(number) or number < 1:
             raise SharedDataError(
                 f"The number of data points is {number}, but the attack must know how many images to reconstruct: "
                 "set case.user.provide_num_data_points=True or give metadata['num_data_points'] >= 1."

@@ -34,17 +34,23 @@ def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:
     """
     single = len(parts.starts[0]) == 1
     if mode == "list" or (mode == "auto" and single and parts.evaluations < calibration.SHORT_ALONE):
-        return BuiltEngine(list_engine(parts))
+        return _one_by_one(parts)
     reason, per_candidate = parts.why_not, 0
     if not reason:
         reason, per_candidate = check_objective(parts)
     if reason:
         level = logging.INFO if mode == "auto" else logging.WARNING
         log.log(level, "candidate_batching=%s: stepping the candidates one by one (list), because %s.", mode, reason)
-        return BuiltEngine(list_engine(parts))
+        return _one_by_one(parts)
     memory = plan_memory(parts.starts, per_candidate, parts.memory_budget, parts.copies)
     if mode == "auto":
         engine, calibrated = fastest(parts, memory)
         calibrated.log()
         return BuiltEngine(engine, calibrated, memory)
     return BuiltEngine(stacked_engine(mode, parts, memory), None, memory)
+
+
+def _one_by_one(parts: EngineParts) -> BuiltEngine:
+    if parts.memory_budget is not None:
+        log.warning("impl.memory_budget has no effect: the engine list evaluates one candidate at a time as it is.")
+    return BuiltEngine(list_engine(parts))

@@ -26,6 +26,12 @@ def matched_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def draws(model: torch.nn.Module) -> bool:
+    """Return whether a model draws random numbers: its dropout is on."""
+    kind = torch.nn.modules.dropout._DropoutNd
+    return any(isinstance(module, kind) and module.training and module.p > 0 for module in model.modules())
+
+
 def client_update(
     model: torch.nn.Module,
     loss_fn: Callable[..., torch.Tensor],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ from .lbfgs import BatchedLBFGS
 from .magia_optimizer import OptimizerOptions
 from .magia_schedules import Annealing, Schedule
 from .pyramid import Pyramid, enlarge, shrink
+from .randomness import CandidateStreams
+from .state import optimizer_state
 from .subset_matching import SubsetMatching
 
 __all__ = ["Annealing", "MagiaEngine", "OptimizerOptions", "Pyramid", "Schedule"]
@@ -28,7 +29,7 @@ class MagiaEngine:
     Attributes:
         matching: the objective.
         starts: pixels (N, B, C, H, W) and logits (N, B, K).
-        seeds: one seed per candidate for its draws of subsets.
+        seeds: one seed per candidate for its draws of subsets, and of what its model draws (dropout that is on).
         iterations: outer steps of the whole run.
         schedule: subset sizes.
         annealing: weight of the image prior.
@@ -49,11 +50,13 @@ class MagiaEngine:
         if any(not bool(torch.isfinite(start).all()) for start in self.starts):
             raise ValueError("The start is not finite; every pixel and label logit must be a finite number.")
         self._size = self.starts[0].shape[-2:]
+        self._units = self._units_of_targets()
         self._factor = 0
         self._adam_asked = self._asked_before = 0
         self._failed = torch.zeros(len(self.starts[0]), dtype=torch.bool, device=self.starts[0].device)
         self._on_grid(self.pyramid.factor(0.0), [start.detach() for start in self.starts])
         self._generators = [torch.Generator().manual_seed(seed % 2**63) for seed in self.seeds]
+        self._streams = CandidateStreams(self.seeds, self.starts[0].device)
         self._alive = torch.ones(len(self.starts[0]), dtype=torch.bool)
         self._subsets: torch.Tensor | None = None
         self._prior_weight = math.inf
@@ -61,6 +64,15 @@ class MagiaEngine:
         self.gradient_evaluations = 0
         #: evaluations in units of a full-batch gradient (a subset counts S/B), summed over candidates
         self.full_gradients = 0.0
+
+    def _units_of_targets(self) -> torch.Tensor:
+        """What optimizers see the objective in, (N,): ‖g*‖² where that is below 1, else 1.
+
+        A trained model's gradient is small, and with it its distance; L-BFGS's test of curvature and Adam's ε are
+        absolute.
+        """
+        norms = [self.matching.target.squared_norm(n) for n in range(len(self.starts[0]))]
+        return self.starts[0].new_tensor([norm if 0 < norm < 1 else 1.0 for norm in norms])
 
     @property
     def name(self) -> str:
@@ -136,8 +148,9 @@ class MagiaEngine:
         return {
             "factor": self._factor,
             "stacks": [stack.detach().clone() for stack in self._stacks],
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizer": optimizer_state(self._optimizer),
             "generators": [generator.get_state() for generator in self._generators],
+            "streams": list(self._streams.states),
             "subsets": None if self._subsets is None else self._subsets.clone(),
             "prior_weight": self._prior_weight,
             "failed": self._failed.clone(),
@@ -151,6 +164,7 @@ class MagiaEngine:
         self._optimizer.load_state_dict(state["optimizer"])
         for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
+        self._streams.states = list(state["streams"])
         self._subsets = None if state["subsets"] is None else state["subsets"].to(self.starts[0].device)
         self._prior_weight = state["prior_weight"]
         self._failed = state["failed"].to(self.starts[0].device)
@@ -178,12 +192,16 @@ class MagiaEngine:
         def closure() -> torch.Tensor:
             if self.schedule.redraw == "closure":
                 self._draw(iteration)
-            return self._evaluate()
+            values = self._evaluate()
+            for stack in self._stacks:
+                assert stack.grad is not None
+                stack.grad = stack.grad / self._units.view(-1, *[1] * (stack.dim() - 1))
+            return values / self._units
 
         if isinstance(self._optimizer, BatchedLBFGS):
             values = self._optimizer.step(closure)
             self._failed |= torch.tensor(self._optimizer.failed, device=values.device)
-            return torch.where(self._failed, float("nan"), values)
+            return torch.where(self._failed, float("nan"), values * self._units)
         first: torch.Tensor | None = None
         for inner in range(self.options.inner_iterations):
             now = done + inner / self.options.inner_iterations / self.iterations
@@ -194,7 +212,7 @@ class MagiaEngine:
             self._adam_asked += len(self._alive)
             first = values if first is None else first
         assert first is not None
-        return first
+        return first * self._units
 
     def _evaluate(self) -> torch.Tensor:
         """Set the gradients of grid and label variables, and return the values (N,)."""
@@ -204,7 +222,7 @@ class MagiaEngine:
         with torch.enable_grad():
             pixels = enlarge(leaf, self._size)
         values, rankings, in_pixels, in_logits = self.matching(
-            pixels.detach(), labels.detach() * scale, self._subsets, self._prior_weight
+            pixels.detach(), labels.detach() * scale, self._subsets, self._prior_weight, self._streams
         )
         if self._rankings is None:
             self._rankings = rankings.clone()

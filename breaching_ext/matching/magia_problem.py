@@ -72,3 +72,7 @@ class Target:
         if not self.per_candidate:
             return dict(self.parameters), list(self.gradients)
         return {k: v[n] for k, v in self.parameters.items()}, [g[n] for g in self.gradients]
+
+    def squared_norm(self, n: int = 0) -> float:
+        """‖g*‖² of one candidate's target."""
+        return float(torch.stack([g.square().sum() for g in self.of(n)[1]]).sum())

@@ -61,7 +61,8 @@ class Annealing:
         weights = [self.last] if self.first is None else [self.last, self.first]
         if not all(math.isfinite(w) and w >= 0 for w in weights) or (self.first is not None and 0 in weights):
             raise ValueError(
-                f"prior weights first={self.first}, last={self.last}; valid: numbers above 0 (last=0 alone: off)."
+                f"image_prior.weight={self.last} with image_prior.anneal_from={self.first} is not possible; valid: "
+                "numbers above 0 (0: off, with image_prior.anneal_from=null)."
             )
 
     def times(self, factor: float) -> Annealing:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..values import is_number
+
 __all__ = ["Pyramid", "enlarge", "shrink"]
 
 
@@ -33,6 +35,8 @@ class Pyramid:
             raise ValueError(f"pyramid.factors={self.factors} must be whole numbers.")
         if not self.factors or self.factors[-1] != 1 or min(self.factors) < 1:
             raise ValueError(f"pyramid.factors={self.factors} must be 1 or more each, and end with 1.")
+        if not all(is_number(share) for share in self.shares):
+            raise ValueError(f"pyramid.shares={self.shares} must be numbers.")
         if len(self.shares) != len(self.factors) - 1 or min(self.shares, default=0) < 0 or sum(self.shares) > 1:
             raise ValueError(f"pyramid.shares={self.shares}: valid: one per stage but the last, 0 to 1, sum up to 1.")
 

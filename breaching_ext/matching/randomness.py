@@ -7,20 +7,25 @@ depend on how many candidates there are, and equals a sequential trial that was 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 
 class CandidateStreams:
-    """The random states of N candidates on the CPU and, if the candidates live there, on one GPU (CUDA or MPS)."""
+    """The random states of N candidates on the CPU and, if the candidates live there, on one GPU (CUDA or MPS).
 
-    def __init__(self, seed: int, count: int, device: torch.device) -> None:
+    Args:
+        seeds: one for each candidate.
+        device: where candidates live.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self.device = device
         self.states: list[tuple[torch.Tensor, ...]] = []
         with self._restored():
-            for index in range(count):
-                torch.manual_seed(seed + index)
+            for seed in seeds:
+                torch.manual_seed(seed)
                 self.states.append(self._get())
 
     @contextlib.contextmanager

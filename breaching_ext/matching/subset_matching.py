@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.func import grad, grad_and_value, vmap
 
 from ..out_of_memory import is_out_of_memory
+from .client import draws
 from .compilation import compiled
 from .evaluation import Evaluate, first_line
 from .magia_objective import data_term, full_term, rescaling
 from .magia_problem import SubsetTerm, Target
+from .randomness import CandidateStreams
 from .tracing import SpecialisationError, replayed
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,8 @@ class SubsetMatching:
         self.evaluations, self.first_size = evaluations, first_size
         self._compiles, self._stacks, self._has_compiled = True, True, False
         self._evaluations: dict[tuple, Evaluate] = {}
+        if draws(target.model):
+            self._one_by_one_because("the model's dropout is on, and every candidate needs random numbers of its own")
 
     def __call__(
         self,
@@ -76,6 +81,7 @@ class SubsetMatching:
         logits: torch.Tensor,
         subsets: torch.Tensor | None,
         prior_weight: float,
+        streams: CandidateStreams | None = None,
     ) -> Evaluated:
         """Evaluate all candidates.
 
@@ -84,12 +90,14 @@ class SubsetMatching:
             logits: (N, B, K).
             subsets: indices of each candidate's subset, (N, S); None where the term is 'none'.
             prior_weight: weight of the image prior.
+            streams: what each candidate's model draws from (dropout that is on); None: the global generator.
 
         Returns:
             Values (N,), what points are ranked by (N,), which is the value without subset term and rescaling, and
             gradients in the pixels (N, B, C, H, W) and in the logits (N, B, K).
         """
-        values, rankings, in_pixels, in_logits = self._evaluate(pixels.detach(), logits.detach(), subsets, prior_weight)
+        arguments = (pixels.detach(), logits.detach(), subsets, prior_weight, streams)
+        values, rankings, in_pixels, in_logits = self._evaluate(*arguments)
         if self.extra is not None:
             added = torch.zeros_like(values)
             for n, candidate in enumerate(pixels.detach()):
@@ -110,14 +118,17 @@ class SubsetMatching:
         except Exception as error:  # whatever a user's model or loss throws under torch.func
             if self._evaluations or is_out_of_memory(error):
                 raise
-            self._stacks, reason = False, f"{type(error).__name__}: {first_line(error)}"
-        log.log(
-            logging.INFO if self.method == "auto" else logging.WARNING,
-            "candidate_batching=%s: stepping the candidates one by one (list), because torch.func cannot transform "
-            "this model or loss (%s).",
-            *(self.method, reason),
-        )
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        self._one_by_one_because(f"torch.func cannot transform this model or loss ({reason})")
         return self._one_by_one(*arguments)
+
+    def _one_by_one_because(self, reason: str) -> None:
+        self._stacks = False
+        if self.method == "list":
+            return
+        level = logging.INFO if self.method == "auto" else logging.WARNING
+        wording = "candidate_batching=%s: stepping the candidates one by one (list), because %s."
+        log.log(level, wording, self.method, reason)
 
     def chosen_method(self, pixels: torch.Tensor) -> str:
         """'vmap', 'compile' or 'list' for a stack of that shape; 'auto' goes by what is faster on a CPU."""
@@ -161,7 +172,12 @@ class SubsetMatching:
         return subsets is not None and self.term.kind != "none"
 
     def _stacked(
-        self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float
+        self,
+        pixels: torch.Tensor,
+        logits: torch.Tensor,
+        subsets: torch.Tensor | None,
+        prior_weight: float,
+        streams: CandidateStreams | None,
     ) -> Evaluated:
         use = subsets is not None and self._uses_subset(subsets)
         index = subsets if subsets is not None and use else pixels.new_zeros(len(pixels), 1, dtype=torch.long)
@@ -222,12 +238,18 @@ class SubsetMatching:
         return evaluate
 
     def _one_by_one(
-        self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float
+        self,
+        pixels: torch.Tensor,
+        logits: torch.Tensor,
+        subsets: torch.Tensor | None,
+        prior_weight: float,
+        streams: CandidateStreams | None,
     ) -> Evaluated:
         results = []
         for n in range(len(pixels)):
             index = subsets[n] if subsets is not None and self._uses_subset(subsets) else None
-            results.append(self._candidate(n, pixels[n], logits[n], index, prior_weight))
+            with nullcontext() if streams is None else streams.use(n):
+                results.append(self._candidate(n, pixels[n], logits[n], index, prior_weight))
         values, rankings, in_pixels, in_logits = (torch.stack(column) for column in zip(*results, strict=True))
         return values, rankings, in_pixels, in_logits
 

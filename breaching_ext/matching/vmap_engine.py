@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from .engine import CandidateObjective, GradientRule, OptimizerFactory, StepResu
 from .evaluation import Specialise, StackedEvaluation
 from .randomness import CandidateStreams
 from .state import optimizer_state, restore_optimizer
+
+log = logging.getLogger(__name__)
 
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -111,6 +114,7 @@ class VmapEngine:
             "optimizer": optimizer_state(self._optimizer),
             "streams": list(self._streams.states),
             "gradient_evaluations": self.gradient_evaluations,
+            "chunk": self.evaluation.chunk,
         }
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
@@ -119,6 +123,19 @@ class VmapEngine:
         restore_optimizer(self._optimizer, self._scheduler, state["optimizer"], steps)
         self._streams.states = list(state["streams"])
         self.gradient_evaluations = state["gradient_evaluations"]
+        self._take_chunk(state["chunk"])
+
+    def _take_chunk(self, saved: int | None) -> None:
+        """Go on in the chunks of the run before, whose size decides the rounding, unless only smaller ones fit now."""
+        planned, count = self.evaluation.chunk, len(self._stacks[0])
+        if (planned or count) >= (saved or count):
+            self.evaluation.chunk = saved
+            return
+        log.warning(
+            "Memory is for %d candidates at a time now, the checkpoint's run had %d: what follows agrees to rounding, "
+            "not bit for bit.",
+            *(planned, saved or count),
+        )
 
     def _closure(self, iteration: int, alive: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():

@@ -89,7 +89,7 @@ def images_of(data: Dataset | Tensor) -> Tensor:
 
 def _find(folder: str | Path | None) -> Path | None:
     """The folder that holds the idx files, or None."""
-    given = [] if folder is None else [Path(folder)]
+    given = [] if folder is None else [Path(folder).expanduser()]
     roots = given or [DEBIAN_FOLDER, _cache_root()]
     for root in (place for base in roots for place in (base, base / "FashionMNIST" / "raw")):
         if all(_file(root, name) for name in _FILES.values()):

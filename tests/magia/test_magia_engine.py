@@ -245,7 +245,7 @@ def test_grids_switch_at_their_shares():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Annealing(-1.0), "last=-1.0"),
+        (lambda: Annealing(-1.0), "weight=-1.0"),
         (lambda: Annealing(0.0, 1.0), "above 0"),
         (lambda: Pyramid((4, 2), (0.5,)), "end with 1"),
         (lambda: Pyramid((2, 1), (0.5, 0.6)), "one per stage"),

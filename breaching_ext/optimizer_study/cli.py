@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ..values import check_switches
 from .config import require_choice
 from .merging import folders_to_merge, merge_results
 from .protocol import Protocol, select_variants
@@ -63,6 +64,7 @@ def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
         FileNotFoundError: If Fashion-MNIST, or a result to merge, is not at hand.
     """
     require_choice("action", cfg.action, ACTIONS)
+    check_switches(cfg, ["progress"])
     folders = folders_to_merge(_plain(cfg.sources), cfg.out)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -61,6 +61,7 @@ class OptimizerConfig:
         for name, value in asdict(self).items():
             require(not isinstance(value, float) or isfinite(value), name, value, "a finite number")
         require_choice("decay", self.decay, DECAYS)
+        require(isinstance(self.normalized_decay, bool), "normalized_decay", self.normalized_decay, "true or false")
         require(self.lr > 0, "lr", self.lr, "a number > 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
         require(0 <= self.beta1 < 1, "beta1", self.beta1, "a number in [0, 1)")

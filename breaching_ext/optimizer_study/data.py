@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..values import is_whole
 from .config import require
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -162,5 +163,5 @@ def _read_bytes(root: Path, name: str, dimensions: int) -> Tensor:
 def _prepare(images: Tensor, key: str, size: int | None, pool: int) -> Tensor:
     """First ``size`` images, scaled to [0, 1] and pooled, as (n, 1, H, W)."""
     size = len(images) if size is None else size
-    require(1 <= size <= len(images), key, size, f"a whole number from 1 to {len(images)}")
+    require(is_whole(size) and 1 <= size <= len(images), key, size, f"a whole number from 1 to {len(images)}")
     return F.avg_pool2d(images[:size].unsqueeze(1).float().div_(255.0), pool)

@@ -78,7 +78,7 @@ def run_grid(
         seed: Seed of the order of the batches.
         executor: ``auto`` (measured), ``stacked`` or ``sequential``.
         compile: Whether the stacked step is compiled: True, False or ``auto``.
-        chunk: Members in a stack; default: as many as memory allows.
+        chunk: Members in a stack; default: the fastest of 16, 36 and as many as fit into half of the free memory.
         schedule: Another schedule than the variant's.
         schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
         settings: Other settings than the variant's, such as ``{"decay": "lr"}``.

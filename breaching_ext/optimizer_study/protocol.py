@@ -41,7 +41,7 @@ class Protocol:
         device: Device to train on.
         executor: ``auto``, ``stacked`` or ``sequential``.
         compile: True, False or ``auto``.
-        chunk: Members in a stack; None for as many as memory allows.
+        chunk: Members in a stack; None for the fastest of 16, 36 and as many as memory allows.
         schedule: Another schedule than the variants' own.
         schedule_options: Its arguments, by schedule name.
         settings: Other settings than the variants' own.
@@ -158,6 +158,9 @@ def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protoc
         ValueError: If the seeds or what the protocol says of all variants are not valid.
     """
     require(bool(seeds), "seed", list(seeds), "at least one whole number")
+    for key in ("lr_multipliers", "wd_multipliers", "beyond"):
+        values = getattr(protocol, key)
+        require(isinstance(values, (list, tuple)), f"protocol.{key}", values, "a list of multipliers, as [0,1,4]")
     last = max(protocol.wd_multipliers, default=0)
     require(all(wd > last for wd in protocol.beyond), "beyond", list(protocol.beyond), f"multipliers above {last:g}")
     known = {name.name for variant in VARIANTS.values() for name in fields(variant.config)}

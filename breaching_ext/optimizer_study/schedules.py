@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 
-from ..values import is_whole
+from ..values import is_number, is_whole
 from .config import require, require_choice
 
 SCHEDULES: tuple[str, ...] = ("fixed", "step_drop", "cosine", "warm_restarts")
@@ -78,11 +78,12 @@ class StepDrop(LRScheduler):
             gamma: Factor of each drop.
 
         Raises:
-            ValueError: If a fraction lies outside (0, 1) or they do not increase.
+            ValueError: If a fraction lies outside (0, 1), they do not increase, or gamma lies outside (0, 1].
         """
         super().__init__(epochs)
         increasing = all(a < b for a, b in zip((0.0, *fractions), (*fractions, 1.0), strict=True))
         require(increasing, "fractions", fractions, "increasing numbers in (0, 1)")
+        require(is_number(gamma) and 0 < gamma <= 1, "gamma", gamma, "a number in (0, 1]")
         self.gamma = gamma
         # Rounded so that 0.3 of 100 epochs is epoch 30, not the float just below or above it.
         self.milestones = [round(fraction * epochs, 9) for fraction in fractions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,10 @@ from .records import GridSearchResult, OptimizerExperiment
 from .storage import to_json_floats, write_atomically, write_json
 from .training_log import TrainingLog
 
+log = logging.getLogger(__name__)
+
 CONFIDENCE = 0.95
+_SETTINGS = ("optimizer", "schedule", "budget", "model", "data_sha256")
 WEAK_RATIO = 1.05
 """A second, smaller harm: normalized decay is so small that few rows of a grid reach the usual one."""
 
@@ -37,9 +41,11 @@ def merge_seeds(experiments: Sequence[OptimizerExperiment]) -> OptimizerExperime
         differ = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         what = f"{other.optimizer_id} with other {', '.join(differ)}"
         require(not differ, "experiments", what, "runs that differ in seed and device only")
+    seeds = [experiment.config["seed"] for experiment in experiments]
+    require(len(set(seeds)) == len(seeds), "experiments", seeds, "one run of each seed (is a copy in the folder?)")
     cells = [{result.cell: result for result in experiment.results} for experiment in experiments]
     results = [_mean_result([by_cell[result.cell] for by_cell in cells]) for result in first.results]
-    config = {**first.config, "seeds": [experiment.config["seed"] for experiment in experiments]}
+    config = {**first.config, "seeds": seeds}
     return OptimizerExperiment(first.optimizer_id, first.optimizer_name, config, results)
 
 
@@ -49,8 +55,10 @@ def _grid(experiment: OptimizerExperiment) -> tuple[list[float], list[float]]:
 
 
 def _repeated(experiment: OptimizerExperiment) -> dict[str, Any]:
-    """What seeds of one study have in common, so that their losses can be averaged."""
-    return {k: v for k, v in experiment.config.get("study", {}).items() if k not in ("seed", "device")}
+    """What seeds of one study have in common, so that their losses can be averaged; of a grid alone, its settings."""
+    config = experiment.config
+    study = {k: v for k, v in config.get("study", {}).items() if k not in ("seed", "device")}
+    return study or {key: config[key] for key in _SETTINGS if key in config}
 
 
 def _mean_result(results: Sequence[GridSearchResult]) -> GridSearchResult:
@@ -94,6 +102,20 @@ def widened(experiment: OptimizerExperiment, beyond: Sequence[OptimizerExperimen
     return replace(experiment, results=[*experiment.results, *more.results])
 
 
+def _widened_alike(
+    experiments: Sequence[OptimizerExperiment], beyond: Sequence[OptimizerExperiment]
+) -> list[OptimizerExperiment]:
+    """All grids with their further columns, or, where seeds have different ones, none: their slopes do not compare."""
+    wide = [widened(e, beyond) for e in experiments]
+    if len({tuple(e.wd_multipliers) for e in wide}) == 1:
+        return wide
+    log.warning(
+        "%s: not every seed was trained beyond the grid to the same weight decays; the coupling is that of the grid.",
+        experiments[0].optimizer_id,
+    )
+    return list(experiments)
+
+
 def _setting(experiment: OptimizerExperiment) -> dict[str, Any]:
     """What identifies a study but for its columns."""
     return {k: v for k, v in experiment.config.get("study", {}).items() if k != "wd_multipliers"}
@@ -109,7 +131,7 @@ def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[Optim
     merged = merge_seeds(experiments)
     data, lrs, wds = merged.get_heatmap_data()
     best = divmod(int(np.nanargmin(data)), data.shape[1]) if np.isfinite(data).any() else None
-    wide = [widened(e, beyond) for e in experiments]
+    wide = _widened_alike(experiments, beyond)
     found = [coupling(e) for e in wide] if wds[:1] == [0.0] else []
     mean, half_width = confidence_interval([c.slope for c in found if math.isfinite(c.slope)])
     weak = [coupling(e, WEAK_RATIO).slope for e in wide] if found else []
@@ -159,7 +181,7 @@ _HEAD = (
     "variant",
     "decay",
     "epochs",
-    "best test loss",
+    "best final test loss",
     "at lr ×, wd ×",
     "coupling",
     "rows",

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, overload
 
-from .config import AdafactorConfig, AdamWConfig, Budget, OptimizerConfig, require_choice
+from ..values import is_number
+from .config import AdafactorConfig, AdamWConfig, Budget, OptimizerConfig, require, require_choice
 from .optimizer import BaseOptimizer
 from .schedules import LRScheduler, create_schedule
 
@@ -121,7 +122,7 @@ def create_optimizer(
         **settings: Other settings than the variant's, such as ``decay="lr"``.
 
     Raises:
-        ValueError: If an id, a setting or a value is not valid.
+        ValueError: If an id, a setting, a multiplier or a value is not valid.
 
     Example:
         >>> import torch
@@ -132,6 +133,8 @@ def create_optimizer(
     """
     variant, budget = get_variant(variant_id).with_settings(**settings), budget or Budget()
     over = variant.create_schedule(budget.epochs, schedule)
+    require(is_number(lr_multiplier) and lr_multiplier > 0, "lr_multiplier", lr_multiplier, "a number > 0")
+    require(is_number(wd_multiplier) and wd_multiplier >= 0, "wd_multiplier", wd_multiplier, "a number >= 0")
 
     def build(parameters: Iterable[Any]) -> BaseOptimizer:
         optimizer = BaseOptimizer(parameters, variant.config, over, budget)

@@ -139,18 +139,25 @@ class QuadraticBilevelProblem:
         """Return the data as arrays or as tensors, whichever x is: small problems run faster in NumPy."""
         return self.arrays if isinstance(x, np.ndarray) else self._tensors
 
+    @staticmethod
+    def _double(*values: Numbers) -> Any:
+        """Return values in float64, which all data are in."""
+        return tuple(v if isinstance(v, np.ndarray) else v.to(torch.float64) for v in values)
+
     @cached_property
     def _upper_terms(self) -> tuple[bool, bool]:
         return bool(self.Q_upper_y.any()), bool(self.R.any())
 
     def linear_term(self, x: Numbers, q: Numbers | None = None) -> Numbers:
         """Return c_l + Pᵀx + q for x of shape (..., n): (..., p)."""
+        (x,) = self._double(x)
         data = self._like(x)
         linear = data.c_lower + x @ data.P
         return linear if q is None else linear + q
 
     def right_hand_side(self, x: Numbers) -> Numbers:
         """Return b − A x for x of shape (..., n): (..., m)."""
+        (x,) = self._double(x)
         data = self._like(x)
         if x.ndim == 1 and not self.coupled_constraints:
             return data.b
@@ -158,6 +165,7 @@ class QuadraticBilevelProblem:
 
     def upper_objective(self, x: Numbers, y: Numbers) -> Numbers:
         """Return f(x, y) for x (..., n) and y (..., p): (...)."""
+        x, y = self._double(x, y)
         data = self._like(x)
         d = x - data.x_target
         quadratic = 0.5 * (d * (d @ data.Q_upper)).sum(-1) + 0.5 * (y * (y @ data.Q_upper_y)).sum(-1)
@@ -165,6 +173,7 @@ class QuadraticBilevelProblem:
 
     def upper_gradients(self, x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
         """Return ∇ₓf (..., n) and ∇ᵧf (..., p); override it together with upper_objective."""
+        x, y = self._double(x, y)
         data = self._like(x)
         curved, bilinear = self._upper_terms
         grad_x = (x - data.x_target) @ data.hessian
@@ -173,6 +182,7 @@ class QuadraticBilevelProblem:
 
     def lower_objective(self, x: Numbers, y: Numbers, q: Numbers | None = None) -> Numbers:
         """Return g(x, y) + qᵀy for x (..., n) and y (..., p): (...)."""
+        x, y = self._double(x, y)
         return 0.5 * (y * (y @ self._like(x).Q_lower)).sum(-1) + (self.linear_term(x, q) * y).sum(-1)
 
     def solve_lower_level(self, x: Tensor, q: Tensor | None = None) -> Tensor:

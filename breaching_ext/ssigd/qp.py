@@ -118,6 +118,9 @@ class ParametricQP:
             reach, scale = 1.0 + np.abs(y).max(), 1.0 + np.abs(c).max()
             low_force, low_slack = force.min(initial=0.0), slack.min(initial=0.0)
             if low_force >= -SIGN_TOLERANCE * scale and low_slack >= -SIGN_TOLERANCE * reach:
+                if predicting and self._is_near_a_kink(index, force, slack, SIGN_TOLERANCE * max(scale, reach)):
+                    predicting, side = False, self._daqp_sides(c, lower, upper, h)
+                    continue
                 residual = max(self._stationarity(c, y, index, signed) / scale, -low_slack / reach, gap / reach)
                 if gap > RESIDUAL_TOLERANCE * reach:
                     raise NotCertifiedError(f"active rows are off their bounds by {gap:.3g}; rescale Q, c, G and h")
@@ -180,6 +183,16 @@ class ParametricQP:
         Ry = self.R @ y
         slack = np.minimum(upper - Ry, Ry - lower) / self.kkt.norms
         return Ry, slack, float(np.abs(slack[index]).max(initial=0.0))
+
+    @staticmethod
+    def _is_near_a_kink(index: Index, force: Array, slack: Array, tolerance: float) -> bool:
+        """Whether a sign is within its tolerance, which grows with the largest entry of c and y.
+
+        The set of another solution may then pass though it is wrong by what is large for its own row.
+        """
+        inactive = slack.copy()
+        inactive[index] = np.inf
+        return min(force.min(initial=np.inf), inactive.min(initial=np.inf)) <= tolerance
 
     def _predict(self, c: Array, lower: Array, upper: Array) -> Array:
         """Return the sides of the last solution, or at first the bounds that the free minimiser violates."""

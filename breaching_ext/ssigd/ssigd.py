@@ -8,6 +8,7 @@ ICLR 2023 submission, which is public.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,11 @@ class SSIGD(BilevelDescent):
         self.mu = float(values[0]) if mu is None else mu
         self.lipschitz = float(values[-1]) if lipschitz is None else lipschitz
         self.step = step if step is not None else 1.0 / max(self.lipschitz, 1e-300)
-        constants = {"lipschitz": self.lipschitz, "step": self.step}
+        constants = {"step": self.step}
         if regime == "strongly_convex":
-            constants["mu"] = self.mu
+            constants |= {"mu": self.mu, "lipschitz": self.lipschitz}
+        elif step is None:
+            constants = {"lipschitz": self.lipschitz, **constants}
         for name, value in constants.items():
             if not value > 0:
                 raise SSIGDError(f"{name}={value} must be positive in the regime {regime!r}")
@@ -105,10 +108,13 @@ class SSIGD(BilevelDescent):
         result = self.solve(iterations - finish_gradients, x0)
         points = [result.x_last, result.x_average]
         try:
-            return result, certified_finish(self.problem, points, max_gradients=finish_gradients)
+            found = certified_finish(self.problem, points, max_gradients=finish_gradients)
         except SSIGDError as error:  # the run is not lost with it
             logger.warning("The finish cannot start, and the run's best point has no bound: %s", error)
             return result, CertifiedPoint(result.x_best, result.objectives["best"], -np.inf, 0)
+        if result.objectives["best"] < found.objective:  # few gradients may end the finish above the run's best
+            found = replace(found, x=result.x_best, objective=result.objectives["best"])
+        return result, found
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters for the record."""

@@ -28,6 +28,7 @@ from breaching_ext.data import BinaryFashionMNIST
 from breaching_ext.errors import ConfigError, SharedDataError
 from breaching_ext.kkt import (
     MLP,
+    HomogeneousNetwork,
     Recipe,
     build_network,
     load_checkpoint,
@@ -38,7 +39,11 @@ from breaching_ext.kkt import (
     train_or_load,
 )
 from breaching_ext.kkt.candidates import candidate_labels, correlations, stretch, strongest
+from breaching_ext.kkt.models import is_plain_mlp
+from breaching_ext.kkt.problem import build_problem
 from breaching_ext.kkt.recipe import initialise
+from breaching_ext.kkt.span import span_of
+from breaching_ext.kkt.training import check_training_set
 from breaching_ext.run import run
 
 SHAPE = (1, 6, 6)
@@ -571,3 +576,75 @@ def test_the_study_runs_and_resumes(root, tmp_path, folder, monkeypatch):
     monkeypatch.setattr(study, "make", lambda *_: pytest.fail("a run that is there was made again"))
     with contextlib.redirect_stdout(io.StringIO()):
         study.main()
+
+
+class TwoOutputs(HomogeneousNetwork):
+    """Not what the attack is for."""
+
+    def __init__(self) -> None:
+        super().__init__(SHAPE)
+        self.layer = torch.nn.Linear(36, 2, bias=False)
+
+    def forward(self, inputs, **_):
+        return self.layer((inputs - self.mean).flatten(1))
+
+
+class OwnForward(MLP):
+    """An MLP by its class alone."""
+
+    def forward(self, inputs, **_):
+        return 3.0 * super().forward(inputs)
+
+
+def test_own_networks_are_asked_what_they_compute(caplog):
+    with pytest.raises(ConfigError, match=r"has shape \(1, 2\); attack=kkt needs \(1, 1\)"):
+        KKTAttacker(TwoOutputs(), None, config()).reconstruct(*release(TwoOutputs(), 2))
+    torch.manual_seed(0)
+    own, plain = OwnForward(SHAPE, (5,)), MLP(SHAPE, (5,))
+    problem, usual = build_problem(own, 20.0), build_problem(plain, 20.0, "full")
+    assert (is_plain_mlp(own), is_plain_mlp(plain)) == (False, True)
+    x, c = torch.rand(1, 2, *SHAPE), torch.rand(1, 2)
+    total = (c[0] * own(x[0] + own.mean)[:, 0]).sum()
+    gradients = torch.autograd.grad(total, list(own.parameters()))
+    smooth = sum((p - g).square().sum() for p, g in zip(own.parameters(), gradients, strict=True))
+    sharp = build_problem(own, float("inf")).residual(x, c, ())
+    assert sharp.item() == pytest.approx(smooth.item(), rel=1e-5)
+    assert not problem.slack_widths
+    assert usual.slack_widths == [5]
+
+
+def test_the_space_of_all_images_needs_no_matrix(victim):
+    span = span_of(victim.layers[0].weight.detach(), "full")
+    x = torch.rand(3, 36)
+    assert span.full
+    assert span.rank == 36
+    assert span.basis.numel() == 0
+    assert torch.equal(span.pixels(span.inside(x)), x)
+    assert span.outside(x) == 0.0
+
+
+def test_files_with_hidden_biases_and_the_papers_prefix(tmp_path):
+    """Biases on all hidden layers and none on the output."""
+    torch.manual_seed(0)
+    model = MLP(SHAPE, (4, 3), "hidden")
+    state = {key.replace("layers.", "convnet."): value for key, value in model.state_dict().items() if key != "mean"}
+    torch.save(state, tmp_path / "weights.pth")
+    loaded = network_from_checkpoint(tmp_path / "weights.pth", SHAPE)
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_images_that_are_no_pixels_are_said(caplog):
+    images, labels = squares()
+    with caplog.at_level("WARNING"):
+        check_training_set(MLP(SHAPE, (4,)), images, labels)
+        assert not caplog.records
+        check_training_set(MLP(SHAPE, (4,)), 2 * images - 1, labels)
+    assert "The images lie in -1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["input_noise", "gradient_noise", "per_example_clipping"])
+def test_defences_that_are_not_applied_are_refused(folder, name):
+    cfg = composed(folder, f"case.user.local_diff_privacy.{name}=0.5")
+    with pytest.raises(ConfigError, match=f"local_diff_privacy.{name}=0.5: a client that releases"):
+        release_of(cfg)

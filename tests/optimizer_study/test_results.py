@@ -239,3 +239,30 @@ def test_seeds_of_other_settings_are_not_averaged():
 def test_intervals_need_two_values():
     assert confidence_interval([0.5]) == (0.5, pytest.approx(math.nan, nan_ok=True))
     assert all(math.isnan(v) for v in confidence_interval([]))
+
+
+def test_a_copy_of_a_run_is_no_second_seed():
+    run = make_experiment(lambda lr, wd: lr + wd)
+    with pytest.raises(ValueError, match="one run of each seed"):
+        merge_seeds([run, run])
+
+
+def test_grids_without_a_study_are_compared_by_their_settings():
+    runs = [make_experiment(lambda lr, wd: lr + wd, seed=seed) for seed in (42, 43)]
+    runs[1].config["optimizer"] = {**runs[1].config["optimizer"], "decay": "lr"}
+    with pytest.raises(ValueError, match="other optimizer"):
+        merge_seeds(runs)
+
+
+def test_seeds_with_other_columns_beyond_the_grid_do_not_share_an_interval(caplog):
+    def harm(lr, wd):
+        return 1.02 ** (wd / lr)
+
+    runs = [make_experiment(harm, [0.25, 0.5, 1.0, 2.0], [0.0, 1.0, 2.0, 4.0], seed) for seed in (42, 43)]
+    further = [make_experiment(harm, [0.25, 0.5, 1.0, 2.0], [8.0, 16.0, 32.0], seed) for seed in (42, 43)]
+    both = summarize(runs, further)
+    assert both["coupling_rows"] == [4, 4]
+    assert not caplog.records
+    one = summarize(runs, further[:1])
+    assert one["coupling_rows"] == summarize(runs)["coupling_rows"]
+    assert "not every seed was trained beyond the grid" in caplog.text

@@ -13,7 +13,7 @@ from torch import nn
 from breaching_ext.optimizer_study.config import AdafactorConfig, AdamWConfig, Budget, OptimizerConfig
 from breaching_ext.optimizer_study.optimizer import BaseOptimizer
 from breaching_ext.optimizer_study.rules import UpdateRule, factored_dims, rms, step_scalars
-from breaching_ext.optimizer_study.schedules import Cosine, WarmRestarts
+from breaching_ext.optimizer_study.schedules import Cosine, WarmRestarts, create_schedule
 from breaching_ext.optimizer_study.variants import VARIANTS, create_optimizer
 
 STEPS, TOLERANCE = 60, 1e-12
@@ -301,3 +301,14 @@ def test_create_optimizer_without_parameters_is_a_factory():
 def test_wrong_settings_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_multipliers_and_factors_that_would_turn_descent_round():
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    for wrong in ({"lr_multiplier": -1.0}, {"lr_multiplier": 0.0}, {"wd_multiplier": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            create_optimizer("B3", parameters, **wrong)
+    with pytest.raises(ValueError, match="gamma=-1"):
+        create_schedule("step_drop", 10, gamma=-1.0)
+    with pytest.raises(ValueError, match="normalized_decay='off'"):
+        AdamWConfig(normalized_decay="off")

@@ -465,6 +465,10 @@ def test_a_multirun_runs_in_processes_and_merges(folder, tmp_path):
         ("protocol.model=vit", "model='vit'"),
         ("protocol.executor=magic", "executor='magic'"),
         ("protocol.schedule=linear", "schedule='linear'"),
+        ("progress=off", "progress=off is not possible; valid: true, false"),
+        ("protocol.wd_multipliers=0", "protocol.wd_multipliers=0"),
+        ("protocol.beyond=64", "protocol.beyond=64"),
+        ("+protocol.settings.normalized_decay=off", "normalized_decay='off'"),
     ],
 )
 def test_the_command_names_a_wrong_value(folder, tmp_path, override, message):

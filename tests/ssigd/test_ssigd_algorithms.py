@@ -337,3 +337,30 @@ def test_a_finish_that_cannot_start_does_not_lose_the_run(monkeypatch, caplog):
 def test_a_finish_needs_gradients_and_leaves_some(reserved):
     with pytest.raises(SSIGDError, match="finish_gradients"):
         SSIGD(convex_instance(5, 0)).solve_certified(300, finish_gradients=reserved)
+
+
+def test_a_certified_point_is_no_worse_than_the_run():
+    """With few gradients left the finish may end above the best iterate."""
+    for dim, left in ((20, 5), (50, 8)):
+        result, found = SSIGD(convex_instance(dim, 0)).solve_certified(100, finish_gradients=left)
+        assert found.objective <= result.objectives["best"]
+        assert found.lower_bound <= found.objective
+
+
+def test_single_precision_is_taken_everywhere():
+    problem = dsblo_example(3, 4, 5)
+    x = torch.full((problem.x_lower.shape[0],), 0.1)
+    y = problem.solve_lower_level(x)
+    double = x.double()
+    assert torch.equal(problem.upper_objective(x, y), problem.upper_objective(double, y))
+    assert torch.equal(problem.lower_objective(x, y), problem.lower_objective(double, y))
+    for one, other in zip(problem.upper_gradients(x, y), problem.upper_gradients(double, y), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_flat_upper_objective_needs_no_lipschitz_constant_where_a_step_is_given():
+    problem = StronglyConvexBilevelProblem(3)
+    flat = SSIGD(problem, regime="convex", lipschitz=0.0, step=0.1)
+    assert flat.step_size(0, 4) == pytest.approx(0.05)
+    with pytest.raises(SSIGDError, match=r"lipschitz=0\.0"):
+        SSIGD(problem, regime="convex", lipschitz=0.0)

@@ -282,3 +282,37 @@ def test_widths_of_a_failed_solve_are_not_kept():
     with pytest.raises(InfeasibleError):
         solver.solve(c, np.array([-1.0, 1.0, -1.0, 1.0]))
     assert solver.solve(c, np.ones(4)).margin == margin
+
+
+def box(n):
+    """The rows of -1 <= y <= 1."""
+    return np.vstack([np.eye(n), -np.eye(n)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "large"), [(-2.0, -1.0 + 5e-7, 1e6), (0.5, -1.0 - 5e-7, 1e6), (-2.0, -1.0 + 5e-5, 1e8)]
+)
+def test_a_set_of_another_solution_is_not_taken_where_a_large_entry_hides_its_error(first, second, large):
+    """Signs are judged relative to the largest entry of c; a set that is carried over must not pass by that."""
+    n = 100
+    c, h = np.zeros(n), np.ones(2 * n)
+    c[0] = large
+    warm = ParametricQP(np.eye(n), box(n))
+    for value in (first, second):
+        c[1] = value
+        found = warm.solve(c, h)
+    fresh = ParametricQP(np.eye(n), box(n))
+    expected = fresh.solve(c, h)
+    assert expected.y[1] == pytest.approx(np.clip(-second, -1.0, 1.0), abs=1e-13)
+    np.testing.assert_array_equal(found.y, expected.y)
+    direction = np.eye(n)[1]
+    np.testing.assert_array_equal(warm.adjoint(found, direction)[0], fresh.adjoint(expected, direction)[0])
+
+
+def test_members_of_a_batch_on_both_sides_of_a_kink():
+    n = 100
+    c = torch.zeros(2, n, dtype=torch.float64)
+    c[:, 0], c[0, 1], c[1, 1] = 1e6, -1.0 - 5e-7, -1.0 + 5e-7
+    single = ParametricQP(np.eye(n), box(n))
+    found = BatchedQP(single).solve(c, torch.ones(2, 2 * n, dtype=torch.float64))
+    assert found.y[:, 1].tolist() == pytest.approx([1.0, 1.0 - 5e-7], abs=1e-13)

@@ -56,7 +56,7 @@ def measure_row(model: str, batch: int, candidates: int, args: argparse.Namespac
         runners = {"breaching": case.breaching_trial, **{name: case.joint_run(b) for name, b in built.items()}}
         others = OtherProcesses()
         with keeping_freed_memory():  # as an attack does; without a pause after every round, and Breaching's, too
-            times, row["peak_rss_bytes"] = interleaved(runners, alone, case, args)
+            times, row["peak_rss_bytes"] = interleaved(runners, case, args)
         row["other_processes"], row["measured"] = others.share(), provenance()
         row["gflops"] = args.rates  # of this call: a shared machine's rates are others another day
         row["ms"] = {name: 1000 * statistics.median(values) for name, values in times.items()}
@@ -116,7 +116,7 @@ def build_engines(
 
 
 def interleaved(
-    runners: dict[str, Runner], alone: float, case: Case, args: argparse.Namespace
+    runners: dict[str, Runner], case: Case, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, int | None]]:
     """Return seconds a candidate-iteration, round after round, and the memory that a first short call takes."""
     memory, iterations, expected = {}, {}, {}

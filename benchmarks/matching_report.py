@@ -147,12 +147,10 @@ def _totals(totals_measured: list[dict[str, Any]]) -> list[str]:
 
 
 def _missing(content: dict[str, Any]) -> list[str]:
-    named = [
-        f"- {m['model']}, B = {m['batch']}, N = {m['candidates']}: {m['reason']}." for m in _sorted(content["missing"])
-    ]
+    named = [f"- {_name(m)}: {m['reason']}." for m in _sorted(content["missing"])]
     for row in _sorted(content["rows"]):
         for engine, reason in row.get("left_out", {}).items():
-            named.append(f"- {row['model']}, B = {row['batch']}, N = {row['candidates']}, `{engine}`: {reason}.")
+            named.append(f"- {_name(row)}, `{engine}`: {reason}.")
     return ["", "Not measured:", "", *named] if named else []
 
 

@@ -82,8 +82,10 @@ def _note_failure(folder: Path, error: Exception, seed: Any) -> None:
     except (OSError, ValueError):
         finished = False
     name = "error.json" if finished else "metrics.json"
-    overrides = list(HydraConfig.get().overrides.task)
-    write_json(folder / name, {"error": f"{type(error).__name__}: {error}", "seed": seed, "overrides": overrides})
+    from .environment import overrides
+
+    content = {"error": f"{type(error).__name__}: {error}", "seed": seed, "overrides": overrides()}
+    write_json(folder / name, content)
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .evaluation.statistics import mean_interval, plus_minus
 from .files import write_atomically
+from .intervals import mean_interval, plus_minus
 
 COLUMNS = (
     "folder", "attack", "case", "model", "num_data_points", "labels_known", "seed", "candidate_seed", "user_idx",

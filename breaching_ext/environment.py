@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 from .ranks import local_device, local_processes
 
 _made_deterministic = False
@@ -32,9 +33,8 @@ def resolve_device(name: str) -> torch.device:
         device = local_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
         raise ConfigError(
-            f"device={name} cannot be used here ({first}); valid: auto, cpu, cuda, cuda:N, mps."
+            f"device={name} cannot be used here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N, mps."
         ) from error
     return device
 
@@ -88,3 +88,8 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def overrides() -> list[str]:
+    """Return what was changed on the command line of this Hydra job; nothing outside of one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

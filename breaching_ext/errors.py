@@ -24,3 +24,9 @@ class DatasetUnavailableError(BreachingExtError):
 def unknown(key: str, value: object, valid: Iterable[object]) -> ConfigError:
     """Return the one error used for every unknown option: it names the key, the value and the valid ones."""
     return ConfigError(f"Unknown {key}={value!r}; valid: {', '.join(str(v) for v in valid)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the start of an error's message, for a line that names it."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else "no message"

@@ -65,11 +65,6 @@ def unregister() -> None:
         _undo.pop()()
 
 
-def is_registered() -> bool:
-    """Return whether :func:`register` is in force."""
-    return bool(_undo)
-
-
 def register_if_breaching_is_loaded() -> None:
     """Register only when the running program has already imported Breaching (used by the Hydra plugin)."""
     if "breaching.attacks" in sys.modules:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from .candidate_sheet import save_candidate_sheet
-from .environment import choose_kernels, describe_device, resolve_device, seed_everything, versions
+from .environment import choose_kernels, describe_device, overrides, resolve_device, seed_everything, versions
 from .errors import BreachingExtError
 from .evaluation import Evaluation, evaluate, to_images
 from .evaluation.figures import save_reconstruction
@@ -174,7 +173,7 @@ def _record(
         "buffers_known": _buffers_known(cfg),
         "user_idx": cfg.case.user.get("user_idx"),
         "command": " ".join(sys.argv),
-        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+        "overrides": overrides(),
         "versions": versions(),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }

@@ -7,8 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from .attacks.checks import check_dtype
-from .errors import ConfigError
-from .matching.evaluation import first_line
+from .errors import ConfigError, first_line
 from .ranks import current as ranks_of_run
 from .values import check_switches, is_whole
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from breaching_ext.environment import seed_everything, versions
 from breaching_ext.evaluation import evaluate, to_images
-from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically, write_json
+from breaching_ext.intervals import mean_interval, plus_minus
 from breaching_ext.registration import register
 
 N, CLIENTS = 4, 16  # candidates; clients of case=sample_photos

@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from breaching_ext.evaluation.statistics import mean_interval, plus_minus
 from breaching_ext.files import write_atomically
+from breaching_ext.intervals import mean_interval, plus_minus
 
 #: the records of `kkt_study.make`, by arm
 Runs = dict[str, list[dict[str, Any]]]

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from breaching_ext.collect import flattened
 from breaching_ext.evaluation.schedules import save_schedules
-from breaching_ext.evaluation.statistics import mean_interval
 from breaching_ext.files import write_atomically, write_json
+from breaching_ext.intervals import mean_interval
 
 #: an image counts as recovered from this SSIM on
 RECOVERED = 0.6

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from breaching_ext.collect import collect, groups, independent, main, read_runs, table
-from breaching_ext.evaluation.statistics import mean_interval, plus_minus
+from breaching_ext.intervals import mean_interval, plus_minus
 
 
 def make_run(folder, overrides=(), **content):
@@ -156,3 +156,12 @@ def test_one_value_has_no_interval():
     assert plus_minus([3.0]) == "3.00"
     with pytest.raises(ValueError, match="No values"):
         mean_interval([])
+
+
+def test_metrics_keep_the_overrides_that_they_were_made_with(tmp_path):
+    """A later run in that folder, killed or still going on, has replaced Hydra's file."""
+    folder, record = tmp_path / "long", finished(20.0, 0, overrides=["seed=0", "attack=magia"])
+    make_run(folder, ["seed=1", "attack.optim.max_iterations=5000"])
+    (folder / "metrics.json").write_text(json.dumps(record))
+    (row,) = read_runs(tmp_path)
+    assert row["overrides"] == "attack=magia"

@@ -41,7 +41,7 @@ def test_a_failure_does_not_replace_the_metrics_of_a_finished_run(tmp_path):
     path = tmp_path / "metrics.json"
     for _ in range(2):  # a failure replaces a failure
         cli._note_failure(tmp_path, ValueError("no"), 3)
-        assert json.loads(path.read_text()) == {"error": "ValueError: no", "seed": 3}
+        assert json.loads(path.read_text()) == {"error": "ValueError: no", "seed": 3, "overrides": []}
     path.write_text("{half")
     cli._note_failure(tmp_path, ValueError("again"), 3)
     assert json.loads(path.read_text())["error"] == "ValueError: again"

@@ -204,20 +204,24 @@ def check_local_steps(regularizers: Sequence[Any], local_hyperparams: Any) -> No
         )
 
 
-def warn_of_choice(restarts: Any, labels: torch.Tensor, group: Any) -> None:
-    """Warn of a group term, or a choice, that means less than it seems.
+def warn_of_repeated_labels(restarts: Any, labels: torch.Tensor, group: Any) -> None:
+    """Warn of a group term that may compare different photos.
 
     Args:
         restarts: the config's part.
         labels: (B,) of images, or (B, ...) of text.
         group: the group term, or None.
     """
-    trials = restarts.num_trials
-    if group is not None and trials > 1 and labels.dim() == 1 and len(labels.unique()) < len(labels):
+    if group is not None and restarts.num_trials > 1 and labels.dim() == 1 and len(labels.unique()) < len(labels):
         log.warning(
             "Labels repeat: nothing fixes the order of images with one label, so image k of one candidate may be "
             "another photo in the next, and the group term compares them all the same."
         )
+
+
+def warn_of_scoring(restarts: Any) -> None:
+    """Warn of a score that says nothing about so few candidates: two are equally far from their mean."""
+    trials = restarts.num_trials
     if restarts.scoring == "registered-group-regularization" and trials < 3:
         log.warning(
             "restarts.scoring=registered-group-regularization says nothing about %d candidate%s; valid: euclidean, "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SharedDataError
+from ..errors import SharedDataError, first_line
 
 
 def labels_of_steps(
@@ -59,7 +59,7 @@ def infer_labels(
         labels = infer()
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise SharedDataError(
-            f"label_strategy={strategy} cannot infer labels here ({str(error).splitlines()[0]}); it needs a last layer "
+            f"label_strategy={strategy} cannot infer labels here ({first_line(error)}); it needs a last layer "
             "with a bias. Give the labels, or take another strategy."
         ) from error
     classes = server_payload[0]["metadata"].get("classes")

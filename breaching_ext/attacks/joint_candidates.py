@@ -115,7 +115,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         """
         payload, shared = _as_list(server_payload), _as_list(shared_data)
         modality = payload[0]["metadata"].get("modality", "vision")
-        check_shared_data(self.model_template, payload, shared, modality)
+        check_shared_data(self.model_template, payload, shared, labels=modality == "vision")
         shared = own_copy(shared, self.setup["device"])
         rec_models, labels, stats = self.prepare_attack(payload, shared)
         told = labels_of_steps(shared, payload)
@@ -129,7 +129,8 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         target = Target(rec_models, shared, labels, shape)
         checks.check_local_steps(self.regularizers, target.local_hyperparams)
         checks.check_total_variation(self.regularizers, self.cfg.restarts.scoring, self.data_shape)
-        checks.warn_of_choice(self.cfg.restarts, target.labels, self.group)
+        checks.warn_of_repeated_labels(self.cfg.restarts, target.labels, self.group)
+        checks.warn_of_scoring(self.cfg.restarts)
         jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)
         reconstruction = self._conclude(candidates, target, stats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,22 @@ class LoopResult:
     failures: dict[int, int] = field(default_factory=dict)
     interrupted: bool = False
     out_of_memory: bool = False
+
+    @classmethod
+    def joined(cls, parts: Sequence[LoopResult]) -> LoopResult:
+        """Return the result of candidates that ran in several loops, block after block."""
+        failures, offset = {}, 0
+        for part in parts:
+            failures.update({offset + n: step for n, step in part.failures.items()})
+            offset += len(part.best_values)
+        return cls(
+            [torch.cat(stacks) for stacks in zip(*(part.best for part in parts), strict=True)],
+            torch.cat([part.best_values for part in parts]),
+            [history for part in parts for history in part.histories],
+            failures,
+            any(part.interrupted for part in parts),
+            any(part.out_of_memory for part in parts),
+        )
 
     def of_all(self, ranks: Ranks, count: int) -> LoopResult:
         """Return the result of all `count` candidates from the shares of several processes."""

@@ -9,7 +9,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
 from ..regularizers import GroupRegularization
 from .candidate_choice import Target
-from .checks import warn_of_choice
+from .checks import warn_of_scoring
 from .joint_candidates import JointCandidateAttacker
 from .joint_loop import JointLoop, LoopResult
 from .magia_checks import check_loss, check_output, warn_of_grid, warn_of_sizes
@@ -134,7 +133,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         shared = [shared_data] if isinstance(shared_data, dict) else list(shared_data)
         if payload[0]["metadata"].get("modality", "vision") != "vision":
             raise SharedDataError("magia reconstructs images; valid: metadata modality 'vision'.")
-        check_shared_data(self.model_template, payload, shared, "text")  # "text": labels are not looked at
+        check_shared_data(self.model_template, payload, shared, labels=False)
         if len(shared) != 1:
             raise SharedDataError(f"magia attacks the gradient of one query, there are {len(shared)}.")
         if shared[0]["metadata"]["local_hyperparams"] is not None:
@@ -151,7 +150,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         check_loss(self.loss_fn, output)
         if self.options.relative and not any(bool(g.any()) for g in device_shared[0]["gradients"]):
             raise SharedDataError("The shared gradient is zero: image_prior.relative=true has nothing to go by.")
-        warn_of_choice(self.cfg.restarts, torch.arange(shape[0]), None)  # labels are no part of the order here
+        warn_of_scoring(self.cfg.restarts)
         return Target(models, device_shared, labels, shape), stats, output.shape[1]
 
     def _recover_label_information(self, *args: Any, **kwargs: Any) -> None:
@@ -206,9 +205,10 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
             engines.append(engine)
             if results[-1].interrupted:
                 break  # of the candidates that were not run there is nothing to choose
-        self._record_all(stats, results, engines)
-        pixels = torch.cat([result.best[0] for result in results])
-        logits = torch.cat([result.best[1] for result in results])
+        found = LoopResult.joined(results)
+        self._record(stats, found, engines[0].name, sum(engine.gradient_evaluations for engine in engines))
+        stats["full_gradients"] = sum(engine.full_gradients for engine in engines)
+        pixels, logits = found.best
         return (pixels - self.dm) / self.ds, logits.softmax(dim=-1)
 
     def _matching(self, target: Target, group: GroupRegularization | None) -> SubsetMatching:
@@ -245,18 +245,6 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
     def _pixel_box(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         bounds = (torch.zeros((), **self.setup), torch.ones((), **self.setup))
         return bounds if self.cfg.optim.boxed else None
-
-    def _record_all(self, stats: dict, results: list[LoopResult], engines: list[MagiaEngine]) -> None:
-        merged = copy.copy(results[0])
-        merged.histories = [history for result in results for history in result.histories]
-        merged.failures = {}
-        for offset, result in enumerate(results):
-            merged.failures |= {offset + n: step for n, step in result.failures.items()}
-        merged.interrupted = any(result.interrupted for result in results)
-        merged.out_of_memory = any(result.out_of_memory for result in results)
-        evaluations = sum(engine.gradient_evaluations for engine in engines)
-        self._record(stats, merged, engines[0].name, evaluations)
-        stats["full_gradients"] = sum(engine.full_gradients for engine in engines)
 
     def __repr__(self) -> str:
         return f"Attacker (of type {type(self).__name__}) with settings for {self.cfg.type}: {self.options}"

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, SharedDataError
+from ..errors import ConfigError, SharedDataError, first_line
 from ..matching.client import unscripted
-from ..matching.evaluation import first_line
 from .magia_options import MagiaOptions
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from ..values import is_whole
 
 
 def check_shared_data(
-    model: torch.nn.Module, server_payload: Sequence[dict], shared_data: Sequence[dict], modality: str
+    model: torch.nn.Module, server_payload: Sequence[dict], shared_data: Sequence[dict], labels: bool
 ) -> None:
-    """Check what the client shared against the model.
+    """Check what the client shared against the model, its labels of images too, if `labels`.
 
     Raises:
         SharedDataError: for no gradients, a gradient list of the wrong length or shapes, non-finite gradients, an
@@ -34,7 +34,7 @@ def check_shared_data(
                 f"The number of data points is {number}, but the attack must know how many images to reconstruct: "
                 "set case.user.provide_num_data_points=True or give metadata['num_data_points'] >= 1."
             )
-        if modality == "vision":
+        if labels:
             classes, about = server_payload[0]["metadata"].get("classes"), data["metadata"]
             _check_labels(about["labels"], number, classes)
             if about.get("local_hyperparams"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import BreachingExtError, ConfigError, DatasetUnavailableError, unknown
+from ..errors import BreachingExtError, ConfigError, DatasetUnavailableError, first_line, unknown
 from .fashion_mnist import BinaryFashionMNIST
 from .sample_photos import PHOTOS, SamplePhotos, interleaved_indices
 
@@ -102,6 +102,6 @@ def unavailable_dataset(cfg_data: Any, error: Exception) -> BreachingExtError:
     """Return the one-line error for one of Breaching's own datasets that cannot be loaded."""
     return DatasetUnavailableError(
         f"case.data.name={cfg_data.name}: not found under case.data.path={cfg_data.path} and not downloadable here "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Put the dataset "
+        f"({type(error).__name__}: {first_line(error)}). Put the dataset "
         "there, set case.data.path, or use case=sample_photos, which needs no download."
     )

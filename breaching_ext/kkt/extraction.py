@@ -249,7 +249,5 @@ class Extraction:
         self._optimizer.load_state_dict(state["optimizer"])
         coordinates, multipliers, losses, objective = (t.to(self.x.device) for t in state["best"])
         self.best = Extracted(coordinates, multipliers, losses, objective, state["histories"])
-        # files of an earlier version do not say when; they kept what was finite
-        steps = state.get("best_steps", torch.full(losses.shape, state["iteration"]))
-        finite = state.get("finite", losses.isfinite())
-        self.best.best_steps, self.best.finite = steps.to(self.x.device), finite.to(self.x.device)
+        self.best.best_steps = state["best_steps"].to(self.x.device)
+        self.best.finite = state["finite"].to(self.x.device)

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ..environment import describe_device, versions
 from ..errors import ConfigError
-from ..evaluation.statistics import mean_interval, plus_minus
 from ..files import only_here, write_atomically, write_json
+from ..intervals import mean_interval, plus_minus
 from ..tensor_files import read_tensors
 from .adapters import adapt, only_weights_of, require_peft
 from .case import Case

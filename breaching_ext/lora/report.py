@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation.figures import save_sheet
-from ..evaluation.statistics import mean_interval, plus_minus
 from ..files import write_atomically
+from ..intervals import mean_interval, plus_minus
 
 __all__ = ["pictures", "plot", "table", "write_report"]
 

@@ -6,11 +6,11 @@ An engine owns the candidates and their optimizers and knows nothing of attacks,
 - `VmapEngine` evaluates the whole stack with torch.func, with the same values;
 - `CompiledEngine` compiles that evaluation, and all that a step does after it, with torch.compile.
 
-`build_engine` picks one, checks it against the slow path on the first candidate, and says in the log why it falls
+`choose_engine` picks one, checks it against the slow path on the first candidate, and says in the log why it falls
 back.
 """
 
-from .build import BATCHING_MODES, build_engine
+from .build import BATCHING_MODES, choose_engine
 from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, StepResult
 from .list_engine import ListEngine
@@ -23,5 +23,5 @@ __all__ = [
     "ListEngine",
     "StepResult",
     "VmapEngine",
-    "build_engine",
+    "choose_engine",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .evaluation import first_line
+from ..errors import first_line
 from .memory import peak_memory
 from .vmap_engine import VmapEngine
 

@@ -6,7 +6,6 @@ import logging
 
 from . import calibration
 from .agreement import check_objective
-from .engine import CandidateEngine
 from .engine_parts import BuiltEngine, EngineParts, list_engine, stacked_engine
 from .fastest import ENGINES, fastest
 from .memory import plan_memory
@@ -14,11 +13,6 @@ from .memory import plan_memory
 log = logging.getLogger(__name__)
 
 BATCHING_MODES = ("auto", *ENGINES)
-
-
-def build_engine(mode: str, parts: EngineParts) -> CandidateEngine:
-    """Return the engine for `restarts.candidate_batching`; see :func:`choose_engine`."""
-    return choose_engine(mode, parts).engine
 
 
 def choose_engine(mode: str, parts: EngineParts) -> BuiltEngine:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line
 from ..out_of_memory import is_out_of_memory
 from .compile_time import on_a_second_core
-from .evaluation import Evaluate, first_line
+from .evaluation import Evaluate
 from .tracing import TOLERANCE, SpecialisationError, between, results
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import first_line
 from .compilation import compile_once
 from .engine import GradientRule
-from .evaluation import first_line
 from .tracing import TOLERANCE, SpecialisationError, relative_difference
 from .track import Track, all_finite, spread
 from .update_rules import Tensors, UpdateRule

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.func import grad_and_value, vmap
 
+from ..errors import first_line
 from ..out_of_memory import is_out_of_memory
 from .engine import CandidateObjective
 from .graph_costs import Costs
@@ -133,9 +134,3 @@ class StackedEvaluation:
                 give_back()  # checking it took the plain form's memory, in other pieces
             self._special[shapes] = function
         return self._special[shapes]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the start of an error's message, for a log line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else "no message"

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..errors import first_line
 from . import calibration, choices
 from .calibration import Calibration
 from .engine import CandidateEngine
 from .engine_parts import EngineParts, compiled_engine, list_engine, stacked_engine, vmap_engine
-from .evaluation import first_line
 from .heap import give_back
 from .memory import MemoryPlan
 from .tracing import LITTLE, SpecialisationError, record_a_little

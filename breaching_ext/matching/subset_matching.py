@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.func import grad, grad_and_value, vmap
 
+from ..errors import first_line
 from ..out_of_memory import is_out_of_memory
 from .client import draws
 from .compilation import compiled
-from .evaluation import Evaluate, first_line
-from .magia_objective import data_term, full_term, rescaling
+from .evaluation import Evaluate
 from .magia_problem import SubsetTerm, Target
 from .randomness import CandidateStreams
+from .subset_objective import Evaluated, ImagePrior, SubsetObjective
 from .tracing import SpecialisationError, replayed
 
 log = logging.getLogger(__name__)
 
 __all__ = ["SubsetMatching", "SubsetTerm", "Target"]
-
-ImagePrior = Callable[[torch.Tensor], torch.Tensor]
-
-#: values, rankings, gradients in pixels and in logits; of one candidate, or of a stack
-Evaluated = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 METHODS = ("auto", "list", "vmap", "compile")
 
@@ -68,7 +62,8 @@ class SubsetMatching:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
-        self.target, self.term, self.prior, self.extra, self.method = target, term, prior, extra, method
+        self.target, self.term, self.extra, self.method = target, term, extra, method
+        self._objective = SubsetObjective(target, term, prior)
         self.evaluations, self.first_size = evaluations, first_size
         self._compiles, self._stacks, self._has_compiled = True, True, False
         self._evaluations: dict[tuple, Evaluate] = {}
@@ -114,7 +109,7 @@ class SubsetMatching:
         if method == "list":
             return self._one_by_one(*arguments)
         try:
-            return self._stacked(*arguments)
+            return self._stacked(*arguments[:4])  # no model that draws is stacked
         except Exception as error:  # whatever a user's model or loss throws under torch.func
             if self._evaluations or is_out_of_memory(error):
                 raise
@@ -143,44 +138,12 @@ class SubsetMatching:
             return "compile" if self._compiles else "vmap"
         return "list" if alone else "vmap"
 
-    def _objective(
-        self,
-        batch: Sequence[torch.Tensor],
-        subset: Sequence[torch.Tensor] | None,
-        gradients: Sequence[torch.Tensor],
-        pixels: torch.Tensor,
-        size: int,
-        prior_weight: float | torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The objective of a candidate, and what its points are ranked by."""
-        term, count, prior = self.term, len(pixels), prior_weight * self.prior(pixels)
-        full = full_term(batch, gradients) + prior
-        if subset is None:
-            return full, full.detach()
-        scale = rescaling(term.rescaling, size, count)
-        data = data_term(
-            *(batch, subset, gradients),
-            kind=term.kind,
-            alpha=term.alpha,
-            scale=scale,
-            size=size,
-            batch_size=count,
-        )
-        return data + prior, full.detach()
-
-    def _uses_subset(self, subsets: torch.Tensor | None) -> bool:
-        return subsets is not None and self.term.kind != "none"
-
     def _stacked(
-        self,
-        pixels: torch.Tensor,
-        logits: torch.Tensor,
-        subsets: torch.Tensor | None,
-        prior_weight: float,
-        streams: CandidateStreams | None,
+        self, pixels: torch.Tensor, logits: torch.Tensor, subsets: torch.Tensor | None, prior_weight: float
     ) -> Evaluated:
-        use = subsets is not None and self._uses_subset(subsets)
-        index = subsets if subsets is not None and use else pixels.new_zeros(len(pixels), 1, dtype=torch.long)
+        unused = pixels.new_zeros(len(pixels), 1, dtype=torch.long)
+        index = unused if subsets is None or self.term.kind == "none" else subsets
+        use = index is subsets
         weight = pixels.new_tensor(prior_weight)  # a tensor, so that one graph serves the whole annealing
         inputs = [pixels, logits, index, weight]
         key = (use, pixels.dtype, *(stack.shape for stack in inputs))
@@ -191,7 +154,7 @@ class SubsetMatching:
 
     def _specialised(self, use: bool, inputs: list[torch.Tensor]) -> Evaluate:
         """The recorded form; for 'compile' the compiled one, of `first_size` alone."""
-        evaluate = self._evaluation(use)
+        evaluate = self._objective.evaluation(use)
         due = not self._has_compiled and (not use or inputs[2].shape[1] == (self.first_size or inputs[2].shape[1]))
         if due and self.chosen_method(inputs[0]) == "compile":
             self._has_compiled = True
@@ -203,40 +166,6 @@ class SubsetMatching:
                 log.log(level, "candidate_batching=%s: stepping by vmap, because %s.", self.method, error)
         return replayed(evaluate, inputs)
 
-    def _evaluation(self, use: bool) -> Evaluate:
-        """A pure function of pixels, logits, subsets and prior weight, for all candidates at once."""
-        model_gradient = grad(self.target.loss)
-
-        def objective(
-            pixels: torch.Tensor,
-            logits: torch.Tensor,
-            index: torch.Tensor,
-            weight: torch.Tensor,
-            parameters: dict[str, torch.Tensor],
-            gradients: list[torch.Tensor],
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            probs = logits.softmax(dim=-1)
-            batch = list(model_gradient(parameters, pixels, probs).values())
-            if not use:
-                return self._objective(batch, None, gradients, pixels, len(pixels), weight)
-            subset = list(model_gradient(parameters, pixels[index], probs[index]).values())
-            return self._objective(batch, subset, gradients, pixels, len(index), weight)
-
-        own = 0 if self.target.per_candidate else None
-        gradient = grad_and_value(objective, argnums=(0, 1), has_aux=True)
-        run = vmap(gradient, in_dims=(0, 0, 0, None, own, own))
-
-        def evaluate(*stacks: torch.Tensor) -> tuple:  # named as `compilation` expects it
-            pixels, logits, index, weight = stacks
-            if len(pixels) == 1:  # an axis of one candidate would be carried through every operation
-                gradients, (value, ranking) = gradient(pixels[0], logits[0], index[0], weight, *self.target.of(0))
-                return tuple(g.unsqueeze(0) for g in gradients), value.unsqueeze(0), ranking.unsqueeze(0)
-            target = dict(self.target.parameters), list(self.target.gradients)
-            gradients, (values, rankings) = run(pixels, logits, index, weight, *target)
-            return gradients, values, rankings
-
-        return evaluate
-
     def _one_by_one(
         self,
         pixels: torch.Tensor,
@@ -247,29 +176,8 @@ class SubsetMatching:
     ) -> Evaluated:
         results = []
         for n in range(len(pixels)):
-            index = subsets[n] if subsets is not None and self._uses_subset(subsets) else None
+            index = subsets[n] if subsets is not None and self.term.kind != "none" else None
             with nullcontext() if streams is None else streams.use(n):
-                results.append(self._candidate(n, pixels[n], logits[n], index, prior_weight))
+                results.append(self._objective.of_candidate(n, pixels[n], logits[n], index, prior_weight))
         values, rankings, in_pixels, in_logits = (torch.stack(column) for column in zip(*results, strict=True))
         return values, rankings, in_pixels, in_logits
-
-    def _candidate(
-        self, n: int, pixels: torch.Tensor, logits: torch.Tensor, index: torch.Tensor | None, prior_weight: float
-    ) -> Evaluated:
-        pixels, logits = pixels.clone().requires_grad_(), logits.clone().requires_grad_()
-        parameters, gradients = self.target.of(n)
-        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        probs = logits.softmax(dim=-1)
-        batch = self._gradient(leaves, pixels, probs)
-        subset = None if index is None else self._gradient(leaves, pixels[index], probs[index])
-        size = len(pixels) if index is None else len(index)
-        value, ranking = self._objective(batch, subset, gradients, pixels, size, prior_weight)
-        in_pixels, in_logits = torch.autograd.grad(value, [pixels, logits])
-        return value.detach(), ranking, in_pixels, in_logits
-
-    def _gradient(
-        self, leaves: dict[str, torch.Tensor], pixels: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        loss, wanted = self.target.loss(leaves, pixels, probs), list(leaves.values())
-        # a parameter that is not used has a gradient of zeros, as torch.func's have
-        return torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..errors import first_line
 from ..out_of_memory import is_out_of_memory
-from .evaluation import Evaluate, first_line
+from .evaluation import Evaluate
 from .graph_costs import Costs, measure_costs
 from .graph_passes import shorten
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from ..intervals import mean_interval
 from .config import require
 from .coupling import coupling
 from .records import GridSearchResult, OptimizerExperiment
@@ -20,7 +20,6 @@ from .training_log import TrainingLog
 
 log = logging.getLogger(__name__)
 
-CONFIDENCE = 0.95
 _SETTINGS = ("optimizer", "schedule", "budget", "model", "data_sha256")
 WEAK_RATIO = 1.05
 """A second, smaller harm: normalized decay is so small that few rows of a grid reach the usual one."""
@@ -72,18 +71,6 @@ def _mean_result(results: Sequence[GridSearchResult]) -> GridSearchResult:
     return GridSearchResult(*first.cell, first.learning_rate, first.weight_decay, log)
 
 
-def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t); NaN for a half-width from fewer than two
-    values."""
-    if not values:
-        return math.nan, math.nan
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan
-    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
-    return mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
 def widened(experiment: OptimizerExperiment, beyond: Sequence[OptimizerExperiment]) -> OptimizerExperiment:
     """A grid with the columns that were trained beyond it for the same variant, seed and setting, if any.
 
@@ -133,7 +120,8 @@ def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[Optim
     best = divmod(int(np.nanargmin(data)), data.shape[1]) if np.isfinite(data).any() else None
     wide = _widened_alike(experiments, beyond)
     found = [coupling(e) for e in wide] if wds[:1] == [0.0] else []
-    mean, half_width = confidence_interval([c.slope for c in found if math.isfinite(c.slope)])
+    slopes = [c.slope for c in found if math.isfinite(c.slope)]
+    mean, half_width = mean_interval(slopes) if slopes else (math.nan, math.nan)
     weak = [coupling(e, WEAK_RATIO).slope for e in wide] if found else []
     members = len(merged.results) * len(experiments)
     values = {

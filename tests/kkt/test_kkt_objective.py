@@ -165,12 +165,6 @@ def test_extraction_goes_on_bit_for_bit():
     assert torch.equal(whole.coordinates, resumed.coordinates)
     assert torch.equal(whole.losses, resumed.losses)
     assert torch.equal(whole.multipliers, resumed.multipliers)
-    older = copy.deepcopy(
-        {key: value for key, value in first.state_dict().items() if key not in ("best_steps", "finite")}
-    )  # as a file of the version before
-    third, _ = search([1, 2], options, model, steps=0)
-    third.load_state_dict(older)
-    assert torch.equal(third.run(progress=False).losses, whole.losses)
 
 
 def test_the_best_point_is_kept_and_its_loss_is_its_residual():

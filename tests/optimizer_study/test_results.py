@@ -18,7 +18,7 @@ from breaching_ext.optimizer_study.coupling import coupling, crossing
 from breaching_ext.optimizer_study.figures import best_cells, draw_heatmap, save_sheet
 from breaching_ext.optimizer_study.records import GridSearchResult, OptimizerExperiment
 from breaching_ext.optimizer_study.storage import read_json, write_atomically, write_json
-from breaching_ext.optimizer_study.summary import confidence_interval, merge_seeds, summarize, write_tables
+from breaching_ext.optimizer_study.summary import merge_seeds, summarize, write_tables
 from breaching_ext.optimizer_study.training_log import TrainingLog
 
 LAYOUT = [
@@ -234,11 +234,6 @@ def test_seeds_of_other_settings_are_not_averaged():
         merge_seeds(runs)
     runs[1].config["study"] = {**runs[0].config["study"], "seed": 43, "device": "cuda"}
     merge_seeds(runs)
-
-
-def test_intervals_need_two_values():
-    assert confidence_interval([0.5]) == (0.5, pytest.approx(math.nan, nan_ok=True))
-    assert all(math.isnan(v) for v in confidence_interval([]))
 
 
 def test_a_copy_of_a_run_is_no_second_seed():

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def _task(cfg: Any) -> float | None:
     """Run one job; returns its mean PSNR, which Hydra's sweepers can optimise."""
-    _silence_upstream()  # here too: a launcher may run this in a process of its own
+    silence_upstream()  # here too: a launcher may run this in a process of its own
     from .environment import resolve_device
     from .ranks import joined, started_by_torchrun
     from .run import run
@@ -123,7 +123,7 @@ _application = hydra.main(config_path="pkg://breaching.config", config_name="bre
 
 def main() -> None:
     """Entry point of the console command `breaching-ext` and of `python -m breaching_ext`."""
-    _silence_upstream()
+    silence_upstream()
     if int(os.environ.get("RANK", "0")) > 0:  # one of torchrun's: the first process writes all files
         sys.argv += [
             "hydra.run.dir=.",
@@ -138,7 +138,7 @@ def main() -> None:
         sys.exit(130)  # as shells say it
 
 
-def _silence_upstream() -> None:
+def silence_upstream() -> None:
     """Keep to itself what no user could act on: what Breaching calls and torch deprecates, a font cache."""
     import torch  # noqa: F401 - before the filter, because torch puts filters of its own in front
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from .attacks.checks import check_dtype
 from .errors import ConfigError, first_line
 from .ranks import current as ranks_of_run
-from .values import check_switches, is_whole
+from .values import check_switches, check_whole
 
 SWITCHES = (
     "dryrun",
@@ -37,12 +37,9 @@ def check_values(cfg: Any) -> None:
             "run through Breaching's own scripts, which know our attacks as well."
         )
     check_dtype("case.impl.dtype", cfg.case.impl.dtype)
-    for key, value, least in (("seed", cfg.seed, 0), ("case.user.num_data_points", cfg.case.user.num_data_points, 1)):
-        if not is_whole(value) or not least <= value < 2**63:
-            raise ConfigError(f"{key}={value} is not possible; valid: {least}, {least + 1}, {least + 2}, ...")
-    index = cfg.case.user.get("user_idx")
-    if index is not None and (not is_whole(index) or index < 0):
-        raise ConfigError(f"case.user.user_idx={index} is not possible; valid: empty, or 0, 1, 2, ...")
+    check_whole("seed", cfg.seed, 0)
+    check_whole("case.user.num_data_points", cfg.case.user.num_data_points, 1)
+    check_whole("case.user.user_idx", cfg.case.user.get("user_idx"), 0, may_be_empty=True)
     if cfg.case.user.user_type == "trained_model" and cfg.case.get("training") is None:
         raise ConfigError(
             "case.user.user_type=trained_model needs case.training, how it is trained; valid: case=kkt_fashion_mnist."

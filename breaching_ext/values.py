@@ -1,4 +1,4 @@
-"""What counts as a number, or as a switch, in a config."""
+"""What counts as a number, or as a switch, in a config; each error is one line."""
 
 from __future__ import annotations
 
@@ -20,6 +20,28 @@ def is_number(value: Any) -> TypeGuard[float]:
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number, written as one."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole(key: str, value: Any, least: int, may_be_empty: bool = False) -> None:
+    """Raise ConfigError, which names the key and its value, for anything but a whole number from `least` on."""
+    if value is None and may_be_empty:
+        return
+    if not is_whole(value) or not least <= value < 2**63:
+        empty = "empty, or " if may_be_empty else ""
+        raise ConfigError(f"{key}={value} is not possible; valid: {empty}{least}, {least + 1}, {least + 2}, ...")
+
+
+def check_number(
+    key: str, value: Any, above: float | None = None, least: float | None = None, may_be_empty: bool = False
+) -> None:
+    """Raise ConfigError, which names the key and its value, for anything but a finite number in the range."""
+    if value is None and may_be_empty:
+        return
+    in_range = is_number(value) and (above is None or value > above) and (least is None or value >= least)
+    if not in_range:
+        empty = "empty, or " if may_be_empty else ""
+        where = f" above {above:g}" if above is not None else "" if least is None else f" from {least:g}"
+        raise ConfigError(f"{key}={value} is not possible; valid: {empty}a number{where}.")
 
 
 def check_switches(cfg: Any, keys: Iterable[str], prefix: str = "") -> None:

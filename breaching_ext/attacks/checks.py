@@ -23,7 +23,7 @@ from ..matching import BATCHING_MODES
 from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
 from ..regularizers import GroupRegularization
-from ..values import check_switches, is_number, is_whole
+from ..values import check_number, check_switches, check_whole, is_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -50,52 +50,56 @@ def check_config(cfg: Any) -> None:
     Raises:
         ConfigError: naming the key, its value and the valid ones.
     """
-    restarts, optim = cfg.restarts, cfg.optim
     check_switches(cfg, SWITCHES)
-    if not is_whole(restarts.num_trials) or restarts.num_trials < 1:
-        raise ConfigError(f"restarts.num_trials={restarts.num_trials} is not possible; valid: 1, 2, 3, ...")
-    if not is_whole(optim.max_iterations) or optim.max_iterations < 1:
-        raise ConfigError(f"optim.max_iterations={optim.max_iterations} is not possible; valid: 1, 2, 3, ...")
-    if not is_whole(optim.callback) or optim.callback < 1:
-        raise ConfigError(f"optim.callback={optim.callback} is not possible; valid: 1, 2, 3, ...")
-    if restarts.get("seed") is not None and not is_whole(restarts.seed):
-        raise ConfigError(f"restarts.seed={restarts.seed} is not possible; valid: empty, or a whole number.")
     _check_option("impl.JIT", cfg.impl.get("JIT") or "none", ("none", "script", "trace"))
-    for name in ("scale", "task_regularization"):
-        if not is_number(cfg.objective.get(name, 0.0)):
-            raise ConfigError(f"objective.{name}={cfg.objective[name]} is not possible; valid: a number.")
     check_impl(cfg.impl)
     parse_bytes(cfg.impl.get("memory_budget"))
     _check_names(cfg)
+    _check_restarts(cfg.restarts)
+    _check_optim(cfg.optim, has_own_step_size=cfg.get("attack_type") == "magia")
+    _check_objective(cfg.objective)
+    for key in cfg.regularization or ():
+        _check_regularizer(key, cfg.regularization[key])
+
+
+def _check_restarts(restarts: Any) -> None:
+    check_whole("restarts.num_trials", restarts.num_trials, 1)
+    seed = restarts.get("seed")
+    if seed is not None and not is_whole(seed):
+        raise ConfigError(f"restarts.seed={seed} is not possible; valid: empty, or a whole number.")
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
     _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)
-    for name, least in (("langevin_noise", 0.0), ("warmup", 0)):
-        value = optim.get(name, least)
-        if not is_number(value) or not value >= least:
-            raise ConfigError(f"optim.{name}={value} is not possible; valid: a number from {least}.")
-    for name, may_be_empty in (("step_size", cfg.get("attack_type") == "magia"), ("grad_clip", True)):
-        value = optim.get(name)
-        if not (value is None and may_be_empty) and not (is_number(value) and value > 0):
-            empty = "empty, or " if may_be_empty else ""
-            raise ConfigError(f"optim.{name}={value} is not possible; valid: {empty}a number above 0.")
+
+
+def _check_optim(optim: Any, has_own_step_size: bool) -> None:
+    check_whole("optim.max_iterations", optim.max_iterations, 1)
+    check_whole("optim.callback", optim.callback, 1)
+    for name in ("langevin_noise", "warmup"):
+        check_number(f"optim.{name}", optim.get(name, 0), least=0)
+    check_number("optim.step_size", optim.get("step_size"), above=0, may_be_empty=has_own_step_size)
+    check_number("optim.grad_clip", optim.get("grad_clip"), above=0, may_be_empty=True)
     _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
     _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
     _check_option("optim.signed", optim.signed or "none", SIGNS)
+
+
+def _check_objective(objective: Any) -> None:
     # Breaching's pearlmutter-* change leaf parameters in place, which torch refuses in the first iteration.
-    objectives = [name for name in objective_lookup if not name.startswith("pearlmutter")]
-    _check_option("objective.type", cfg.objective.type, objectives)
-    for key in cfg.regularization or ():
-        _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
-        scale = (cfg.regularization[key] or {"scale": 0}).get("scale")
-        if not is_number(scale) or not scale >= 0:
-            raise ConfigError(
-                f"regularization.{key}.scale={scale} is not possible; valid: a number from 0, which switches it off."
-            )
-        if key == "group_regularization" and cfg.regularization[key]:
-            GroupRegularization({}, **cfg.regularization[key])  # where it is off, choosing reads its aligner
-        elif cfg.regularization[key]:
-            _check_options(f"regularization.{key}", regularizer_lookup[key], cfg.regularization[key])
+    _check_option("objective.type", objective.type, [key for key in objective_lookup if not key.startswith("pearl")])
+    for name in ("scale", "task_regularization"):
+        check_number(f"objective.{name}", objective.get(name, 0.0))
+
+
+def _check_regularizer(key: str, options: Any) -> None:
+    _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
+    if not options:
+        return
+    check_number(f"regularization.{key}.scale", options.get("scale"), least=0)  # 0 switches it off
+    if key == "group_regularization":
+        GroupRegularization({}, **options)  # where it is off, choosing reads its aligner
+    else:
+        _check_options(f"regularization.{key}", regularizer_lookup[key], options)
 
 
 def _check_names(cfg: Any) -> None:
@@ -113,9 +117,7 @@ def _check_names(cfg: Any) -> None:
 
 def check_impl(impl: Any) -> None:
     """Raise ConfigError where checkpoints are due at no whole number, or the type is none."""
-    every = impl.get("checkpoint_every")
-    if every is not None and (not is_whole(every) or every < 1):
-        raise ConfigError(f"impl.checkpoint_every={every} is not possible; valid: empty, or 1, 2, 3, ...")
+    check_whole("impl.checkpoint_every", impl.get("checkpoint_every"), 1, may_be_empty=True)
     check_dtype("impl.dtype", impl.dtype)
 
 
@@ -134,8 +136,8 @@ def _check_options(name: str, kind: Any, options: Mapping[str, Any]) -> None:
         _check_option(f"{name} key", key, valid)
         if isinstance(valid[key], bool):
             check_switches(options, [str(key)], f"{name}.")
-        elif is_number(valid[key]) and not is_number(value):
-            raise ConfigError(f"{name}.{key}={value} is not possible; valid: a number.")
+        elif is_number(valid[key]):
+            check_number(f"{name}.{key}", value)
 
 
 def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:

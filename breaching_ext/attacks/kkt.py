@@ -23,7 +23,7 @@ from ..kkt.extraction import Extracted, Extraction
 from ..kkt.models import HomogeneousNetwork, SmoothBackwardReLU
 from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
-from ..values import is_whole
+from ..values import check_whole, is_whole
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
 from .checks import check_impl
 from .kkt_options import check_search, extraction_options, report_span
@@ -59,9 +59,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
             )
         super().__init__(model, loss_fn, cfg_attack, setup)
         self.options = extraction_options(cfg_attack)
-        restarts = cfg_attack.restarts.num_trials
-        if not is_whole(restarts) or restarts < 1:
-            raise ConfigError(f"restarts.num_trials={restarts} is not possible; valid: 1, 2, 3, ...")
+        check_whole("restarts.num_trials", cfg_attack.restarts.num_trials, 1)
         check_search(cfg_attack.extraction)
         if cfg_attack.restarts.scoring != "kkt-loss":
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..kkt.extraction import ExtractionOptions
 from ..kkt.problem import Problem
-from ..values import is_number, is_whole
+from ..values import check_number, check_whole, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,10 @@ def check_search(extraction: Any) -> None:
     """Check what says how many candidates are searched, and where; raises ConfigError."""
     steepness, span = extraction.steepness, extraction.span
     count, multiple = extraction.candidates, extraction.multiple
-    if steepness is not None and not (is_number(steepness) and steepness > 0):
-        raise ConfigError(f"attack.extraction.steepness={steepness} is not possible; valid: empty, or above 0.")
-    if count is not None and (not is_whole(count) or count < 1):
-        raise ConfigError(f"attack.extraction.candidates={count} is not possible; valid: empty, or 1, 2, ...")
-    if count is None and not (is_number(multiple) and multiple > 0):
-        raise ConfigError(f"attack.extraction.multiple={multiple} is not possible; valid: a number above 0.")
+    check_number("attack.extraction.steepness", steepness, above=0, may_be_empty=True)
+    check_whole("attack.extraction.candidates", count, 1, may_be_empty=True)
+    if count is None:
+        check_number("attack.extraction.multiple", multiple, above=0)
     if span not in ("auto", "full") and (not is_whole(span) or span < 1):
         raise ConfigError(f"attack.extraction.span={span} is not possible; valid: auto, full, or 1, 2, ...")
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..errors import ConfigError, unknown
-from ..values import is_number, is_whole
+from ..errors import unknown
+from ..values import check_number, check_whole
 from .problem import Problem
 
 log = logging.getLogger(__name__)
@@ -63,16 +63,11 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optim.optimizer", self.optimizer, OPTIMIZERS)
-        if not is_whole(self.steps) or self.steps < 1:
-            raise ConfigError(f"optim.max_iterations={self.steps} is not possible; valid: 1, 2, 3, ...")
+        check_whole("optim.max_iterations", self.steps, 1)
         for name in ("lr", "lr_lambda", "init_scale", "lambda_init"):
-            value = getattr(self, name)
-            if not is_number(value) or not value > 0:
-                raise ConfigError(f"extraction.{name}={value} is not possible; valid: a number above 0.")
+            check_number(f"extraction.{name}", getattr(self, name), above=0)
         for name in ("lr_slack", "slack", "box_weight", "lambda_weight", "lambda_min"):
-            value = getattr(self, name)
-            if not is_number(value) or not value >= 0:
-                raise ConfigError(f"extraction.{name}={value} is not possible; valid: a number from 0.")
+            check_number(f"extraction.{name}", getattr(self, name), least=0)
 
 
 @dataclass

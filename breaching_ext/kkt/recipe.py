@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..values import is_number, is_whole
+from ..values import check_number, check_whole
 from .models import HomogeneousNetwork
 
 
@@ -44,17 +44,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("first_layer_std", "head_scale", "lr", "target_loss"):
-            value = getattr(self, name)
-            if not is_number(value) or not value > 0:
-                raise ConfigError(f"case.training.{name}={value} is not possible; valid: a number above 0.")
+            check_number(f"case.training.{name}", getattr(self, name), above=0)
         for name in ("weight_decay", "target_residual"):
-            value = getattr(self, name)
-            if not is_number(value) or not value >= 0:
-                raise ConfigError(f"case.training.{name}={value} is not possible; valid: a number from 0.")
+            check_number(f"case.training.{name}", getattr(self, name), least=0)
         for name in ("max_steps", "check_every"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise ConfigError(f"case.training.{name}={value} is not possible; valid: 1, 2, 3, ...")
+            check_whole(f"case.training.{name}", getattr(self, name), 1)
         if self.dtype not in ("auto", "float", "float32", "double", "float64"):
             raise ConfigError(f"case.training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
 

@@ -17,8 +17,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from ..cli import _silence_upstream
-from ..errors import BreachingExtError, ConfigError
+from ..cli import silence_upstream
+from ..errors import BreachingExtError
+from ..values import check_whole
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,8 @@ def run(cfg: Any) -> list[Path]:
     from .report import write_report
     from .settings import Settings
 
+    check_whole("threads", cfg.threads, 1, may_be_empty=True)
     if cfg.threads is not None:
-        if not isinstance(cfg.threads, int) or cfg.threads < 1:
-            raise ConfigError(f"threads={cfg.threads!r} is not possible; valid: 1, 2, 3, ..., or empty.")
         torch.set_num_threads(cfg.threads)
     settings = Settings.from_config(cfg)
     device = resolve_device(cfg.device)
@@ -66,7 +66,7 @@ def run(cfg: Any) -> list[Path]:
 
 @hydra.main(config_path="pkg://breaching.config", config_name="lora/ladder", version_base="1.3")
 def _application(cfg: Any) -> None:
-    _silence_upstream()
+    silence_upstream()
     try:
         run(cfg)
     except BreachingExtError as error:
@@ -80,7 +80,7 @@ def _application(cfg: Any) -> None:
 
 def main() -> None:
     """Entry point of the console command."""
-    _silence_upstream()
+    silence_upstream()
     for name in ("breaching", "breaching_ext.attacks", "breaching_ext.matching"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a line a cell is enough: the bar's
     _application()

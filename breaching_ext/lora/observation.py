@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
 from ..matching.client import client_update, matched_parameters
+from ..values import check_number, check_whole
 from .adapters import adapt, factors_of, only_weights_of
 from .decode import Factors
 
@@ -62,16 +62,14 @@ class FactorUpdate:
         return {layer: factors_of(self.model, layer) for layer in layers}
 
 
-def local_steps(steps: int, rate: float, labels: torch.Tensor) -> dict[str, Any] | None:
+def local_steps(steps: int, rate: float, labels: torch.Tensor) -> dict[str, Any]:
     """Return Breaching's `local_hyperparams` for K steps of plain gradient descent on the whole batch.
 
     Raises:
         ConfigError: for K < 1 or a step size that is not positive.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"local_steps={steps} is not possible; valid: 1, 2, 3, ...")
-    if not rate > 0:
-        raise ConfigError(f"local_lr={rate} is not possible; valid: above 0.")
+    check_whole("local_steps", steps, 1)
+    check_number("local_lr", rate, above=0)
     return {"steps": steps, "lr": float(rate), "data_per_step": len(labels), "labels": [labels] * steps}
 
 

@@ -34,8 +34,8 @@ from breaching_ext.matching.heap import keeping_freed_memory
 from breaching_ext.registration import register
 
 ENGINES = ("list", "vmap", "compile")
-SLOW = 4.0  # seconds from which a step is repeated as little as possible: as often as
-SLOW_SECONDS = 200.0  # hold, and twice at least
+SLOW = 4.0  # seconds of all candidates' step from which as little as possible is repeated:
+SLOW_SECONDS = 200.0  # rounds as fit into these, two at least
 
 
 class NotMeasuredError(Exception):

@@ -77,13 +77,13 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
 
 def _note_failure(folder: Path, error: Exception, seed: Any) -> None:
     """Write why a run failed into metrics.json, or, beside those of an earlier run that did not, into error.json."""
+    from .environment import overrides
+
     try:
         finished = "error" not in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         finished = False
     name = "error.json" if finished else "metrics.json"
-    from .environment import overrides
-
     content = {"error": f"{type(error).__name__}: {error}", "seed": seed, "overrides": overrides()}
     write_json(folder / name, content)
 

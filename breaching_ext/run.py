@@ -68,6 +68,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
         if isinstance(error, BreachingExtError):
             raise
+        log.debug("Where it happened:", exc_info=error)
         raise cannot_be_built(cfg, error) from error
     check_case(cfg, user, attacker)
     private = clean_data_of(user, setup["dtype"])

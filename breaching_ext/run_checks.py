@@ -60,7 +60,9 @@ def cannot_be_built(cfg: Any, error: Exception) -> ConfigError:
     """Return what to raise where Breaching cannot build its case or attack: one line with the names it went by."""
     names = ", ".join(f"{key}={OmegaConf.select(cfg, key)}" for key in _NAMES)
     reason = f"{type(error).__name__}: {first_line(error)}"
-    return ConfigError(f"Breaching cannot build this case or attack ({reason}); it has {names}.")
+    return ConfigError(
+        f"Breaching cannot build this case or attack ({reason}; hydra.verbose=true shows where); it has {names}."
+    )
 
 
 def check_case(cfg: Any, user: Any, attacker: Any) -> None:

@@ -86,7 +86,8 @@ def _check_optim(optim: Any, has_own_step_size: bool) -> None:
 
 def _check_objective(objective: Any) -> None:
     # Breaching's pearlmutter-* change leaf parameters in place, which torch refuses in the first iteration.
-    _check_option("objective.type", objective.type, [key for key in objective_lookup if not key.startswith("pearl")])
+    valid = [key for key in objective_lookup if not key.startswith("pearlmutter")]
+    _check_option("objective.type", objective.type, valid)
     for name in ("scale", "task_regularization"):
         check_number(f"objective.{name}", objective.get(name, 0.0))
 

@@ -100,4 +100,6 @@ class SpanDescent(Descent):
 
 def descent_of(model: HomogeneousNetwork, images: Tensor, labels: Tensor, recipe: Recipe) -> Descent:
     """Return the cheapest exact form of the steps for a network."""
-    return (SpanDescent if is_plain_mlp(model) else Descent)(model, images, labels, recipe)  # type: ignore[arg-type]
+    if is_plain_mlp(model):
+        return SpanDescent(model, images, labels, recipe)
+    return Descent(model, images, labels, recipe)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class MLP(HomogeneousNetwork):
         return z
 
 
-def is_plain_mlp(model: nn.Module) -> bool:
+def is_plain_mlp(model: nn.Module) -> TypeGuard[MLP]:
     """Return whether a network computes what :class:`MLP` does: its formulas hold for no other `forward`."""
     same = all(getattr(type(model), name, None) is getattr(MLP, name) for name in ("forward", "after_first"))
     return isinstance(model, MLP) and same and type(model.activation) is SmoothBackwardReLU

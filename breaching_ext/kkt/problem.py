@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .models import MLP, HomogeneousNetwork, is_plain_mlp
+from .models import HomogeneousNetwork, is_plain_mlp
 from .objective import GramResidual, autograd_residual
 from .span import Span, span_of
 
@@ -69,7 +69,6 @@ def build_problem(
             return autograd_residual(function, parameters, x + mean, c)
 
         return Problem(of_pixels, norm, mean, tuple(model.shape))
-    assert isinstance(model, MLP)
     layers = [(w.detach(), None if b is None else b.detach()) for w, b in model.linears]
     found = span if isinstance(span, Span) else span_of(layers[0][0], span, candidates)
     if found.full:

@@ -213,11 +213,12 @@ def network_from_checkpoint(path: str | Path, shape: tuple[int, ...]) -> MLP:
     """
     state = read_state_dict(path)
     weights = [state[f"layers.{i}.weight"] for i in range(len(state)) if f"layers.{i}.weight" in state]
-    biases = [name for name in state if name.startswith("layers.") and name.endswith(".bias")]
+    biases = {name for name in state if name.startswith("layers.") and name.endswith(".bias")}
     if not weights or any(w.ndim != 2 for w in weights):
         raise ConfigError(f"{path} holds {_shapes(state)}; expected layers.0.weight, layers.1.weight, ... (out, in).")
-    hidden = [f"layers.{index}.bias" for index in range(len(weights) - 1)]
-    kind = {(): "none", ("layers.0.bias",): "first", tuple(hidden): "hidden"}.get(tuple(sorted(biases)), "all")
+    hidden = {f"layers.{index}.bias" for index in range(len(weights) - 1)}
+    few = "none" if not biases else "first" if biases == {"layers.0.bias"} else None
+    kind = few or ("hidden" if biases == hidden else "all")
     if kind in ("hidden", "all"):
         log.warning(
             "%s has biases beyond the first layer: the network is not homogeneous, KKT holds but roughly.", path

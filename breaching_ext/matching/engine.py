@@ -50,7 +50,10 @@ class CandidateEngine(Protocol):
         """Put values, each (N, ...), into the candidates that the mask `where` (N,) selects (all by default)."""
 
     def state(self) -> dict[str, Any]:
-        """Return everything that the next step depends on: parameters, optimizers, random streams."""
+        """Return everything that the next step depends on: parameters, optimizers, random streams.
+
+        It is to be written before that step: large tensors are the engine's own.
+        """
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
         """Put a fresh engine where another one was after `steps` steps."""

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import first_line
 from ..out_of_memory import is_out_of_memory
+from .build import BATCHING_MODES
 from .client import draws
 from .compilation import compiled
 from .evaluation import Evaluate
@@ -21,8 +22,6 @@ from .tracing import SpecialisationError, replayed
 log = logging.getLogger(__name__)
 
 __all__ = ["SubsetMatching", "SubsetTerm", "Target"]
-
-METHODS = ("auto", "list", "vmap", "compile")
 
 #: Largest batch for which 'auto' stacks candidates. On one CPU core (LeNet, 32×32, five candidates) stacking takes
 #: 0.7 of the loop's time at B = 8 and 1.6 of it at B = 64, where convolutions with a kernel a candidate dominate.
@@ -60,13 +59,14 @@ class SubsetMatching:
         evaluations: int = 0,
         first_size: int | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}.")
+        if method not in BATCHING_MODES:
+            raise ValueError(f"method={method!r} is unknown; valid: {', '.join(BATCHING_MODES)}.")
         self.target, self.term, self.extra, self.method = target, term, extra, method
         self._objective = SubsetObjective(target, term, prior)
         self.evaluations, self.first_size = evaluations, first_size
         self._compiles, self._stacks, self._has_compiled = True, True, False
         self._evaluations: dict[tuple, Evaluate] = {}
+        self._may_draw = any(module.training for module in target.model.modules())
         if draws(target.model):
             self._one_by_one_because("the model's dropout is on, and every candidate needs random numbers of its own")
 
@@ -177,7 +177,7 @@ class SubsetMatching:
         results = []
         for n in range(len(pixels)):
             index = subsets[n] if subsets is not None and self.term.kind != "none" else None
-            with nullcontext() if streams is None else streams.use(n):
+            with streams.use(n) if streams is not None and self._may_draw else nullcontext():
                 results.append(self._objective.of_candidate(n, pixels[n], logits[n], index, prior_weight))
         values, rankings, in_pixels, in_logits = (torch.stack(column) for column in zip(*results, strict=True))
         return values, rankings, in_pixels, in_logits

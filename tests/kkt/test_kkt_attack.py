@@ -624,10 +624,11 @@ def test_the_space_of_all_images_needs_no_matrix(victim):
     assert span.outside(x) == 0.0
 
 
-def test_files_with_hidden_biases_and_the_papers_prefix(tmp_path):
+@pytest.mark.parametrize("widths", [(4, 3), (3,) * 11])  # of twelve layers, names are no longer in order as text
+def test_files_with_hidden_biases_and_the_papers_prefix(tmp_path, widths):
     """Biases on all hidden layers and none on the output."""
     torch.manual_seed(0)
-    model = MLP(SHAPE, (4, 3), "hidden")
+    model = MLP(SHAPE, widths, "hidden")
     state = {key.replace("layers.", "convnet."): value for key, value in model.state_dict().items() if key != "mean"}
     torch.save(state, tmp_path / "weights.pth")
     loaded = network_from_checkpoint(tmp_path / "weights.pth", SHAPE)

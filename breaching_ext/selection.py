@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import math
 
+from .values import is_whole
+
 __all__ = ["MODES", "subset_size"]
 
 #: The seven schedules.
@@ -72,6 +74,7 @@ def subset_size(
     Raises:
         ValueError: for an unknown mode, `batch_size`, `n_iter` or `l_iter` below 1, a negative iteration, or a
             sigmoid with a parameter that is not finite.
+        TypeError: for a step, batch size or k that is not a whole number: a size must be one.
     """
     if mode not in MODES:
         raise ValueError(f"sel_mode={mode!r} is unknown; valid: {', '.join(MODES)}.")
@@ -80,7 +83,10 @@ def subset_size(
         ("n_iter", n_iter, 1),
         ("l_iter", l_iter, 1),
         ("iteration", iteration, 0),
+        ("k", k, -math.inf),
     ):
+        if not is_whole(value):
+            raise TypeError(f"{name}={value!r} is not a whole number.")
         if value < least:
             raise ValueError(f"{name}={value} is out of range; valid: {least} or more.")
     if mode == "sigmoid" and not (math.isfinite(a) and math.isfinite(b)):
@@ -94,7 +100,7 @@ def subset_size(
         "linear_dec_total": lambda: _ceil_div(batch_size * (n_iter - iteration), n_iter),
         "sigmoid": lambda: math.ceil(batch_size * _logistic(a * (iteration - b))),
     }[mode]()
-    return max(1, min(batch_size, size))
+    return int(max(1, min(batch_size, size)))
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:
@@ -104,6 +110,4 @@ def _ceil_div(numerator: int, denominator: int) -> int:
 
 def _logistic(z: float) -> float:
     """1 / (1 + exp(−z)) without overflow."""
-    if z >= 0:
-        return 1.0 / (1.0 + math.exp(-z))
-    return math.exp(z) / (1.0 + math.exp(z))
+    return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))

@@ -1,12 +1,14 @@
-"""Tensors read from files that a user names: checkpoints, trained networks, published weights."""
+"""Tensors read from files that a user names (checkpoints, trained networks, published weights), and their digests."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import ConfigError
 
@@ -30,3 +32,16 @@ def read_tensors(path: str | os.PathLike, name: str, what: str, keys: Iterable[s
     if keys and not (isinstance(content, dict) and set(keys) <= set(content)):
         raise ConfigError(f"{name}={path} is not {what}; remove it or name another file.")
     return content
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's values as they lie in memory, of any dtype (NumPy has no bfloat16)."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return what names the values of tensors and their order; a sum would be the same for images in another order."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(raw_bytes(tensor))
+    return sha.hexdigest()

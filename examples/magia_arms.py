@@ -97,10 +97,6 @@ class Run:
     def path(self, out: Path, seed: int) -> Path:
         return out / "runs" / f"{self.arm}_B{self.batch}_{self.outer}x{INNER}_seed{seed}.json"
 
-    def groups(self) -> list[tuple[int, ...]]:
-        """Seeds that are optimised as one stack: all of them where stacking is faster."""
-        return [self.seeds] if self.batch <= 4 else [(seed,) for seed in self.seeds]
-
 
 def plan() -> list[Run]:
     """All runs, the most telling ones first."""

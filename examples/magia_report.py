@@ -28,16 +28,17 @@ def others(record: dict[str, Any]) -> list[str]:
     return [f"{key}={then[key]}" for key in sorted(then) if key in now and key != "text" and now[key] != then[key]]
 
 
-def report(out: Path) -> None:
-    """Write summary.json, table.md and two figures from the runs that are there."""
+def report(out: Path) -> bool:
+    """Write summary.json, table.md and three figures from the runs that are there; returns whether there are any."""
     rows = summarise([json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))])
     if not rows:
-        return
+        return False
     write_json(out / "summary.json", {"rows": rows})
     write_atomically(out / "table.md", lambda target: target.write_text(table(rows), encoding="utf-8"))
     plot_arms(out / "arms.png", rows)
     plot_length(out / "length.png", rows)
     save_schedules(out / "schedules.png", batch_size=16, n_iter=300)
+    return True
 
 
 def diverged(losses: list[list[float | None]]) -> bool:

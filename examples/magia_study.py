@@ -45,7 +45,7 @@ log = logging.getLogger("magia_study")
 
 #: a run ends after that many outer steps, too (a step may need fewer than 20 gradients)
 MOST_STEPS = 400
-RESULTS = Path("examples/results/magia")
+RESULTS = Path(__file__).parent / "results" / "magia"
 
 
 # ---------------------------------------------------------------------- one run
@@ -241,19 +241,19 @@ def main() -> None:
     if not args.report:
         refuse_others(parser, [run.path(args.out, seed) for run in runs for seed in run.seeds], args)
     for run in runs:
-        for seeds in run.groups():
-            missing = tuple(seed for seed in seeds if not run.path(args.out, seed).exists())
+        for seed in run.seeds:  # each by itself: in a stack, one that ends early would leave its budget to the others
+            missing = not run.path(args.out, seed).exists()
             if args.list:
-                print(f"{run.arm:24} B={run.batch:<3} {run.outer:4} outer  seeds {seeds}  {'' if missing else 'done'}")
+                print(f"{run.arm:24} B={run.batch:<3} {run.outer:4} outer  seed {seed}  {'' if missing else 'done'}")
             elif missing and not args.report:
-                make(run, missing, args.out, args.classes, args.labels)
+                make(run, (seed,), args.out, args.classes, args.labels)
                 if args.minutes and time.perf_counter() - clock > 60 * args.minutes:
                     break
         else:
             continue
         break
-    if not args.list:
-        report(args.out)
+    if not args.list and not report(args.out):
+        raise SystemExit(f"There is no run in {args.out / 'runs'}, so there is nothing to report.")
 
 
 def refuse_others(parser: argparse.ArgumentParser, paths: list[Path], args: argparse.Namespace) -> None:

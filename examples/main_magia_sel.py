@@ -16,10 +16,12 @@ The published script's names of schedules (constant, linear_warmup, linear_incre
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +58,8 @@ PUBLISHED_MODES = {
 }
 
 
-#: Most columns of history.png: a picture must not have more than 65,536 pixels a side.
-COLUMNS = 40
+#: Most columns and rows of history.png: a picture must not have more than 65,536 pixels a side.
+COLUMNS, ROWS = 40, 600
 
 
 def schedule_name(text: str) -> str:
@@ -68,10 +70,15 @@ def schedule_name(text: str) -> str:
     return name
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """States defaults; of options without one, the help itself says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     add = parser.add_argument
     modes = "schedule of subset sizes: " + ", ".join(MODES)
     add("--sel_mode", type=schedule_name, default="constk", metavar="MODE", help=modes)
@@ -116,12 +123,25 @@ def parse() -> argparse.Namespace:
     add("--checkpoint_every", type=int, default=10, help="outer steps between checkpoints and history columns")
     add("--out", type=Path, default=Path("outputs/magia_sel"), help="folder for the results")
     args = parser.parse_args()
+    check(parser, args)
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End in one line for a value that cannot work."""
     for name, least in (("batch_size", 1), ("n_iter", 1), ("sel_l_iter", 1), ("checkpoint_every", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name}={getattr(args, name)} is out of range; valid: {least} or more")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha={args.alpha} is out of range; valid: 0 to 1")
-    return args
+    if not 0 <= args.tv_weight < math.inf:
+        parser.error(f"--tv_weight={args.tv_weight} is out of range; valid: a number from 0")
+    if args.step_size is not None and not 0 < args.step_size < math.inf:
+        parser.error(f"--step_size={args.step_size} is out of range; valid: a number above 0")
+    if not -(2**63) <= args.seed < 2**63:
+        parser.error(f"--seed={args.seed} is out of range; valid: whole numbers of 64 bits")
+    if any(place.exists() and not place.is_dir() for place in (args.out, *args.out.parents)):
+        parser.error(f"--out={args.out} is not a folder, nor can it become one")
 
 
 def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, list[int], int]:
@@ -197,6 +217,8 @@ class Optimised(NamedTuple):
 def optimise(engine: MagiaEngine, args: argparse.Namespace) -> Optimised:
     """Run to the end or to Ctrl-C."""
     alive, history, losses = torch.ones(1, dtype=torch.bool), [], []
+    for left in (args.out / "checkpoints").glob("step_*.pt"):
+        left.unlink()  # of an earlier run in this folder, perhaps of other images
     finished = engine.parameters  # of the last whole step: within one, a line search stands at points that it tries
     try:
         with tqdm(range(args.n_iter), desc=f"magia {args.sel_mode}", unit="step", disable=None) as bar:
@@ -216,6 +238,14 @@ def optimise(engine: MagiaEngine, args: argparse.Namespace) -> Optimised:
         print(f"Interrupted after {len(losses)} outer steps; keeping what there is.")
         interrupted = True
     return Optimised(finished, history or [(0, finished[0][0])], losses, interrupted)
+
+
+def method(engine: MagiaEngine) -> dict[str, Any]:
+    """What the engine runs, with what no option says: the prior's start, the grids, the history."""
+    parts = {"subset": engine.matching.term, "schedule": engine.schedule, "image_prior": engine.annealing}
+    parts |= {"optimizer": engine.options, "pyramid": engine.pyramid}
+    dtype = str(engine.starts[0].dtype).removeprefix("torch.")
+    return {**{name: asdict(part) for name, part in parts.items()}, "dtype": dtype}
 
 
 def save_point(path: Path, parameters: list[torch.Tensor], iteration: int) -> None:
@@ -248,8 +278,8 @@ def best_match(reconstructed: torch.Tensor, true: torch.Tensor) -> dict[str, Any
 
 
 def save_history(path: Path, history: list[tuple[int, torch.Tensor]], order: list[int]) -> None:
-    """One row an image, one column a checkpoint; of many, COLUMNS that are spread evenly, the last among them."""
-    step = -(-len(history) // COLUMNS)
+    """One row an image, one column a checkpoint; of many, the first ROWS and COLUMNS spread evenly, with the last."""
+    order, step = order[:ROWS], -(-len(history) // COLUMNS)
     history = history[::-1][::step][::-1]
     figure = Figure(figsize=(0.9 * len(history) + 0.3, 0.9 * len(order) + 0.4), layout="constrained")
     axes = figure.subplots(len(order), len(history), squeeze=False)
@@ -291,6 +321,7 @@ def main() -> None:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "git_commit": git_commit(),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "method": method(engine),
         "indices": indices,
         "labels": {"true": labels.tolist(), "recovered": logits[0].argmax(dim=-1)[scores.order].tolist()},
         "one_to_one": reference_metrics(reconstructed, true, order),

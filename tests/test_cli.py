@@ -70,6 +70,12 @@ def test_default_run_is_clean_and_complete(root, tmp_path):
     assert (folder / ".hydra" / "overrides.yaml").exists()
 
 
+def in_folder(monkeypatch, folder, mode=RunMode.RUN):
+    """Let the command believe that Hydra gave it this folder."""
+    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=folder), mode=mode)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra)
+
+
 def configured(*overrides: str):
     register()
     with initialize_config_module("breaching.config", version_base="1.3"):
@@ -130,20 +136,30 @@ def test_an_attack_and_case_of_breachings_own(root, tmp_path):
     ],
     ids=["scoring", "points", "device", "more than there are", "weights"],
 )
-def test_an_error_is_one_line_and_is_recorded(root, tmp_path, overrides, words):
-    done = breaching_ext(root, tmp_path, *overrides)
+def test_an_error_is_one_line_and_is_recorded(monkeypatch, caplog, tmp_path, overrides, words):
+    in_folder(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli._run_and_tell(configured(*overrides), run)
+    assert left.value.code == 1
+    (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    error = json.loads((tmp_path / "metrics.json").read_text())["error"]
+    for text in (said.getMessage(), error):
+        assert "\n" not in text
+        assert all(word in text for word in words)
+
+
+def test_a_user_sees_one_line_of_an_error(root, tmp_path):
+    done = breaching_ext(root, tmp_path, "attack.restarts.scoring=magic")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in words)
-    error = json.loads((only_run(tmp_path) / "metrics.json").read_text())["error"]
-    assert all(word in error for word in words)
+    assert len([line for line in done.stderr.splitlines() if "restarts.scoring" in line and "magic" in line]) == 1
+    assert "magic" in json.loads((only_run(tmp_path) / "metrics.json").read_text())["error"]
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
 def test_ctrl_c_ends_a_sweep_after_the_files_of_its_job(monkeypatch, tmp_path, capsys, request, mode):
     """An attack ends with its best so far on Ctrl-C, which is then evaluated; the jobs that follow are not run."""
-    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=tmp_path), mode=mode)
-    monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra)
+    in_folder(monkeypatch, tmp_path, mode)
     monkeypatch.setattr(cli, "summary", lambda record: "a table")
 
     def run(cfg, folder):

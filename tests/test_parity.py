@@ -97,7 +97,7 @@ def test_signs(model_name, signed, optimizer, objective):
     model = build_model(model_name)
     payload, shared, *_ = observed(model)
     options = [f"optim.signed={signed}", f"optim.optimizer={optimizer}", f"objective.type={objective}"]
-    iterations = {"own": 30, "lenet_zhu": 30, "cnn6": 12, "ResNet20": 4}[model_name]
+    iterations = {"own": 30, "lenet_zhu": 12, "cnn6": 12, "ResNet20": 4}[model_name]
     check(model, config(*options, iterations=iterations), payload, shared)
 
 

@@ -97,3 +97,14 @@ def test_bad_values_are_named(arguments, names):
     with pytest.raises(ValueError, match=r"valid|finite") as error:
         subset_size(*arguments)
     assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [("constk", {"k": 2.5}), ("constk", {"k": None}), ("linear_inc_l", {"l_iter": 2.5}), ("const1", {"n_iter": 10.0})],
+)
+def test_a_size_is_a_whole_number(mode, changes):
+    """A float would end in slices outside: where images are chosen."""
+    name = next(iter(changes))
+    with pytest.raises(TypeError, match=f"{name}={changes[name]} is not a whole number"):
+        subset_size(mode, **{"iteration": 0, "batch_size": 8, "n_iter": 10, **changes})

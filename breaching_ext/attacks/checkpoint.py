@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..files import write_atomically
 from ..matching.state import on_device
 from ..ranks import Ranks
-from ..tensor_files import read_tensors
+from ..tensor_files import raw_bytes, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +168,7 @@ def fingerprint(
     settings["impl"] = {k: v for k, v in settings["impl"].items() if k not in _NOT_PART_OF_THE_RUN}
     settings["restarts"] = {k: v for k, v in (settings.get("restarts") or {}).items() if k != "seed"}  # see `engine`
     engine = re.sub(r" at 0x[0-9a-f]+", "", engine)
-    digest = hashlib.sha256(f"{_FORMAT}\n{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
+    sha = hashlib.sha256(f"{_FORMAT}\n{engine}\n{OmegaConf.to_yaml(OmegaConf.create(settings))}".encode())
     for tensor in [*starts, *(g for data in shared_data for g in data["gradients"]), *also]:
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().tobytes())  # as bytes: numpy has no bfloat16
-    return digest.hexdigest()
+        sha.update(raw_bytes(tensor))
+    return sha.hexdigest()

@@ -134,24 +134,27 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         if payload[0]["metadata"].get("modality", "vision") != "vision":
             raise SharedDataError("magia reconstructs images; valid: metadata modality 'vision'.")
         check_shared_data(self.model_template, payload, shared, labels=False)
+        shape = tuple(payload[0]["metadata"]["shape"])
+        if len(shape) != 3:
+            raise SharedDataError(f"magia reconstructs images, not data of shape {shape}; valid: (C, H, W).")
         if len(shared) != 1:
             raise SharedDataError(f"magia attacks the gradient of one query, there are {len(shared)}.")
-        if shared[0]["metadata"]["local_hyperparams"] is not None:
+        if shared[0]["metadata"].get("local_hyperparams") is not None:
             raise SharedDataError("magia attacks one gradient, not the change after several local steps.")
         shared = own_copy(shared, self.setup["device"])
         shared[0]["metadata"]["labels"] = None
         models, _, stats = self.prepare_attack(payload, shared)
-        shape = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
+        size = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         device_shared = self._cast_shared_data(shared)
-        labels = torch.zeros(shape[0], dtype=torch.long, device=self.setup["device"])
+        labels = torch.zeros(size[0], dtype=torch.long, device=self.setup["device"])
         with torch.no_grad(), CandidateStreams([self._seed()], labels.device).use(0):  # dropout that is on draws
-            output = models[0](torch.zeros(shape, **self.setup))  # as many as there are: batch norm may need several
+            output = models[0](torch.zeros(size, **self.setup))  # as many as there are: batch norm may need several
         check_output(output)
         check_loss(self.loss_fn, output)
         if self.options.relative and not any(bool(g.any()) for g in device_shared[0]["gradients"]):
             raise SharedDataError("The shared gradient is zero: image_prior.relative=true has nothing to go by.")
         warn_of_scoring(self.cfg.restarts)
-        return Target(models, device_shared, labels, shape), stats, output.shape[1]
+        return Target(models, device_shared, labels, size), stats, output.shape[1]
 
     def _recover_label_information(self, *args: Any, **kwargs: Any) -> None:
         """Labels are optimised; Breaching must not infer them."""

@@ -14,6 +14,7 @@ from ..matching.magia_engine import Annealing, OptimizerOptions, Pyramid, Schedu
 from ..matching.magia_optimizer import STEP_SIZES
 from ..matching.subset_matching import SubsetTerm
 from ..regularizers.color_tv import anisotropic_total_variation, color_total_variation
+from ..values import check_number, check_switches
 
 __all__ = ["PRIORS", "MagiaOptions"]
 
@@ -70,6 +71,7 @@ class MagiaOptions:
             ConfigError: naming the key, its value and the valid ones.
         """
         _check_unused(cfg)
+        check_switches(cfg, ["image_prior.relative"])
         subset, prior, optim, grids = (cfg.get(key) or {} for key in ("subset", "image_prior", "optim", "pyramid"))
         kind = str(prior.get("kind", "color"))
         if kind not in PRIORS:
@@ -138,8 +140,7 @@ def _check_unused(cfg: Any) -> None:
 def _number(part: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """Read `name`, of which the last word is the key in that part of the config."""
     value = part.get(name.rsplit(".", 1)[-1], default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name}={value} is not possible; valid: a number.")
+    check_number(name, value)
     return float(value)
 
 

@@ -8,7 +8,6 @@ decay the same step follows L + (decay / 2)‖θ‖², whose minimiser satisfies
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ConfigError, SharedDataError
 from ..files import write_atomically
-from ..tensor_files import read_tensors
+from ..tensor_files import digest, read_tensors
 from .descent import Descent, descent_of, log_loss
 from .models import HomogeneousNetwork
 from .multipliers import kkt_residual
@@ -138,11 +137,8 @@ def train_or_load(
 
 
 def _digest(*tensors: Tensor) -> str:
-    """Return what names the values of tensors and their order; a sum would be the same for images in another order."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    """Return a digest of values that is the same in single and double precision."""
+    return digest(*(tensor.detach().cpu().double() for tensor in tensors))
 
 
 def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor) -> None:

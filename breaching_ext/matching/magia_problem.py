@@ -74,5 +74,5 @@ class Target:
         return {k: v[n] for k, v in self.parameters.items()}, [g[n] for g in self.gradients]
 
     def squared_norm(self, n: int = 0) -> float:
-        """‖g*‖² of one candidate's target."""
-        return float(torch.stack([g.square().sum() for g in self.of(n)[1]]).sum())
+        """‖g*‖² of one candidate's target, in double precision: squares of a small gradient are 0 in single."""
+        return sum(float(g.double().square().sum()) for g in self.of(n)[1])

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..tensor_files import digest
 from ..values import is_whole
 from .clock import Spent
 from .config import Budget, require
@@ -232,8 +233,8 @@ def describe(task: TrainingTask) -> dict[str, Any]:
         "model": repr(task.model),
         "n_parameters": sum(p.numel() for p in task.model.parameters()),
         "loss": "mse",
-        "initial_weights_sha256": _digest(*task.model.state_dict().values()),
-        "data_sha256": _digest(task.train, task.test),
+        "initial_weights_sha256": digest(*task.model.state_dict().values())[:16],
+        "data_sha256": digest(task.train, task.test)[:16],
         "seed": task.seed,
         "dtype": str(task.train.dtype),
         "device": str(task.train.device),
@@ -246,14 +247,6 @@ def fingerprint(description: dict[str, Any]) -> str:
     """Hash of what decides the numbers of a run: all of its description but versions and threads."""
     kept = {key: value for key, value in description.items() if key not in ("versions", "threads")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(*tensors: Tensor) -> str:
-    """Short hash of the values of tensors."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
 
 
 def check_cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:

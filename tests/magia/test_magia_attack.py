@@ -7,12 +7,14 @@ import pytest
 import torch
 from cases import MEAN, STD, attack_config, build_model, loss, observed, photos
 
-from breaching_ext.attacks import MagiaAttacker, observe
+from breaching_ext.attacks import MagiaAttacker, magia, observe
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.evaluation import evaluate, to_images
 from breaching_ext.matching.candidate_order import GroupAnyOrder, aligned_to
+from breaching_ext.matching.magia_engine import MagiaEngine
 from breaching_ext.registration import register
+from breaching_ext.regularizers.color_tv import anisotropic_total_variation, color_total_variation
 
 
 def attacker(*overrides: str, model: torch.nn.Module | None = None, iterations: int = 2) -> MagiaAttacker:
@@ -234,6 +236,14 @@ def test_a_loss_that_takes_no_probabilities_is_refused_before_the_loop():
         attack.reconstruct(payload, shared)
 
 
+def test_weights_in_units_of_a_gradient_whose_squares_are_below_single_precision():
+    model = build_model("lenet_zhu", torch.float32)
+    payload, shared, *_ = observed(model)
+    shared[0]["gradients"] = [g * 1e-24 for g in shared[0]["gradients"]]
+    result, _ = attacker("image_prior.relative=true", "impl.dtype=float", model=model).reconstruct(payload, shared)
+    assert result["data"].isfinite().all()
+
+
 def test_weights_in_units_of_a_gradient_of_zeros_are_refused():
     model = build_model("lenet_zhu")
     payload, shared, *_ = observed(model, 2)
@@ -352,6 +362,10 @@ def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
         ("image_prior.eps=little", r"image_prior\.eps=little is not possible; valid: a number"),
         ("image_prior.weight=nan", r"image_prior\.weight=nan"),
         ("image_prior.anneal_from=inf", r"image_prior\.anneal_from=inf"),
+        ("image_prior.relative=off", r"image_prior\.relative=off is not possible; valid: true, false"),
+        ("image_prior.eps=inf", r"image_prior\.eps=inf is not possible"),
+        ("image_prior.chroma=inf", r"image_prior\.chroma=inf is not possible"),
+        ("optim.label_scale=inf", r"optim\.label_scale=inf is not possible"),
         ("optim.inner_iterations=2.5", r"optim.inner_iterations=2.5 is not possible; valid: a whole number"),
         ("subset.sel_k=2.7", "subset.sel_k=2.7"),
         ("subset.sig_a=steep", "subset.sig_a=steep"),
@@ -377,6 +391,76 @@ def test_a_subset_larger_than_the_batch_is_clamped_and_said(caplog):
 def test_bad_options_are_named_before_anything_is_computed(override, text):
     with pytest.raises(ConfigError, match=text):
         attacker(override)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The engine that the attack builds and runs for some overrides."""
+
+    def engine(*overrides: str):
+        engines = []
+
+        def remember(*args, **options):
+            engines.append(MagiaEngine(*args, **options))
+            return engines[-1]
+
+        monkeypatch.setattr(magia, "MagiaEngine", remember)
+        reconstruct(*overrides, iterations=1)
+        (found,) = engines
+        return found
+
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part", "expected"),
+    [
+        ([], "schedule", {"mode": "constk", "k": 2, "l_iter": 100, "a": -0.1, "b": 200.0, "redraw": "step"}),
+        (["subset.sel_mode=linear_dec_l", "subset.sel_l_iter=7"], "schedule", {"mode": "linear_dec_l", "l_iter": 7}),
+        (["subset.sel_k=1", "subset.redraw=closure"], "schedule", {"k": 1, "redraw": "closure"}),
+        (
+            ["subset.sel_mode=sigmoid", "subset.sig_a=0.5", "subset.sig_b=3"],
+            "schedule",
+            {"mode": "sigmoid", "a": 0.5, "b": 3.0},
+        ),
+        ([], "term", {"kind": "none"}),
+        (
+            ["subset.term=mean", "subset.alpha=0.5", "subset.rescaling=ratio"],
+            "term",
+            {"kind": "mean", "alpha": 0.5, "rescaling": "ratio"},
+        ),
+        (["subset.term=released", "subset.rescaling=2"], "term", {"kind": "released", "rescaling": 2.0}),
+        ([], "annealing", {"last": 0.001, "first": 3.0}),
+        (["image_prior.weight=0.02", "image_prior.anneal_from=null"], "annealing", {"last": 0.02, "first": None}),
+        ([], "options", {"name": "l-bfgs", "step_size": 1.0, "inner_iterations": 20, "history_size": 100}),
+        ([], "options", {"line_search": "strong_wolfe", "label_scale": 5.0}),
+        (["optim.line_search=null", "optim.history_size=7"], "options", {"line_search": None, "history_size": 7}),
+        (["optim.inner_iterations=3", "optim.label_scale=2"], "options", {"inner_iterations": 3, "label_scale": 2.0}),
+        (["optim.optimizer=adam", "optim.step_size=0.2"], "options", {"name": "adam", "step_size": 0.2}),
+        (["pyramid.factors=[2,1]", "pyramid.shares=[0.5]"], "pyramid", {"factors": (2, 1), "shares": (0.5,)}),
+    ],
+)
+def test_every_key_reaches_the_engine(overrides, part, expected, built):
+    engine = built(*overrides)
+    found = engine.matching.term if part == "term" else getattr(engine, part)
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], lambda x: color_total_variation(x, 5.0, 0.01)),
+        (["image_prior.chroma=2"], lambda x: color_total_variation(x, 2.0, 0.01)),
+        (["image_prior.eps=0.2"], lambda x: color_total_variation(x, 5.0, 0.2)),
+        (["image_prior.kind=anisotropic"], anisotropic_total_variation),
+    ],
+)
+def test_the_prior_that_is_asked_for_is_part_of_the_objective(overrides, expected, built):
+    """Values with and without the prior differ by its weight times the prior."""
+    engine = built(*overrides)
+    pixels, logits = engine.starts
+    with_prior, without = (engine.matching(pixels, logits, None, weight)[0] for weight in (2.0, 0.0))
+    torch.testing.assert_close(with_prior - without, torch.stack([2 * expected(x) for x in pixels]))
 
 
 def test_each_optimizer_has_its_own_step_size():
@@ -421,6 +505,10 @@ def test_data_that_do_not_fit_are_refused():
         made.reconstruct(payload, shared, initial_data=torch.full_like(images, float("nan")))
     with pytest.raises(SharedDataError, match="query"):
         made.reconstruct(payload * 2, shared * 2)
+    for shape in ((7,), (8, 8), (3, 4, 8, 8)):
+        other = [{**payload[0], "metadata": {**payload[0]["metadata"], "shape": shape}}]
+        with pytest.raises(SharedDataError, match=r"not data of shape .*; valid: \(C, H, W\)"):
+            made.reconstruct(other, shared)
     for change, text in (
         ({"num_data_points": 0}, "number of data points is 0"),
         ({"local_hyperparams": {"steps": 2}}, "local steps"),

@@ -75,3 +75,12 @@ def test_a_method_that_does_not_exist_is_named(study, monkeypatch, tmp_path):
 )
 def test_a_run_that_ends_above_its_start_has_diverged(study, losses, expected):
     assert sys.modules["magia_report"].diverged(losses) is expected
+
+
+def test_every_seed_has_a_budget_of_its_own(study, monkeypatch, tmp_path):
+    """A stack shares one: what a seed that ends early leaves goes to the others."""
+    made = []
+    monkeypatch.setattr(study, "make", lambda run, seeds, *_: made.append(seeds))
+    with pytest.raises(SystemExit, match="nothing to report"):
+        call(study, monkeypatch, "--only", "default", "--batch", "4", "--outer", "60", "--out", str(tmp_path))
+    assert made == [(0,), (1,), (2,), (3,), (4,)]

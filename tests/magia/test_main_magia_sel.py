@@ -21,12 +21,17 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "main_magia_sel.py"
 QUICK = ["--n_iter", "2", "--batch_size", "2"]
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Call the command with a line of options; returns the folder, the metrics and what was printed."""
+def load_script():
     spec = importlib.util.spec_from_file_location("main_magia_sel", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Call the command with a line of options; returns the folder, the metrics and what was printed."""
+    module = load_script()
 
     def call(*options: str):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options, "--out", str(tmp_path / "out")])
@@ -104,6 +109,73 @@ def test_the_published_scripts_options_mean_the_same(published, ours, command):
 
 
 @pytest.mark.parametrize(
+    ("options", "part", "expected"),
+    [
+        (["--sel_mode", "linear_dec_l", "--sel_l_iter", "7"], "schedule", {"mode": "linear_dec_l", "l_iter": 7}),
+        (["--sel_mode", "sigmoid", "--sig_a", "0.5", "--sig_b", "1"], "schedule", {"a": 0.5, "b": 1.0}),
+        (["--sel_k", "1"], "schedule", {"mode": "constk", "k": 1}),
+        (
+            ["--subset_term", "mean", "--alpha", "0.5", "--rescaling", "2"],
+            "subset",
+            {"kind": "mean", "alpha": 0.5, "rescaling": 2.0},
+        ),
+        (["--subset_term", "none"], "subset", {"kind": "none"}),
+        (["--rescaling", "ratio"], "subset", {"kind": "released", "alpha": 0.999, "rescaling": "ratio"}),
+        (["--tv_weight", "0.02"], "image_prior", {"last": 0.02, "first": 3.0}),
+        (["--tv_weight", "5"], "image_prior", {"last": 5.0, "first": 5.0}),
+        (["--tv_weight", "0"], "image_prior", {"last": 0.0, "first": None}),
+        (["--optimizer", "adam"], "optimizer", {"name": "adam", "step_size": 0.05}),
+        (["--line_search", "none", "--step_size", "0.5"], "optimizer", {"step_size": 0.5, "line_search": None}),
+        ([], "optimizer", {"name": "l-bfgs", "step_size": 1.0, "line_search": "strong_wolfe"}),
+    ],
+)
+def test_every_option_reaches_the_engine(options, part, expected, command):
+    """What the engine holds is what metrics.json records; that the two are one is the script's own `method`."""
+    found = command(*QUICK, "--n_iter", "1", *options)[1]["method"][part]
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_double_precision_and_the_seed_reach_the_run(command):
+    single, record, _ = command(*QUICK)
+    assert record["method"]["dtype"] == "float32"
+    pixels = torch.load(single / "final.pt")["pixels"]
+    double, record, _ = command(*QUICK, "--double")
+    assert record["method"]["dtype"] == "float64"
+    assert torch.load(double / "final.pt")["pixels"].dtype == torch.float64
+    other, *_ = command(*QUICK, "--seed", "1", "--indices", ",".join(map(str, record["indices"])))
+    assert not torch.allclose(torch.load(other / "final.pt")["pixels"], pixels)
+
+
+def test_metrics_are_of_images_that_belong_together(command):
+    """One to one, every reconstruction is compared once; the published script takes the most alike, repeats allowed."""
+    module = load_script()
+    true = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shuffled = true[[2, 0, 1]] + 0.05  # image i came back as order[i]
+    found = module.reference_metrics(shuffled, true, [1, 2, 0])
+    assert found["per_image"]["rmse"] == pytest.approx([0.05] * 3)
+    assert found["overall"]["reconstruction_rate"]["mean"] == 1.0
+    far = module.reference_metrics(true + 0.2, true, [0, 1, 2])
+    assert far["overall"]["reconstruction_rate"]["mean"] == 0.0
+    repeated = module.best_match(true[[1, 1, 2]], true)
+    assert repeated["order"] == [1, 1, 2]
+    assert repeated["per_image"]["mse"] == [0.0] * 3
+
+
+def test_checkpoints_of_an_earlier_run_do_not_stay(command):
+    folder, *_ = command(*QUICK, "--n_iter", "3", "--checkpoint_every", "1")
+    assert len(list((folder / "checkpoints").iterdir())) == 3
+    command(*QUICK, "--n_iter", "1")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000.pt"]
+
+
+def test_a_file_is_no_folder_for_results(command, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit):
+        command(*QUICK)
+    assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         (["--batch_size", "0"], "batch_size=0"),
@@ -118,7 +190,10 @@ def test_the_published_scripts_options_mean_the_same(published, ours, command):
         (["--rescaling", "binomial"], "none, ratio, variance"),
         (["--indices", "1,two"], "indices"),
         (["--indices", "1,100000"], "out of range"),
-        (["--step_size", "0"], "step_size=0"),
+        (["--step_size", "0"], "--step_size=0"),
+        (["--step_size", "nan"], "--step_size=nan"),
+        (["--tv_weight", "-1"], "--tv_weight=-1.0"),
+        (["--seed", "9" * 23], "--seed=999"),
     ],
 )
 def test_bad_options_end_in_one_line(options, text, command, capsys):
@@ -134,6 +209,7 @@ def test_help_states_every_default(command, capsys):
     for option, default in (("--sel_k", 2), ("--sel_l_iter", 100), ("--sig_b", 200.0), ("--n_iter", 300)):
         assert option in text
         assert f"(default: {default})" in text
+    assert "(default: None)" not in text
 
 
 @pytest.fixture

@@ -139,6 +139,37 @@ def test_a_shifted_copy_is_aligned_to_within_half_a_pixel(aligner, index, shift)
         assert (aligned - image)[inner].pow(2).mean() < 0.25 * (moved - image)[inner].pow(2).mean()
 
 
+@pytest.mark.parametrize("aligner", [name for name in ALIGNERS if name != "none"])
+@pytest.mark.parametrize("shift", [(3.0, -2.0), (-1.5, 2.5)])
+def test_shifted_photos_of_the_default_size_are_aligned_to_within_half_a_pixel(aligner, shift):
+    """All eight photos at 32 pixels; SIFT may find too little in one, which then counts as not aligned."""
+    import numpy as np
+
+    images, _ = photos(8)
+    rows, columns = np.mgrid[:32, :32]
+    aligned = 0
+    for image in images.numpy():
+        moved = ndimage.shift(image, (0, *shift), order=1, mode="nearest")
+        found = ALIGNERS[aligner](moved.transpose(1, 2, 0), image.transpose(1, 2, 0))
+        if found is None:
+            assert aligner == "ransac"
+            continue
+        aligned += 1
+        error = np.stack([found[0] - rows - shift[0], found[1] - columns - shift[1]])[:, 8:-8, 8:-8]
+        assert np.median(np.hypot(*error)) < 0.5
+    assert aligned >= 6
+
+
+@pytest.mark.parametrize("aligner", list(ALIGNERS))
+@pytest.mark.parametrize("size", [(1, 16), (16, 1), (1, 1), (2, 2), (3, 5)])
+def test_images_of_any_size_are_aligned_or_stay(aligner, size):
+    one, other = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    aligned, found = align(one, other, aligner)
+    assert aligned.shape == one.shape
+    assert aligned.isfinite().all()
+    assert found or torch.equal(aligned, one)
+
+
 @pytest.mark.parametrize(
     ("aligner", "follows"), [("phase_correlation", False), ("ransac", True), ("ransac_flow", True)]
 )

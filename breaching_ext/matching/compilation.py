@@ -99,9 +99,7 @@ def compile_once(
         return torch.compile(_with_own_code(function), backend=backend, **_WHOLE)
     if cuda_graphs:
         return torch.compile(_with_own_code(function), mode="reduce-overhead", **_WHOLE)
-    plain: dict[str, Any] = _known(_LEAN)
-    if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # an older torch has no filter, and takes no such option
-        plain["guard_filter_fn"] = _arguments_only
+    plain: dict[str, Any] = {**_known(_LEAN), "guard_filter_fn": _arguments_only}
     forms = [plain]
     helped: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if device is None or device.type == "cpu":

@@ -91,8 +91,7 @@ class AdamRule(UpdateRule):
         step_size, correction, decay = numbers
         beta1, beta2 = self._options["betas"]
         if self._options["weight_decay"] != 0:
-            # AdamW's groups say so only since torch 2.7
-            if isinstance(self._optimizer, torch.optim.AdamW) or self._options.get("decoupled_weight_decay", False):
+            if self._options.get("decoupled_weight_decay", False):
                 parameter = parameter * decay
             else:
                 gradient = gradient + self._options["weight_decay"] * parameter

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import ndimage
+from scipy import ndimage, signal
 from skimage import measure, registration, transform
 from skimage.feature import SIFT, match_descriptors
 
@@ -27,6 +27,8 @@ Coordinates = np.ndarray  # (2, H, W)
 _RANSAC_SIDE = 128  # features are looked for at this size at least: SIFT finds next to none in a 32 x 32 image
 _RANSAC_TRIALS = 300
 _MINIMAL_INLIERS = 6
+_FINEST, _COARSEST = 0.7, 3.0  # pixels (standard deviations) between which structure is correlated
+_PASSES = 4
 _LARGEST_SHIFT = 0.5  # of the image side; anything larger is a false match
 
 
@@ -42,20 +44,39 @@ def _gray(image: np.ndarray) -> np.ndarray:
 
 
 def phase_correlation(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
-    """Translation from the phase correlation of the gray images, to a twentieth of a pixel.
+    """Translation from the cross-correlation of the gray images, to a twentieth of a pixel.
 
-    Unnormalised correlation (Guizar-Sicairos et al. 2008): phase normalisation would follow the noise of an
-    unfinished reconstruction. The means are removed first, or the brightness would dominate.
+    Phase correlation, refined as Guizar-Sicairos et al. (2008), of what is neither noise nor slow shading. Whitened in
+    full (Kuglin & Hines 1975) it finds a shifted copy as well, but one of several ghosts where the reference is the
+    mean of shifted copies, as a consensus is.
     """
+    shift = _translation(reference, moving)
+    return None if shift is None else _identity(reference.shape) + shift[:, None, None]
+
+
+def _translation(reference: np.ndarray, moving: np.ndarray) -> np.ndarray | None:
+    """Return by how much (rows, columns) `moving` lies further down and right; None for constant or far images."""
     first, second = _gray(reference), _gray(moving)
     if not first.any() or not second.any():
         return None
-    shift, _, _ = registration.phase_cross_correlation(
-        first - first.mean(), second - second.mean(), upsample_factor=20, normalization=None
-    )
-    if np.abs(shift).max() > _LARGEST_SHIFT * min(first.shape):
-        return None
-    return _identity(reference.shape) - shift[:, None, None]
+    target, shift = _structure(first), np.zeros(2)
+    for _ in range(_PASSES):  # what has come nearer shares more of the window
+        place = _identity(first.shape) + shift[:, None, None]
+        found = _structure(ndimage.map_coordinates(second, place, order=1, mode="nearest"))
+        if not target.any() or not found.any():
+            return None
+        shift = shift - registration.phase_cross_correlation(target, found, upsample_factor=20, normalization=None)[0]
+    return shift if np.abs(shift).max() <= _LARGEST_SHIFT * min(first.shape) else None
+
+
+def _structure(gray: np.ndarray) -> np.ndarray:
+    """Return what of an image (H, W) is about one to three pixels wide, faded out towards the borders.
+
+    The Fourier transform takes an image for periodic: the edge between opposite borders would not move with it.
+    """
+    window = np.outer(*(signal.windows.tukey(side + 2, 0.5)[1:-1] for side in gray.shape))  # nowhere 0
+    band = ndimage.gaussian_filter(gray, _FINEST) - ndimage.gaussian_filter(gray, _COARSEST)
+    return (band - np.average(band, weights=window)) * window
 
 
 def ransac(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
@@ -132,14 +153,32 @@ def _plausible(model: transform.ProjectiveTransform, shape: tuple[int, ...]) -> 
 
 
 def optical_flow(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
-    """Dense TV-L1 optical flow (Zach, Pock & Bischof 2007; Wedel et al. 2009) between the gray images."""
-    first, second = _gray(reference), _gray(moving)
-    if not first.any() or not second.any():
+    """Dense TV-L1 optical flow (Zach, Pock & Bischof 2007; Wedel et al. 2009) between the gray images.
+
+    It begins at the translation that phase correlation finds, where that brings the images nearer: an image of 32
+    pixels has hardly any coarser levels on which the flow itself could find a shift of several pixels.
+    """
+    shape = reference.shape[:2]
+    target = reference.mean(axis=-1)
+    span = np.ptp(target)
+    if min(shape) < 2 or span == 0 or np.ptp(moving.mean(axis=-1)) == 0:
         return None
-    flow = registration.optical_flow_tvl1(first, second, attachment=20.0)  # (2, H, W), row and column offsets
-    if not np.isfinite(flow).all() or np.abs(flow).max() > _LARGEST_SHIFT * min(first.shape):
+
+    def scaled(image: np.ndarray) -> np.ndarray:  # both alike: the flow takes brightness for constant
+        return (image.mean(axis=-1) - target.min()) / span
+
+    shift = _translation(reference, moving)
+    start = _identity(shape) if shift is None else _identity(shape) + shift[:, None, None]
+    shifted = resample(moving, start)
+    if np.square(shifted - reference).mean() > np.square(moving - reference).mean():
+        start, shifted = _identity(shape), moving
+    flow = registration.optical_flow_tvl1(
+        scaled(reference), scaled(shifted), attachment=10.0
+    )  # rows, columns: (2, H, W)
+    found = start + flow
+    if not np.isfinite(found).all() or np.abs(found - _identity(shape)).max() > _LARGEST_SHIFT * min(shape):
         return None
-    return _identity(reference.shape) + flow
+    return found
 
 
 def ransac_flow(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:

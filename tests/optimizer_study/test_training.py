@@ -90,6 +90,9 @@ def test_the_sequential_run_is_what_a_user_would_write():
         assert (stacked[name][0] - value).abs().max().item() <= 1e-12
 
 
+@pytest.mark.xfail(
+    torch.__version__ < (2, 12), reason="its compiler fails with KeyError", raises=Exception, strict=True
+)
 def test_compiled_training_is_plain_training():
     layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Unflatten(1, (1, 4, 4))).double()
     task = TrainingTask(**{**make_task("D3", epochs=1).__dict__, "model": layers})

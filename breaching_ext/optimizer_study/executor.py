@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..free_ram import free_ram
 from ..out_of_memory import is_out_of_memory
-from .config import require_choice
+from .config import require, require_choice
 from .stacked import flushed_denormals
 from .training import Cell, SequentialRun, StackedRun, TrainingTask
 
@@ -89,7 +89,8 @@ def make_plan(
         ValueError: If ``executor`` or ``compiled`` is not valid.
     """
     require_choice("executor", executor, EXECUTORS)
-    require_choice("compile", compiled, COMPILE_CHOICES)
+    known = isinstance(compiled, bool) or compiled == "auto"
+    require(known, "compile", compiled, "one of " + ", ".join(map(str, COMPILE_CHOICES)))
     if executor == "sequential":
         return Plan("sequential", False, 1)
     given = chunk is not None

@@ -31,8 +31,8 @@ def draw_heatmap(
     title: str | None = None,
     norm: LogNorm | None = None,
 ) -> Axes:
-    """Draw the final test loss: weight decay on x (0 has a place of its own), learning rate on y, both
-    logarithmic.
+    """Draw the final test loss: weight decay on x (0 has a place of its own), learning rate on y, a
+    step of each axis from one multiplier to the next.
 
     The ten best cells are circled; cells that diverged or are missing are grey.
 

@@ -27,7 +27,7 @@ from .data import images_of
 from .executor import Plan, make_plan
 from .models import create_model
 from .records import GridSearchResult, OptimizerExperiment
-from .storage import read_json, write_json
+from .storage import plain, read_json, write_json
 from .training import Cell, SequentialRun, StackedRun, TrainingTask, train
 from .variants import get_variant
 
@@ -246,7 +246,7 @@ def describe(task: TrainingTask) -> dict[str, Any]:
 def fingerprint(description: dict[str, Any]) -> str:
     """Hash of what decides the numbers of a run: all of its description but versions and threads."""
     kept = {key: value for key, value in description.items() if key not in ("versions", "threads")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=plain).encode()).hexdigest()
 
 
 def check_cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:

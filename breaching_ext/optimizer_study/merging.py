@@ -10,7 +10,7 @@ from .figures import panel_title, save_sheet
 from .protocol import BEYOND, differences
 from .records import OptimizerExperiment
 from .storage import read_json
-from .summary import merge_seeds, summarize, write_tables
+from .summary import data_of, merge_seeds, summarize, write_tables
 from .variants import VARIANTS
 
 
@@ -87,7 +87,8 @@ def merge_results(folders: Iterable[str | Path], out: str | Path) -> list[Path]:
 
 def _one_study(by_variant: Mapping[str, Sequence[OptimizerExperiment]]) -> None:
     """Refuse variants that were trained on other data or models: their losses share one sheet and one scale."""
-    studies = {name: group[0].config["study"] for name, group in by_variant.items() if "study" in group[0].config}
+    first_ones = ((name, group[0]) for name, group in by_variant.items() if "study" in group[0].config)
+    studies = {name: one.config["study"] | data_of(one) for name, one in first_ones}
     for name, study in studies.items():
         first = next(iter(studies))
         differ = differences(study, studies[first])

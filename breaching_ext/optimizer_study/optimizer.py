@@ -57,6 +57,10 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         self.eta = self.schedule.factor(epoch)
         self.decay_scale = decay_scale(self.config, self.schedule, self.budget, epoch)
 
+    def set_rates(self, eta: float, scale: float) -> None:
+        """Take a step's factors of learning rate and decay from somebody else who follows the schedule."""
+        self._moved, self.eta, self.decay_scale = True, eta, scale
+
     def __getstate__(self) -> dict[str, Any]:
         """Return everything for a copy or a pickle; torch's own keeps groups and state only."""
         own = ("config", "budget", "schedule", "epoch", "eta", "decay_scale", "_moved")

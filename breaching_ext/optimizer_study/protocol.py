@@ -18,7 +18,7 @@ from .variants import VARIANTS, Variant, get_variant
 RESULTS = "results"
 BEYOND = "beyond"
 #: What variants must have in common for their losses to compare.
-COMPARED = ("model", "model_options", "train_size", "test_size", "pool", "epochs", "batch_size")
+COMPARED = ("model", "model_options", "train_size", "test_size", "pool", "epochs", "batch_size", "data_sha256")
 
 
 @dataclass(frozen=True)

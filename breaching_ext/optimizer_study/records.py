@@ -157,11 +157,10 @@ class OptimizerExperiment:
         """Write the experiment as JSON, atomically, and optional per-step logs and samples beside it as
         ``.npz``."""
         extras = pack_extras(result.log for result in self.results)
-        beside = Path(path).with_suffix(".npz")
         if extras:
-            write_npz(beside, extras)
-        else:
-            beside.unlink(missing_ok=True)  # of an earlier experiment, which would be read with this one
+            write_npz(_beside(path), extras)
+        elif Path(path).exists():  # of the experiment that was there, they would be read with this one
+            _beside(path).unlink(missing_ok=True)
         return write_json(path, self.to_dict())
 
     @classmethod
@@ -176,7 +175,13 @@ class OptimizerExperiment:
             experiment = cls.from_dict(read_json(path))
         except (KeyError, TypeError) as error:
             raise ValueError(f"path={str(path)!r} is not a saved experiment ({error!r}).") from error
-        extras = Path(path).with_suffix(".npz")
+        extras = _beside(path)
         if extras.exists():
             restore_extras([result.log for result in experiment.results], extras)
         return experiment
+
+
+def _beside(path: str | Path) -> Path:
+    """Where per-step logs and samples of an experiment are; two experiments have two, whatever dots are in a name."""
+    path = Path(path)
+    return path.with_name((path.stem if path.suffix == ".json" else path.name) + ".npz")

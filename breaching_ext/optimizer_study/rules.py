@@ -34,7 +34,7 @@ class StepScalars(NamedTuple):
         eta: () the schedule's factor.
         bias1: () 1 − β₁^t.
         bias2: () 1 − β₂^t.
-        beta2: () β₂, or β̂₂ₜ for Adafactor.
+        new_square: () 1 − β₂, or 1 − β̂₂ₜ for Adafactor: the newest square's weight (bfloat16 makes 1 of β₂).
     """
 
     lr: Tensor
@@ -42,7 +42,7 @@ class StepScalars(NamedTuple):
     eta: Tensor
     bias1: Tensor
     bias2: Tensor
-    beta2: Tensor
+    new_square: Tensor
 
 
 def step_scalars(
@@ -79,7 +79,7 @@ def step_scalars(
         eta=scalar(eta),
         bias1=scalar(1.0 - config.beta1**t),
         bias2=scalar(bias2),
-        beta2=scalar(beta2),
+        new_square=scalar(1.0 - beta2),
     )
 
 
@@ -165,7 +165,7 @@ class UpdateRule:
     def compute_second_moment(self, grad: Tensor, state: State, scalars: StepScalars) -> State:
         """New second moments: ``second`` (M, …), or ``row`` and ``col`` with one factored dimension of size
         1."""
-        squared, weight = grad * grad, 1 - scalars.beta2
+        squared, weight = grad * grad, scalars.new_square
         if isinstance(self.config, AdafactorConfig):
             squared = squared + self.config.eps1
         dims = self._factored(grad)
@@ -194,14 +194,14 @@ class UpdateRule:
     def _inverse_root(self, moments: State, like: Tensor) -> Tensor:
         """V̂^(−1/2) of Adafactor, broadcastable to ``like``.
 
-        The roots of the two factors are taken before they are multiplied: both are of order ε₁ where the
-        gradient is zero, and their product would underflow in float32.
+        The roots of all three factors are taken before they are multiplied: they are of order ε₁ where the
+        gradient is zero, and a product or ratio of them would underflow in float32.
         """
         if "second" in moments:
             return moments["second"].rsqrt()
         dims = cast(tuple[int, int], self._factored(like))
-        row = moments["row"] / moments["row"].mean(dims[0], keepdim=True)
-        return row.rsqrt() * moments["col"].rsqrt()
+        mean = moments["row"].mean(dims[0], keepdim=True)
+        return moments["row"].rsqrt() * mean.sqrt() * moments["col"].rsqrt()
 
     def apply(self, param: Tensor, grad: Tensor, state: State, scalars: StepScalars) -> tuple[Tensor, State]:
         """One step of every member.

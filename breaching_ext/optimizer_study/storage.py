@@ -28,8 +28,15 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 def write_json(path: str | Path, values: Any) -> Path:
     """Write strict JSON (no NaN or Infinity, which other readers reject)."""
-    text = json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(values, allow_nan=False, ensure_ascii=False, default=plain) + "\n"
     return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def plain(value: Any) -> Any:
+    """Return NumPy's number as Python's, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no JSON type")
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from ..tensor_files import digest
+from .config import require
 from .data import load_fashion_mnist
 from .grid import run_grid
 from .models import create_model
 from .protocol import BEYOND, Protocol, Run, check_folder, planned, select_variants
+from .storage import read_json
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,11 @@ def run_study(
     )
     # One module for all seeds, so that compiled steps serve them all.
     model = create_model(protocol.model, train.shape[-1], seeds[0], **protocol.model_options).to(protocol.device)
+    data = digest(train, test)[:16]
+    for run in runs:
+        if run.path.exists():
+            same = read_json(run.path)["config"].get("data_sha256", data) == data
+            require(same, "out", str(run.path), "a folder without results of other images")
     for run in runs:
         _run_one(run, model, train, test, progress)
     return [run.path for run in runs if run.path.parent.name != BEYOND]

@@ -57,7 +57,12 @@ def _repeated(experiment: OptimizerExperiment) -> dict[str, Any]:
     """What seeds of one study have in common, so that their losses can be averaged; of a grid alone, its settings."""
     config = experiment.config
     study = {k: v for k, v in config.get("study", {}).items() if k not in ("seed", "device")}
-    return study or {key: config[key] for key in _SETTINGS if key in config}
+    return study | data_of(experiment) if study else {key: config[key] for key in _SETTINGS if key in config}
+
+
+def data_of(experiment: OptimizerExperiment) -> dict[str, Any]:
+    """What identifies the images of a run, where its file says so."""
+    return {key: experiment.config[key] for key in ("data_sha256",) if key in experiment.config}
 
 
 def _mean_result(results: Sequence[GridSearchResult]) -> GridSearchResult:
@@ -105,7 +110,8 @@ def _widened_alike(
 
 def _setting(experiment: OptimizerExperiment) -> dict[str, Any]:
     """What identifies a study but for its columns."""
-    return {k: v for k, v in experiment.config.get("study", {}).items() if k != "wd_multipliers"}
+    study = experiment.config.get("study", {})
+    return {k: v for k, v in study.items() if k not in ("wd_multipliers", "device")} | data_of(experiment)
 
 
 def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[OptimizerExperiment] = ()) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class SequentialRun:
         """Hand this step's rates to the optimizer."""
         group = self.optimizer.param_groups[0]
         if isinstance(self.optimizer, BaseOptimizer):
-            self.optimizer.eta, self.optimizer.decay_scale = moment.eta, moment.decay_scale
+            self.optimizer.set_rates(moment.eta, moment.decay_scale)
             group["lr"], group["weight_decay"] = self.lr, self.weight_decay
             return
         decay = self.weight_decay * moment.decay_scale

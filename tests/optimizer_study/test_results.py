@@ -125,6 +125,22 @@ def test_files_have_the_layout_and_survive_a_round_trip(tmp_path):
     np.testing.assert_array_equal(loaded.get_heatmap_data()[0], experiment.get_heatmap_data()[0])
 
 
+def test_saving_touches_no_other_file(tmp_path):
+    """Not one beside a new experiment, nor that of an experiment whose name has a dot."""
+    (tmp_path / "mine.npz").write_text("somebody's")
+    plain, logged = make_experiment(lambda lr, wd: lr), make_experiment(lambda lr, wd: lr)
+    for result in logged.results:
+        result.log.step_losses = [0.1]
+    plain.save(tmp_path / "mine.json")
+    assert (tmp_path / "mine.npz").read_text() == "somebody's"
+    logged.save(tmp_path / "B1_lr0.1")
+    plain.save(tmp_path / "B1_lr0.2")
+    assert OptimizerExperiment.load(tmp_path / "B1_lr0.1").results[0].log.step_losses
+    assert not OptimizerExperiment.load(tmp_path / "B1_lr0.2").results[0].log.step_losses
+    plain.save(tmp_path / "B1_lr0.1")
+    assert not OptimizerExperiment.load(tmp_path / "B1_lr0.1").results[0].log.step_losses
+
+
 def test_other_files_are_refused(tmp_path):
     path = write_json(tmp_path / "other.json", {"a": 1})
     with pytest.raises(ValueError, match="not a saved experiment"):

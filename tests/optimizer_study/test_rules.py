@@ -122,8 +122,8 @@ def test_a_schedule_acts_like_torchs_scheduler():
     )
 
 
-def scalars_for(config, lr, wd, t, eta=1.0):
-    lr, wd = (torch.as_tensor(value, dtype=torch.float64) for value in (lr, wd))
+def scalars_for(config, lr, wd, t, eta=1.0, dtype=torch.float64):
+    lr, wd = (torch.as_tensor(value, dtype=dtype) for value in (lr, wd))
     return step_scalars(config, lr, wd, t, eta, 1.0)
 
 
@@ -186,6 +186,39 @@ def test_updates_are_clipped_to_their_threshold(scale, d, seed):
         before = param
         param, state = rule.apply(param, grad, state, scalars)
         assert (rms(before - param) / alpha).item() <= d * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("variant", ["C1", "C2", "D1", "D3"])
+@pytest.mark.parametrize("large", [1.0, 1e5, 1e9])
+def test_a_row_without_gradient_beside_large_ones_stays_finite_in_float32(variant, large):
+    """The factor of that row is of order ε₁, those of the others of order g²; denormals are flushed, as in training."""
+    rule = UpdateRule(VARIANTS[variant].config)
+    param = torch.ones(1, 4, 3)
+    grad = torch.zeros(1, 4, 3)
+    grad[0, 0] = large
+    torch.set_flush_denormal(True)
+    try:
+        new, _ = rule.apply(
+            param, grad, rule.init_state(param), scalars_for(rule.config, [0.01], [0.0], 1, dtype=param.dtype)
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert new.isfinite().all()
+    assert (new[0, 0] < 1).all()
+
+
+def test_adamw_learns_in_bfloat16():
+    """β₂ = 0.999 is 1 there; its difference to 1 is not 0."""
+    parameter, theirs = (torch.nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16)) for _ in range(2))
+    ours = create_optimizer("B1", [parameter], wd_multiplier=0)
+    group = ours.param_groups[0]
+    torchs = torch.optim.AdamW([theirs], lr=group["lr"], weight_decay=0.0)
+    for _ in range(20):
+        for one in (parameter, theirs):
+            one.grad = one.detach() - 0.5
+        ours.step()
+        torchs.step()
+    torch.testing.assert_close(parameter, theirs, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5,), (2, 3, 3, 3)])

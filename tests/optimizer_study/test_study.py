@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -193,6 +194,26 @@ def test_results_of_other_settings_are_not_overwritten(folder, tmp_path):
     run_study(tmp_path, ["B1"], [1], small(folder), progress=False)
     with pytest.raises(ValueError, match=r"out=.*other settings"):
         run_study(tmp_path, ["B1"], [1], small(folder, epochs=3), progress=False)
+
+
+def test_results_of_other_images_are_neither_kept_nor_averaged(folder, tmp_path):
+    """Files of the same names and sizes, as those of MNIST and Fashion-MNIST are."""
+    (path,) = run_study(tmp_path / "out", ["B1"], [1], small(folder), progress=False)
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    raw = bytearray((other / "t10k-images-idx3-ubyte").read_bytes())
+    raw[16] ^= 1
+    (other / "t10k-images-idx3-ubyte").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"out=.*other images"):
+        run_study(tmp_path / "out", ["B1"], [1], small(other), progress=False)
+    (beside,) = run_study(tmp_path / "beside", ["B1"], [2], small(other), progress=False)
+    with pytest.raises(ValueError, match="data_sha256"):
+        merge_results([path.parents[1], beside.parents[1]], tmp_path / "sheet")
+
+
+def test_following_the_schedule_from_outside_is_no_reason_to_warn(folder, tmp_path, caplog):
+    run_study(tmp_path, ["D1"], [1], small(folder, executor="sequential"), progress=False)
+    assert "stays at epoch 0" not in caplog.text
 
 
 def test_schedule_options_and_settings_reach_their_variants(folder, tmp_path):
@@ -494,6 +515,7 @@ def test_the_module_imports_nothing_from_the_attacks():
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
-    names = ("config", "errors", "files", "free_ram", "intervals", "out_of_memory", "registration", "values")
+    names = ("config", "errors", "files", "free_ram", "intervals", "out_of_memory", "registration")
+    names += ("tensor_files", "values")
     shared = {f"breaching_ext.{name}" for name in names}
     assert others <= {"breaching_ext", *shared}

@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 import textwrap
 from collections import defaultdict
@@ -25,6 +26,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .errors import first_line
 from .files import write_atomically
 from .intervals import mean_interval, plus_minus
 
@@ -53,9 +55,10 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 def _is_of_a_run(hydra: Path) -> bool:
     """Whether Hydra made a folder for a run of ours; studies and other programs write no metrics.json."""
     try:
-        return f"config_name: {CONFIG_NAME}\n" in (hydra / "hydra.yaml").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return True  # killed before it was written
+        text = (hydra / "hydra.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return True  # killed before it was written, or damaged
+    return f"config_name: {CONFIG_NAME}\n" in text or "config_name:" not in text  # killed while it was
 
 
 def _row(home: Path, root: Path) -> dict[str, Any] | None:
@@ -69,10 +72,18 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {**row, "error": "no metrics.json: the run was killed or is still running"}
-    except json.JSONDecodeError as error:
-        return {**row, "error": f"{file.name} is damaged: {error}"}
+    except (OSError, ValueError, RecursionError) as error:  # a folder, other bytes, other text, without end
+        return {**row, "error": f"{file.name} is damaged: {first_line(error)}"}
     if not isinstance(record, dict) or not {"error", "attack"} & set(record):
         return None
+    try:
+        return _filled(dict(row), record)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:  # text where there should be a number
+        return {**row, "error": f"{file.name} is damaged: {first_line(error)}"}
+
+
+def _filled(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Put what a metrics.json says into its row."""
     row.update({key: record[key] for key in COLUMNS if key in record})
     if "overrides" in record:  # the file beside it may be that of a later run in this folder
         row["overrides"] = _what_was_changed(record["overrides"])
@@ -85,7 +96,7 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
         row["error"] = f"{why}: its files hold the best so far"
     if record.get("no_reconstruction"):
         row["error"] = row["error"] or "no candidate stayed finite: the result is zeros"
-    if "error" not in record and record.get("psnr") is None:
+    if "error" not in record and not _finite(record.get("psnr")):
         row["error"] = row["error"] or "its PSNR is not finite"
     elif record.get("per_image", {}).get("psnr"):
         row["worst_psnr"] = min(record["per_image"]["psnr"])
@@ -94,10 +105,15 @@ def _row(home: Path, root: Path) -> dict[str, Any] | None:
 
 def _overrides(home: Path) -> list[str]:
     """Return the overrides of the last run in a folder, as Hydra wrote them."""
-    file = home / ".hydra" / "overrides.yaml"
-    if not file.exists():
+    try:
+        text = (home / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # not there, or damaged
         return []
-    return [line[2:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
+    return [line[2:].strip() for line in text.splitlines() if line.startswith("- ")]
+
+
+def _finite(psnr: float | None) -> bool:
+    return psnr is not None and math.isfinite(psnr)
 
 
 def _what_was_changed(overrides: list[str]) -> str:

@@ -30,3 +30,12 @@ def first_line(error: BaseException) -> str:
     """Return the start of an error's message, for a line that names it."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else "no message"
+
+
+def unavailable_weights(model: object, error: Exception) -> DatasetUnavailableError:
+    """Return the error for a model's pretrained weights that cannot be downloaded."""
+    return DatasetUnavailableError(
+        f"case.model={model}: its pretrained weights are not at hand and not downloadable here "
+        f"({type(error).__name__}: {first_line(error)}). Put them into $TORCH_HOME/hub/checkpoints, or set "
+        "case.server.pretrained=false."
+    )

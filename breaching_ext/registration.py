@@ -176,9 +176,14 @@ def clean_data_of(user: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _with_our_models(original: Callable) -> Callable:
+    from .errors import unavailable_weights
+
     def construct_vision_model(cfg_model: Any, cfg_data: Any, *args: Any, **kwargs: Any) -> Any:
         if not str(cfg_model).startswith("kkt-"):
-            return original(cfg_model, cfg_data, *args, **kwargs)
+            try:
+                return original(cfg_model, cfg_data, *args, **kwargs)
+            except OSError as error:  # URLError is one
+                raise unavailable_weights(cfg_model, error) from error
         from .kkt.models import build_network
 
         return build_network(str(cfg_model), cfg_data.shape)

@@ -206,6 +206,9 @@ def _place_checkpoint(cfg: Any, output_dir: str | Path | None) -> Path | None:
     if output_dir is not None and impl.get("checkpoint_every") and not impl.get("checkpoint_path"):
         with open_dict(impl):  # a config of Breaching's has no such key
             impl.checkpoint_path = str(Path(output_dir) / "checkpoint.pt")
+        log.info(
+            "If this run is killed, the same command with hydra.run.dir=%s goes on from its checkpoint.", output_dir
+        )
     return network
 
 

@@ -63,6 +63,8 @@ def attack(model, payload, shared, *overrides, **more):
         (["+augmentations.magic.p=1"], ["augmentations", "magic", "discrete_shift"]),
         (["label_strategy=magic"], ["label_strategy", "magic", "bias-corrected"]),
         (["init=magic"], ["init", "magic", "randn-trunc"]),
+        (["init=patterned-0"], ["init", "patterned-0", "patterned-4"]),
+        (["impl.progress=off"], ["impl.progress", "off", "auto, True, False"]),
         (["restarts.seed=abc"], ["restarts.seed", "abc"]),
         (["restarts.seed=1.5"], ["restarts.seed", "1.5"]),
         (["restarts.parallel_candidates=no"], ["restarts.parallel_candidates=no", "true, false"]),
@@ -95,6 +97,18 @@ def broken(what: str):
         data["gradients"][2].view(-1)[0] = float("nan")
     elif what == "labels out of range":
         data["metadata"]["labels"] = torch.tensor([0, 8])
+    elif what == "labels as a list":
+        data["metadata"]["labels"] = [0, 1]
+    elif what == "a negative label of unknown classes":
+        payload[0]["metadata"]["classes"] = None
+        data["metadata"]["labels"] = torch.tensor([0, -1])
+    elif what == "soft labels that are not finite":
+        data["metadata"]["labels"] = torch.full((2, 8), float("nan"))
+    elif what == "gradients of NumPy":
+        data["gradients"] = [g.numpy() for g in data["gradients"]]
+    elif what == "nothing to match":
+        model.requires_grad_(False)
+        data["gradients"] = []
     elif what == "wrong number of labels":
         data["metadata"]["labels"] = torch.tensor([0])
     elif what == "soft labels of another number":
@@ -110,6 +124,8 @@ def broken(what: str):
         payload = payload * 2
     elif what == "start of the wrong shape":
         more["initial_data"] = images[:1]
+    elif what == "start of NumPy":
+        more["initial_data"] = images.numpy()
     elif what == "start that is not finite":
         more["initial_data"] = images * float("inf")
     return model, payload, shared, more
@@ -131,6 +147,12 @@ def broken(what: str):
         ("two payloads", ["2", "1"]),
         ("start of the wrong shape", ["(1, 3, 32, 32)", "(2, 3, 32, 32)", "(4, 2, 3, 32, 32)"]),
         ("start that is not finite", ["not finite"]),
+        ("start of NumPy", ["ndarray", "tensor"]),
+        ("labels as a list", ["list", "tensor"]),
+        ("a negative label of unknown classes", ["[0, -1]", "0 or more"]),
+        ("soft labels that are not finite", ["not finite", "probabilities"]),
+        ("gradients of NumPy", ["conv.weight", "ndarray"]),
+        ("nothing to match", ["No parameter of the model requires a gradient"]),
     ],
 )
 def test_shared_data(what, words):
@@ -167,6 +189,24 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch):
     )
     with pytest.raises(BreachingExtError, match=r"CIFAR10.*sample_photos") as error:
         breaching.cases.data.construct_dataloader(cfg, OmegaConf.create({}))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_pretrained_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    import breaching
+    from omegaconf import OmegaConf
+
+    import breaching_ext
+
+    breaching_ext.register()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    cfg = OmegaConf.create({"name": "ImageNet", "modality": "vision", "classes": 1000, "shape": [3, 224, 224]})
+    with pytest.raises(
+        BreachingExtError, match=r"resnet18.*pretrained weights.*case\.server\.pretrained=false"
+    ) as error:
+        breaching.cases.models.model_preparation.construct_model("resnet18", cfg, pretrained=True)
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -53,6 +53,43 @@ def test_every_run_is_a_row_and_failures_say_why(sweep):
     assert (sweep / "psnr.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"attack": "a", "psnr": ' + b"9" * 6000 + b"}",
+        json.dumps(finished(1.0, 0, per_image=None)).encode(),
+        json.dumps(finished(1.0, 0, per_image={"psnr": [None, 1.0]})).encode(),
+        json.dumps({**finished(1.0, 0), "psnr": "twenty"}).encode(),
+        json.dumps(finished(1.0, 0, config="text")).encode(),
+        json.dumps({**finished(1.0, 0), "psnr": math.nan}).encode(),
+        None,  # a folder
+    ],
+    ids=["bytes", "deep", "long", "no images", "an image", "text", "config", "nan", "folder"],
+)
+def test_a_damaged_file_is_a_row_and_the_others_count(sweep, content):
+    make_run(sweep / "6")
+    if content is None:
+        (sweep / "6" / "metrics.json").mkdir()
+    else:
+        (sweep / "6" / "metrics.json").write_bytes(content)
+    *others, damaged = collect(sweep)
+    assert damaged["folder"] == "6"
+    assert "damaged" in damaged["error"] or "not finite" in damaged["error"]
+    assert [row["psnr"] for row in others[:3]] == [20.0, 22.0, 25.0]
+    assert (sweep / "runs.csv").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hydra:\n  run:", b"\xff\xfe"])
+def test_a_run_that_was_killed_while_hydra_began_is_a_row(tmp_path, content):
+    make_run(tmp_path / "0", ["seed=0"], **finished(20.0, 0))
+    make_run(tmp_path / "1")
+    (tmp_path / "1" / ".hydra" / "hydra.yaml").write_bytes(content)
+    (tmp_path / "1" / ".hydra" / "overrides.yaml").write_bytes(b"\xff\xfe")
+    assert "killed" in collect(tmp_path)[1]["error"]
+
+
 def test_repeats_do_not_count_and_values_that_are_not_finite_are_failures(tmp_path):
     for folder, psnr in (("0", 20.0), ("1", 20.5)):  # the same command twice
         make_run(tmp_path / folder, ["seed=0"], **finished(psnr, 0))

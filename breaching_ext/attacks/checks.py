@@ -110,7 +110,8 @@ def _check_names(cfg: Any) -> None:
     strategy = cfg.get("label_strategy") or "none"  # some configs of Breaching's say "None"
     _check_option("label_strategy", "none" if strategy == "None" else strategy, LABEL_STRATEGIES)
     start = str(cfg.init)
-    pattern = any(word in start for word in ("patterned", "wei")) and any(map(str.isdigit, start))
+    side = "".join(filter(str.isdigit, start))  # what Breaching reads of it: the side of a square
+    pattern = any(word in start for word in ("patterned", "wei")) and bool(side) and int(side) > 0
     plain = (*STARTS, "grey") if cfg.get("attack_type") == "magia" else STARTS
     if start not in plain and not pattern and not any(colour in start for colour in COLOURS):
         raise unknown("init", start, (*plain, "patterned-4", "rand-wei-4", *COLOURS, *(f"{c}-true" for c in COLOURS)))
@@ -120,6 +121,8 @@ def check_impl(impl: Any) -> None:
     """Raise ConfigError where checkpoints are due at no whole number, or the type is none."""
     check_whole("impl.checkpoint_every", impl.get("checkpoint_every"), 1, may_be_empty=True)
     check_dtype("impl.dtype", impl.dtype)
+    progress = impl.get("progress", "auto")
+    _check_option("impl.progress", progress if isinstance(progress, bool) else str(progress), ("auto", True, False))
 
 
 def check_dtype(key: str, name: Any) -> None:

@@ -42,6 +42,8 @@ def check_shared_data(
 
 
 def _check_gradients(gradients: list[torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if not expected:
+        raise SharedDataError("No parameter of the model requires a gradient, so there is nothing to match.")
     if len(gradients) != len(expected):
         raise SharedDataError(
             f"The client shared {len(gradients)} gradients, but the model has {len(expected)} parameters that "
@@ -50,6 +52,8 @@ def _check_gradients(gradients: list[torch.Tensor], expected: dict[str, torch.Te
     for (name, parameter), gradient in zip(expected.items(), gradients, strict=True):
         if gradient is None:
             raise SharedDataError(f"The gradient of {name} is None; a parameter that is not used has one of zeros.")
+        if not isinstance(gradient, torch.Tensor):
+            raise SharedDataError(f"The gradient of {name} is of type {type(gradient).__name__}; valid: a tensor.")
         if gradient.shape != parameter.shape:
             raise SharedDataError(
                 f"The gradient of {name} has shape {tuple(gradient.shape)}, the parameter {tuple(parameter.shape)}."
@@ -61,13 +65,18 @@ def _check_gradients(gradients: list[torch.Tensor], expected: dict[str, torch.Te
 def _check_labels(labels: torch.Tensor | None, number: int, classes: int | None) -> None:
     if labels is None:
         return
+    if not isinstance(labels, torch.Tensor):
+        raise SharedDataError(f"The labels are of type {type(labels).__name__}; valid: a tensor (B,).")
     soft = labels.is_floating_point()  # probabilities (B, K), or what else a loss takes
     if labels.shape[:1] != (number,) or (labels.dim() != 1 and not soft):
         raise SharedDataError(f"The labels have shape {tuple(labels.shape)}, but there are {number} data points.")
     if soft:
+        if not bool(torch.isfinite(labels).all()):
+            raise SharedDataError("The labels are not finite; valid: probabilities (B, classes), or whole numbers.")
         return
-    if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: 0 to {classes - 1}.")
+    if int(labels.min()) < 0 or (classes is not None and int(labels.max()) >= classes):
+        valid = "0 or more" if classes is None else f"0 to {classes - 1}"
+        raise SharedDataError(f"The labels {labels.tolist()} are out of range; valid: {valid}.")
 
 
 def _check_labels_of_steps(local: Any, number: int, classes: int | None) -> None:
@@ -87,6 +96,8 @@ def check_initial_data(initial_data: torch.Tensor, candidates: int, shape: Seque
     Raises:
         SharedDataError: for any other shape, or for values that are not finite.
     """
+    if not isinstance(initial_data, torch.Tensor):
+        raise SharedDataError(f"initial_data is of type {type(initial_data).__name__}; valid: a tensor.")
     single, stacked = tuple(shape), (candidates, *shape)
     if tuple(initial_data.shape) not in (single, stacked):
         raise SharedDataError(f"initial_data has shape {tuple(initial_data.shape)}; valid: {single} or {stacked}.")

@@ -143,6 +143,7 @@ def silence_upstream() -> None:
     import torch  # noqa: F401 - before the filter, because torch puts filters of its own in front
 
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
+    warnings.filterwarnings("ignore", message=r".*(parameter 'pretrained'|weight enum)")
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
 
 

@@ -192,6 +192,7 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*pretrained", "ignore:.*weight enum")  # Breaching asks torchvision in its old way
 def test_pretrained_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     import breaching
     from omegaconf import OmegaConf

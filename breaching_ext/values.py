@@ -31,6 +31,12 @@ def check_whole(key: str, value: Any, least: int, may_be_empty: bool = False) ->
         raise ConfigError(f"{key}={value} is not possible; valid: {empty}{least}, {least + 1}, {least + 2}, ...")
 
 
+def check_seed(key: str, value: Any) -> None:
+    """Raise ConfigError for anything but a whole number that torch takes for a seed, or nothing."""
+    if value is not None and not (is_whole(value) and -(2**63) <= value < 2**63):
+        raise ConfigError(f"{key}={value} is not possible; valid: empty, or a whole number.")
+
+
 def check_number(
     key: str, value: Any, above: float | None = None, least: float | None = None, may_be_empty: bool = False
 ) -> None:

@@ -10,7 +10,7 @@ from cases import attack_config, build_model, loss, observed
 
 from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.candidate_choice import Target
-from breaching_ext.matching import calibration
+from breaching_ext.matching import calibration, compilation
 from breaching_ext.matching.compilation import FirstThatWorks, compile_once, compiled, moved_by_rounding
 from breaching_ext.matching.compiled_update import CompiledUpdate
 from breaching_ext.matching.engine import GradientRule
@@ -171,6 +171,25 @@ def test_rules_equal_torchs_optimizers(optimizer):
 )
 def test_optimizers_without_a_rule(optimizer):
     assert update_rule(optimizer([torch.zeros(2, requires_grad=True)])) is None
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_a_graph_is_compared_until_it_is_replayed(wrong):
+    """Of a CUDA graph the first call runs as it is, the second records, the third replays; each may be wrong."""
+
+    def evaluate(stack):
+        return [stack * 2], stack.sum(1), stack.sum(1)
+
+    calls = []
+
+    def graph(stack):
+        calls.append(stack)
+        gradients, *others = evaluate(stack)
+        return [gradients[0] + (len(calls) >= wrong)], *others
+
+    stacks = [torch.rand(2, 3, dtype=torch.float64)]
+    difference, allowed = compilation._checked(graph, evaluate, stacks, compilation.UNTIL_REPLAYED)
+    assert difference > allowed
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,14 @@ class CandidateEngines(KeepsCheckpoint):
             iterations=1 if dryrun else optim.max_iterations,
             evaluations_each=_LBFGS_EVALUATIONS if self._by_lbfgs else 1,
             alone=self.cfg.restarts.num_trials == 1,
-            copies=2 * _LBFGS_HISTORY if self._by_lbfgs else 0,
+            copies=self._histories() * 2 * _LBFGS_HISTORY if self._by_lbfgs else 0,
             memory_budget=parse_bytes(self.cfg.impl.get("memory_budget")),
             identity=self._identity(target),
         )
+
+    def _histories(self) -> int:
+        """How many engines with a history of their own there are at a time: `auto` compares two."""
+        return 2 if self.cfg.restarts.get("candidate_batching", "auto") == "auto" else 1
 
     @property
     def _by_lbfgs(self) -> bool:

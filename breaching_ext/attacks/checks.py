@@ -23,7 +23,7 @@ from ..matching import BATCHING_MODES
 from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
 from ..regularizers import GroupRegularization
-from ..values import check_number, check_switches, check_whole, is_number, is_whole
+from ..values import check_number, check_seed, check_switches, check_whole, is_number
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,7 @@ def check_config(cfg: Any) -> None:
 
 def _check_restarts(restarts: Any) -> None:
     check_whole("restarts.num_trials", restarts.num_trials, 1)
-    seed = restarts.get("seed")
-    if seed is not None and not is_whole(seed):
-        raise ConfigError(f"restarts.seed={seed} is not possible; valid: empty, or a whole number.")
+    check_seed("restarts.seed", restarts.get("seed"))
     _check_option("restarts.scoring", restarts.scoring, SCORINGS)
     _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
     _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)

@@ -23,7 +23,7 @@ from ..kkt.extraction import Extracted, Extraction
 from ..kkt.models import HomogeneousNetwork, SmoothBackwardReLU
 from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
-from ..values import check_whole, is_whole
+from ..values import check_seed, check_whole, is_whole
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
 from .checks import check_impl
 from .kkt_options import check_search, extraction_options, report_span
@@ -57,15 +57,16 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 f"attack_type=kkt needs a homogeneous network with one output, got {type(model).__name__}; valid: "
                 "case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a breaching_ext.kkt.HomogeneousNetwork."
             )
+        check_impl(cfg_attack.impl)
         super().__init__(model, loss_fn, cfg_attack, setup)
         self.options = extraction_options(cfg_attack)
         check_whole("restarts.num_trials", cfg_attack.restarts.num_trials, 1)
+        check_seed("restarts.seed", cfg_attack.restarts.get("seed"))
         check_search(cfg_attack.extraction)
         if cfg_attack.restarts.scoring != "kkt-loss":
             raise ConfigError(
                 f"restarts.scoring={cfg_attack.restarts.scoring} is not possible for kkt; valid: kkt-loss."
             )
-        check_impl(cfg_attack.impl)
 
     def reconstruct(
         self,

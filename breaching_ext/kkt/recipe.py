@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..values import check_number, check_whole
+from ..values import check_number, check_seed, check_whole
 from .models import HomogeneousNetwork
 
 
@@ -49,6 +49,7 @@ class Recipe:
             check_number(f"case.training.{name}", getattr(self, name), least=0)
         for name in ("max_steps", "check_every"):
             check_whole(f"case.training.{name}", getattr(self, name), 1)
+        check_seed("case.training.seed", self.seed)
         if self.dtype not in ("auto", "float", "float32", "double", "float64"):
             raise ConfigError(f"case.training.dtype={self.dtype} is not possible; valid: auto, float32, float64.")
 

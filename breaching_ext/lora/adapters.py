@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,14 +48,27 @@ def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
         ConfigError: naming the first that is not, and the valid ones.
     """
     valid = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    named = list(model.named_parameters(remove_duplicate=False))
     for name in layers:
         if name not in valid:
             raise ConfigError(f"layers={name!r} is no linear or convolutional layer; valid: {', '.join(valid)}.")
         module = model.get_submodule(name)
-        if isinstance(module, nn.Conv2d) and module.groups != 1:
-            raise ConfigError(f"layers={name!r} is a grouped convolution (groups={module.groups}); valid: groups=1.")
+        if isinstance(module, nn.Conv2d):
+            _check_convolution(name, module)
+        shared = sorted(other for other, parameter in named if parameter is module.weight)
+        if len(shared) > 1:  # peft would move the weight in all places, the adapter only in one
+            raise ConfigError(f"layers={name!r} shares its weight ({', '.join(shared)}); valid: layers with their own.")
     if not layers:
         raise ConfigError(f"layers=[] adapts nothing; valid: one or more of {', '.join(valid)}.")
+
+
+def _check_convolution(name: str, layer: nn.Conv2d) -> None:
+    """Refuse what peft's factors of a convolution leave out."""
+    plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
+    for key, only in plain.items():
+        value = getattr(layer, key)
+        if value != only:
+            raise ConfigError(f"layers={name!r} is a convolution with {key}={value}; valid: {key}={only}.")
 
 
 def layer_shapes(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -155,8 +169,17 @@ def adapt(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 
 
 def factors_of(model: nn.Module, layer: str) -> Factors:
-    """Read A (r, i), B (o, r) and s of an adapted layer."""
+    """Read A (r, i), B (o, r) and s of an adapted layer.
+
+    Raises:
+        ConfigError: for a layer without an adapter named "default", or one that is more than a product (DoRA).
+    """
     module: Any = model.get_submodule(layer)
+    names = sorted(getattr(module, "lora_A", {}))
+    if "default" not in names:
+        raise ConfigError(f"layer={layer!r} has the adapters {names}; valid: one that is named 'default'.")
+    if getattr(module, "use_dora", {}).get("default", False):
+        raise ConfigError(f"layer={layer!r} has an adapter with use_dora=True; valid: False, W + s·B·A.")
     a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
     return Factors(a.flatten(1), b.flatten(1), float(module.scaling["default"]))
 
@@ -183,10 +206,9 @@ def _inject(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     # peft reads a list of names as suffixes; a pattern that matches whole names cannot take in other layers
-    pattern = "|".join(name.replace(".", r"\.") for name in ranks)
-    config = LoraConfig(
-        r=1, rank_pattern={f"^{name}": r for name, r in ranks.items()}, target_modules=f"({pattern})", lora_dropout=0.0
-    )
+    pattern = "|".join(map(re.escape, ranks))
+    by_name = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    config = LoraConfig(r=1, rank_pattern=by_name, target_modules=f"({pattern})", lora_dropout=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return inject_adapter_in_model(config, model)

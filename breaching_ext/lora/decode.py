@@ -131,7 +131,8 @@ def minimum_norm(
     v, alpha, x = _full_svd(factors.a.T, tolerance)  # (i, i), (i,), (r, i)
     seen = beta[:, None] * (y.T @ grad_a @ v) + alpha[None, :] * (u.T @ grad_b @ x)  # (o, i)
     weight = factors.scale * (beta[:, None].square() + alpha[None, :].square())
-    entries = torch.where(weight > 0, seen / torch.where(weight > 0, weight, 1.0), 0.0)
+    sees = weight != 0  # of the sign of s
+    entries = torch.where(sees, seen / torch.where(sees, weight, 1.0), 0.0)
     return u @ entries @ v.T
 
 

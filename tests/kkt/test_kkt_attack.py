@@ -162,13 +162,16 @@ def test_a_stopped_extraction_goes_on_bit_for_bit(victim, tmp_path, monkeypatch)
     ("overrides", "words"),
     [
         (["restarts.num_trials=0"], "restarts.num_trials=0"),
+        (["restarts.seed=abc"], "restarts.seed=abc"),
+        (["restarts.seed=1.5"], "restarts.seed=1.5"),
+        (["impl.dtype=foo"], "impl.dtype=foo"),
         (["+extraction.magic=1"], "magic"),
         (["optim.optimizer=lion"], "optim.optimizer"),
         (["extraction.lr=0"], r"extraction\.lr=0 is not possible"),
         (["extraction.lr=fast"], r"extraction\.lr=fast is not possible; valid: a number above 0"),
         (["optim.max_iterations=0"], r"optim\.max_iterations=0 is not possible"),
     ],
-    ids=["restarts", "key", "optimizer", "rate", "word", "steps"],
+    ids=["restarts", "seed", "half a seed", "dtype", "key", "optimizer", "rate", "word", "steps"],
 )
 def test_a_config_that_cannot_work(victim, overrides, words):
     with pytest.raises(ConfigError, match=words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib.util
 
 import pytest
@@ -191,6 +192,40 @@ def test_grouped_convolutions_are_refused():
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(ConfigError, match="groups=2"):
         check_layers(model, ["0"])
+
+
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding_mode": "circular", "padding": 1}])
+def test_what_pefts_convolutions_leave_out_is_refused(options):
+    """Their factors have neither, so the adapted layer would compute something else."""
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        check_layers(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, **options)), ["0"])
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    for name in ("0", "1"):
+        with pytest.raises(ConfigError, match=r"shares its weight \(0.weight, 1.weight\)"):
+            check_layers(model, [name])
+    check_layers(model, ["2"])
+
+
+def test_a_name_with_signs_of_patterns_is_a_name():
+    model = torch.nn.ModuleDict({"a+b": torch.nn.Linear(4, 3), "aab": torch.nn.Linear(4, 3)})
+    factors = Factors(torch.rand(2, 4), torch.rand(3, 2), 1.0)
+    adapted = adapt(model, {"a+b": factors})
+    assert torch.equal(factors_of(adapted, "a+b").a, factors.a)
+    assert type(adapted["aab"]) is torch.nn.Linear
+
+
+def test_adapters_that_are_more_than_a_product_or_have_another_name_are_refused():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(12, 10))
+    for options, name, words in (({"use_dora": True}, "default", "use_dora=True"), ({}, "client", "'client'")):
+        config = peft.LoraConfig(r=3, target_modules=["0"], **options)
+        changed = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
+        with pytest.raises(ConfigError, match=words):
+            factors_of(changed, "base_model.model.0")
 
 
 def test_rank_zero_is_refused_before_peft_is_asked():

@@ -40,7 +40,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, Factors]:
     seed = draw(st.integers(0, 10**6))
     a, b = of_rank(r, i, rank_a, seed), of_rank(o, r, rank_b, seed + 10)
     gradient = of_rank(o, i, draw(st.integers(1, min(o, i))), seed + 20)
-    return gradient, Factors(a, b, draw(st.sampled_from([0.25, 1.0, 4.0])))
+    return gradient, Factors(a, b, draw(st.sampled_from([0.25, 1.0, 4.0, -2.0])))
 
 
 @settings(max_examples=80, deadline=None)

@@ -32,7 +32,7 @@ def observe(
         model: the model in the state in which the client received it. Its gradient is matched in evaluation mode, with
             the statistics of its buffers; a gradient that was taken in training mode with batch norm is another one.
         gradients: one tensor for each parameter that requires a gradient, in the order of `model.parameters()`;
-            after several local steps, the parameters' change.
+            after several local steps, the parameters' change, after minus before, with `local_hyperparams`.
         shape: shape of one data point, for example (3, 32, 32).
         num_data_points: how many data points the update averages.
         classes: number of classes.

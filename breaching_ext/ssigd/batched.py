@@ -17,7 +17,7 @@ from breaching_ext.ssigd.active_factor import ActiveFactor
 from breaching_ext.ssigd.admm_guess import ADMMGuess
 from breaching_ext.ssigd.checks import SIGN_TOLERANCE
 from breaching_ext.ssigd.errors import DegenerateError, NonFiniteError, SSIGDError
-from breaching_ext.ssigd.kkt_system import REFINE_ABOVE
+from breaching_ext.ssigd.kkt_system import CANCELLED, EPS, REFINE_ABOVE
 from breaching_ext.ssigd.qp import ParametricQP
 from breaching_ext.ssigd.rows import Array
 from breaching_ext.ssigd.solution import QPSolution
@@ -79,6 +79,7 @@ class BatchedQP:
         self.upper_of = torch.from_numpy(rows.upper_of).to(self.device)
         self.lower_of = torch.from_numpy(rows.lower_of).to(self.device)
         self.pairs = torch.from_numpy(rows.paired.nonzero()[0]).to(self.device)
+        self._inverse_size = float(self.Q_inverse.abs().sum(dim=1).max())
         self._guess = ADMMGuess(self.Q, self.R, self.K, admm_steps)
 
     def solve(self, c: Tensor, h: Tensor) -> BatchedSolution:
@@ -208,7 +209,9 @@ class BatchedQP:
         bound = torch.where(side > 0, upper, lower).masked_fill(~mask, 0.0)
         y, signed = self._kkt(factor, -c, bound)
         Ry, off = self._off_bounds(y, bound, mask)
-        rough = off > SIGN_TOLERANCE * (1.0 + y.abs().amax(dim=1))
+        size = y.abs().amax(dim=1)
+        rough = off > SIGN_TOLERANCE * (1.0 + size)
+        rough |= EPS * self._inverse_size * c.abs().amax(dim=1) > CANCELLED * size
         if bool(rough.any()):  # y is a small difference of large numbers there
             dy, ds = self._kkt_once(factor, -c - y @ self.Q - signed @ self.R, bound - Ry)
             y, signed = torch.where(rough[:, None], y + dy, y), torch.where(rough[:, None], signed + ds, signed)

@@ -19,6 +19,8 @@ from breaching_ext.ssigd.solution import Index
 # double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
 # grows to about 1e-16 times the condition number.
 REFINE_ABOVE = 1e3
+#: Rounding errors of y, in float64 and relative to its largest entry, from which on it is refined.
+EPS, CANCELLED = float(np.finfo(float).eps), 1e-13
 #: Steps of a refinement at most; it ends where they no longer halve.
 MOST_REFINEMENTS = 10
 
@@ -49,6 +51,7 @@ class KKTSystem:
         self.K = self.R @ self.T
         self.norms = np.linalg.norm(self.R, axis=1)
         self._refine = condition > REFINE_ABOVE
+        self._inverse_size = float(np.abs(self.Q_inverse).sum(axis=1).max())
 
     @cached_property
     def _long(self) -> tuple[Array, Array]:
@@ -93,6 +96,13 @@ class KKTSystem:
                 break
             last = size
         return y, signed
+
+    def cancels(self, c: Array, y: Array) -> bool:
+        """Whether y may be so small a difference of large numbers that one solve leaves it inexact.
+
+        The active rows need not show it: they may be met exactly while other entries are off.
+        """
+        return bool(EPS * self._inverse_size * np.abs(c).max() > CANCELLED * np.abs(y).max())
 
     def stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
         """Return ‖Qy + c + R_Wᵀλ‖∞."""

@@ -111,7 +111,8 @@ class ParametricQP:
                 predicting, side = False, self._daqp_sides(c, lower, upper, h)
                 continue
             Ry, slack, gap = self._slacks(y, index, lower, upper)
-            if gap > SIGN_TOLERANCE * (1.0 + np.abs(y).max()):  # y is a small difference of large numbers
+            # y is a small difference of large numbers
+            if gap > SIGN_TOLERANCE * (1.0 + np.abs(y).max()) or self.kkt.cancels(c, y):
                 y, signed = self.kkt.refined(index, -c, bound, y, signed, factor)
                 Ry, slack, gap = self._slacks(y, index, lower, upper)
             force = signed * sides * self.kkt.norms[index]

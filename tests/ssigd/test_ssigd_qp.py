@@ -316,3 +316,14 @@ def test_members_of_a_batch_on_both_sides_of_a_kink():
     single = ParametricQP(np.eye(n), box(n))
     found = BatchedQP(single).solve(c, torch.ones(2, 2 * n, dtype=torch.float64))
     assert found.y[:, 1].tolist() == pytest.approx([1.0, 1.0 - 5e-7], abs=1e-13)
+
+
+@pytest.mark.parametrize("large", [1e6, 1e8, 1e10, 1e12])
+def test_entries_that_cancel_are_refined_though_the_active_rows_are_exact(large):
+    """y₂ = −0.6 is a difference of numbers of that size, and the only active row, y₁ ≤ 1, does not show it."""
+    qp = ParametricQP(np.array([[2.0, 0.7], [0.7, 1.0]]), np.r_[np.eye(2), -np.eye(2)])
+    c = np.array([-large, -0.1])
+    one = qp.solve(c, np.ones(4))
+    assert one.y == pytest.approx([1.0, -0.6], abs=1e-12)
+    several = BatchedQP(qp).solve(torch.from_numpy(c)[None], torch.ones(1, 4, dtype=torch.float64))
+    assert several.y[0].numpy() == pytest.approx([1.0, -0.6], abs=1e-12)

@@ -140,15 +140,15 @@ def test_a_shifted_copy_is_aligned_to_within_half_a_pixel(aligner, index, shift)
 
 
 @pytest.mark.parametrize("aligner", [name for name in ALIGNERS if name != "none"])
-@pytest.mark.parametrize("shift", [(3.0, -2.0), (-1.5, 2.5)])
-def test_shifted_photos_of_the_default_size_are_aligned_to_within_half_a_pixel(aligner, shift):
+def test_shifted_photos_of_the_default_size_are_aligned_to_within_half_a_pixel(aligner):
     """All eight photos at 32 pixels; SIFT may find too little in one, which then counts as not aligned."""
     import numpy as np
 
     images, _ = photos(8)
     rows, columns = np.mgrid[:32, :32]
     aligned = 0
-    for image in images.numpy():
+    for index, image in enumerate(images.numpy()):
+        shift = [(3.0, -2.0), (-1.5, 2.5)][index % 2]
         moved = ndimage.shift(image, (0, *shift), order=1, mode="nearest")
         found = ALIGNERS[aligner](moved.transpose(1, 2, 0), image.transpose(1, 2, 0))
         if found is None:

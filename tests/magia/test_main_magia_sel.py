@@ -129,9 +129,13 @@ def test_the_published_scripts_options_mean_the_same(published, ours, command):
         ([], "optimizer", {"name": "l-bfgs", "step_size": 1.0, "line_search": "strong_wolfe"}),
     ],
 )
-def test_every_option_reaches_the_engine(options, part, expected, command):
-    """What the engine holds is what metrics.json records; that the two are one is the script's own `method`."""
-    found = command(*QUICK, "--n_iter", "1", *options)[1]["method"][part]
+def test_every_option_reaches_the_engine(options, part, expected, monkeypatch):
+    """What the engine holds is what metrics.json records: both come from the script's own `method`."""
+    module = load_script()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *QUICK, *options])
+    args = module.parse()
+    images, labels, _, classes = module.load(args)
+    found = module.method(module.build(args, images, labels, classes))[part]
     assert {key: found[key] for key in expected} == expected
 
 

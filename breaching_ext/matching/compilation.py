@@ -57,8 +57,9 @@ def compiled(evaluate: Evaluate, stacks: list[torch.Tensor], backend: str = "ind
 
 
 def _checked(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tensor], times: int) -> tuple[float, float]:
-    """Return the largest difference of several calls, and what it may be: each may run in another way, and fail."""
-    return max(_difference(function, evaluate, stacks) for _ in range(times))
+    """Return the worst of several calls, its difference and what that may be: each may run in another way, and fail."""
+    calls = [_difference(function, evaluate, stacks) for _ in range(times)]
+    return max(calls, key=lambda found: found[0] - found[1])
 
 
 def _difference(function: Evaluate, evaluate: Evaluate, stacks: list[torch.Tensor]) -> tuple[float, float]:

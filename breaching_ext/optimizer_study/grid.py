@@ -234,13 +234,18 @@ def describe(task: TrainingTask) -> dict[str, Any]:
         "n_parameters": sum(p.numel() for p in task.model.parameters()),
         "loss": "mse",
         "initial_weights_sha256": digest(*task.model.state_dict().values())[:16],
-        "data_sha256": digest(task.train, task.test)[:16],
+        "data_sha256": data_digest(task.train, task.test),
         "seed": task.seed,
         "dtype": str(task.train.dtype),
         "device": str(task.train.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def data_digest(train: Tensor, test: Tensor) -> str:
+    """Return what names the images of a run in its files."""
+    return digest(train, test)[:16]
 
 
 def fingerprint(description: dict[str, Any]) -> str:

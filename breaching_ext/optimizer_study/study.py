@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..tensor_files import digest
 from .config import require
 from .data import load_fashion_mnist
-from .grid import run_grid
+from .grid import data_digest, run_grid
 from .models import create_model
 from .protocol import BEYOND, Protocol, Run, check_folder, planned, select_variants
 from .storage import read_json
@@ -57,7 +56,7 @@ def run_study(
     )
     # One module for all seeds, so that compiled steps serve them all.
     model = create_model(protocol.model, train.shape[-1], seeds[0], **protocol.model_options).to(protocol.device)
-    data = digest(train, test)[:16]
+    data = data_digest(train, test)
     for run in runs:
         if run.path.exists():
             same = read_json(run.path)["config"].get("data_sha256", data) == data

@@ -62,7 +62,8 @@ def _repeated(experiment: OptimizerExperiment) -> dict[str, Any]:
 
 def data_of(experiment: OptimizerExperiment) -> dict[str, Any]:
     """What identifies the images of a run, where its file says so."""
-    return {key: experiment.config[key] for key in ("data_sha256",) if key in experiment.config}
+    found = experiment.config.get("data_sha256")
+    return {"data_sha256": found} if found else {}
 
 
 def _mean_result(results: Sequence[GridSearchResult]) -> GridSearchResult:

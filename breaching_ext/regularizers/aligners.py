@@ -46,9 +46,9 @@ def _gray(image: np.ndarray) -> np.ndarray:
 def phase_correlation(moving: np.ndarray, reference: np.ndarray) -> Coordinates | None:
     """Translation from the cross-correlation of the gray images, to a twentieth of a pixel.
 
-    Phase correlation, refined as Guizar-Sicairos et al. (2008), of what is neither noise nor slow shading. Whitened in
-    full (Kuglin & Hines 1975) it finds a shifted copy as well, but one of several ghosts where the reference is the
-    mean of shifted copies, as a consensus is.
+    Refined as Guizar-Sicairos et al. (2008), and of what is neither noise nor slow shading. Whitened in full, the phase
+    correlation of Kuglin & Hines (1975) finds a shifted copy as well, but any one of several ghosts where the reference
+    is the mean of shifted copies, as a consensus is.
     """
     shift = _translation(reference, moving)
     return None if shift is None else _identity(reference.shape) + shift[:, None, None]
@@ -63,7 +63,7 @@ def _translation(reference: np.ndarray, moving: np.ndarray) -> np.ndarray | None
     for _ in range(_PASSES):  # what has come nearer shares more of the window
         place = _identity(first.shape) + shift[:, None, None]
         found = _structure(ndimage.map_coordinates(second, place, order=1, mode="nearest"))
-        if not target.any() or not found.any():
+        if not (target.any() and found.any()):  # flat but for shading
             return None
         shift = shift - registration.phase_cross_correlation(target, found, upsample_factor=20, normalization=None)[0]
     return shift if np.abs(shift).max() <= _LARGEST_SHIFT * min(first.shape) else None

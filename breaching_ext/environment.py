@@ -59,10 +59,9 @@ def _convolve_in_full_precision() -> None:
     convolutions: Any = getattr(torch.backends.cudnn, "conv", None)
     if not torch.cuda.is_available():
         return
-    if hasattr(convolutions, "fp32_precision"):
+    torch.backends.cudnn.allow_tf32 = False  # the newer switch by itself makes reading this one an error
+    if getattr(convolutions, "fp32_precision", "none") not in ("none", "ieee"):  # a setting for all of torch
         convolutions.fp32_precision = "ieee"
-    else:  # torch before 2.9
-        torch.backends.cudnn.allow_tf32 = False
 
 
 def seed_everything(seed: int) -> None:

@@ -12,14 +12,18 @@ from breaching_ext.attacks import JointCandidateAttacker
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import ConfigError
 from breaching_ext.matching import calibration, evaluation, memory
+from breaching_ext.matching.engine import GradientRule
 from breaching_ext.matching.evaluation import StackedEvaluation
+from breaching_ext.matching.randomness import CandidateStreams
+from breaching_ext.matching.vmap_engine import VmapEngine
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 CPU = torch.device("cpu")
 
 
 def attack(*overrides: str, candidates: int = 5, iterations: int = 4, model: str = "own"):
-    module = build_model(model)
+    torch.manual_seed(0)
+    module = AnySize().double() if model == "any size" else build_model(model)
     payload, shared, *_ = observed(module)
     options = ["restarts.candidate_batching=vmap", f"restarts.num_trials={candidates}", "restarts.seed=3"]
     options += ["regularization.group_regularization.warmup_iters=1", "optim.signed=soft", *overrides]
@@ -34,28 +38,35 @@ def reconstruct(*overrides: str, **more):
     return attacker.reconstruct(*data)
 
 
-@pytest.mark.parametrize("replay", [False, True], ids=["eager", "replayed"])
-def test_a_budget_is_kept_and_changes_no_number(monkeypatch, replay):
+#: Random, and four times as large: augmented images are most of what there is.
+AUGMENTED = ("+augmentations={zoom: {out_size: 64}, discrete_shift: {lim: 4}}", "differentiable_augmentations=true")
+AUGMENTED += ("regularization.group_regularization.scale=0",)
+
+
+@pytest.mark.parametrize(("replay", "more"), [(False, ()), (True, ()), (False, AUGMENTED), (True, AUGMENTED)])
+def test_a_budget_is_kept_and_changes_no_number(monkeypatch, replay, more):
     if replay:
         monkeypatch.setattr(calibration, "SHORT", 1)
-    whole, stats = reconstruct()
+    model = "any size" if more else "own"
+    whole, stats = reconstruct(*more, model=model)
     assert stats["memory"]["candidates_at_a_time"] is None
     assert stats["memory"]["bytes_per_candidate"] > 1e5
     states = 8 * whole["candidates"].numel() * 8
     budget = states + int(2.9 * memory._WORKSPACE * stats["memory"]["bytes_per_candidate"])
     sizes, peaks = [], []
-    original = StackedEvaluation._in_chunks
+    original = VmapEngine.evaluate
 
-    def watched(self, stacks):
-        if len(stacks[0]) == 1:  # the check on the first candidate
-            return original(self, stacks)
-        result, peak = memory.peak_memory(lambda: original(self, stacks), CPU)
-        sizes.append(self._size(len(stacks[0])))
+    def watched(self):
+        count = len(self.parameters[0])
+        if count == 1:  # the check on the first candidate
+            return original(self)
+        result, peak = memory.peak_memory(lambda: original(self), CPU)
+        sizes.append(self.evaluation._size(count))
         peaks.append(peak)
         return result
 
-    monkeypatch.setattr(StackedEvaluation, "_in_chunks", watched)
-    chunked, stats = reconstruct(f"impl.memory_budget={budget}")
+    monkeypatch.setattr(VmapEngine, "evaluate", watched)
+    chunked, stats = reconstruct(*more, f"impl.memory_budget={budget}", model=model)
     assert set(sizes) == {2}
     assert stats["memory"]["candidates_at_a_time"] == 2
     assert max(peaks[1:]) + states < budget
@@ -94,6 +105,26 @@ def test_the_size_of_augmented_images_counts():
         _, stats = JointCandidateAttacker(model, loss(), cfg, SETUP).reconstruct(payload, shared)
         found.append(stats["memory"]["bytes_per_candidate"])
     assert 10 < found[1] / found[0] < 25
+
+
+def test_augmented_images_exist_for_as_many_candidates_as_are_evaluated_at_a_time():
+    """One at a time, more candidates take their gradients more, and that is all."""
+
+    def enlarged(images: torch.Tensor) -> torch.Tensor:
+        return images.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def objective(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value = images.square().mean()
+        return value, value.detach()
+
+    peaks = []
+    for count in (2, 20):
+        starts, streams = [torch.rand(count, 1, 3, 16, 16)], CandidateStreams(range(count), CPU)
+        known = (starts, objective, lambda stacks: (None, None), GradientRule(1), streams, enlarged, True)
+        peaks.append(memory.peak_memory(VmapEngine(*known, chunk=1).evaluate, CPU)[1])
+    images = starts[0].nbytes / count
+    assert peaks[1] - peaks[0] < 18 * 3 * images  # gradients, and their copies in one tensor
+    assert peaks[0] > 64 * images
 
 
 @pytest.mark.parametrize("value", ["much", "-3", "0", "4 elephants"])
@@ -140,12 +171,18 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "compiled", "python"])
-def test_out_of_memory_halves_the_chunk_and_loses_nothing(monkeypatch, caplog, error):
-    whole, whole_stats = reconstruct()
+@pytest.mark.parametrize(
+    ("error", "more"),
+    [*((error, ()) for error in ERRORS), (ERRORS[0], AUGMENTED)],
+    ids=["cuda", "cpu", "compiled", "python", "augmented"],
+)
+def test_out_of_memory_halves_the_chunk_and_loses_nothing(monkeypatch, caplog, error, more):
+    model = "any size" if more else "own"
+    whole, whole_stats = reconstruct(*more, model=model)
     crowded = Crowded(monkeypatch, 1, error)
     with caplog.at_level(logging.WARNING):
-        chunked, stats = reconstruct()
+        chunked, stats = reconstruct(*more, model=model)
+    crowded.calls.pop(0) if more else None  # augmented images are a second part of the check
     assert crowded.calls[:4] == [1, 5, 2, 1]  # the check, then 5 at once, then 2, then one by one
     assert caplog.text.count("Out of memory") == 2
     assert stats["memory"]["candidates_at_a_time"] == 1

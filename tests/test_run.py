@@ -11,10 +11,12 @@ import pytest
 import torch
 from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from breaching_ext import candidate_sheet, cli
 from breaching_ext import run as run_module
 from breaching_ext.collect import read_runs
+from breaching_ext.environment import choose_kernels
 from breaching_ext.registration import register
 from breaching_ext.run import run
 
@@ -136,3 +138,21 @@ def test_what_a_script_chose_stays(request):
     torch.use_deterministic_algorithms(True)
     run(configured("case.impl.deterministic=false"))
     assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("everywhere", ["none", "tf32"])
+def test_convolutions_on_a_gpu_are_in_full_precision(monkeypatch, request, everywhere):
+    """And where the user did not set torch's newer switches, its old one can still be read."""
+    newer = hasattr(torch.backends, "fp32_precision")
+    if everywhere == "tf32" and not newer:
+        pytest.skip("this torch has one switch only")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    request.addfinalizer(lambda: setattr(torch.backends.cudnn, "allow_tf32", True))
+    if newer:
+        request.addfinalizer(lambda: setattr(torch.backends, "fp32_precision", "none"))
+        torch.backends.fp32_precision = everywhere
+    choose_kernels(OmegaConf.create({"benchmark": False, "deterministic": False}))
+    if newer:
+        assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
+    if everywhere == "none":
+        assert not torch.backends.cudnn.allow_tf32

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import calibration
+from .augmented import Augmentation
 from .calibration import Calibration
 from .compiled_engine import CompiledEngine
 from .engine import CandidateEngine, CandidateObjective, ClosureFactory, GradientRule, OptimizerFactory
@@ -18,7 +19,7 @@ from .memory import MemoryPlan
 from .randomness import CandidateStreams
 from .tracing import SpecialisationError, replayed
 from .track import Box
-from .vmap_engine import Augmentation, VmapEngine
+from .vmap_engine import VmapEngine
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 
 #: stacks, each (n, ...) -> (gradients, each (n, ...); objectives (n,); task losses (n,))
 Evaluate = Callable[..., tuple]
+
+#: number of a window's first candidate, its stacks -> the stacks to evaluate, what brings their gradients back
+Through = Callable[
+    [int, list[torch.Tensor]], tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]]
+]
 
 #: makes a faster form of an evaluation for stacks of one shape
 Specialise = Callable[[Evaluate, list[torch.Tensor]], Evaluate]
@@ -85,11 +90,17 @@ class StackedEvaluation:
     def _recorded(self, name: str) -> Any:
         return max((getattr(function, name, 0) for function in self._special.values()), default=0)
 
-    def __call__(self, *stacks: torch.Tensor) -> tuple:
-        """Return gradients (each (N, ...)), objectives (N,) and task losses (N,)."""
+    def __call__(self, *stacks: torch.Tensor, through: Through | None = None) -> tuple:
+        """Return gradients (each (N, ...)), objectives (N,) and task losses (N,).
+
+        Args:
+            stacks: the candidates, each (N, ...).
+            through: changes candidates before they are evaluated, as many as are evaluated at a time; the same
+                candidate perhaps several times in one call, each time to the same values.
+        """
         while True:
             try:
-                return self._in_chunks(list(stacks))
+                return self._in_chunks(list(stacks), through)
             except Exception as error:
                 if not is_out_of_memory(error) or self._size(len(stacks[0])) == 1:
                     raise
@@ -110,20 +121,27 @@ class StackedEvaluation:
             torch.cuda.empty_cache()
         log.warning("Out of memory with %d candidates at a time (%s); going on with %d.", size, reason, self.chunk)
 
-    def _in_chunks(self, stacks: list[torch.Tensor]) -> tuple:
+    def _in_chunks(self, stacks: list[torch.Tensor], through: Through | None) -> tuple:
         count = len(stacks[0])
         size = self._size(count)
         if size == count:
-            return self._function(stacks)(*stacks)
+            return self._window(0, stacks, through)
         parts = []
         for start in range(0, count, size):
             begin = min(start, count - size)  # the last window reaches back, and its first rows are thrown away
             window = [stack[begin : begin + size] for stack in stacks]
-            gradients, values, task_losses = self._function(window)(*window)
+            gradients, values, task_losses = self._window(begin, window, through)
             fresh = start - begin
             parts.append(([g[fresh:] for g in gradients], values[fresh:], task_losses[fresh:]))
         columns, values, task_losses = zip(*parts, strict=True)
         return [torch.cat(c) for c in zip(*columns, strict=True)], torch.cat(values), torch.cat(task_losses)
+
+    def _window(self, begin: int, window: list[torch.Tensor], through: Through | None) -> tuple:
+        if through is None:
+            return self._function(window)(*window)
+        changed, back = through(begin, window)
+        gradients, values, task_losses = self._function(changed)(*changed)
+        return back(gradients), values, task_losses
 
     def _function(self, stacks: list[torch.Tensor]) -> Evaluate:
         shapes = tuple(stack.shape for stack in stacks)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
+from .augmented import Augmentation, AugmentedImages
 from .engine import CandidateObjective, GradientRule, OptimizerFactory, StepResult
 from .evaluation import Specialise, StackedEvaluation
 from .randomness import CandidateStreams
 from .state import optimizer_state, restore_optimizer
 
 log = logging.getLogger(__name__)
-
-Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class VmapEngine:
@@ -74,16 +72,13 @@ class VmapEngine:
 
     def evaluate(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """Return gradients (each (N, ...)), objectives (N,) and task losses (N,) at the current candidates."""
-        images, *others = self._stacks
-        if self._augmentation is None:
-            gradients, values, task_losses = self.evaluation(images.detach(), *(o.detach() for o in others))
-            return list(gradients), values, task_losses
-        augmented = self._augmented(images)
-        gradients, values, task_losses = self.evaluation(augmented.detach(), *(o.detach() for o in others))
-        first, *rest = gradients
-        if self._differentiable:
-            (first,) = torch.autograd.grad(augmented, images, grad_outputs=first)
-        return [first, *rest], values, task_losses
+        through = None
+        if self._augmentation is not None and self._differentiable:
+            through = AugmentedImages(self._augmentation, self._streams)
+        elif self._augmentation is not None:
+            self._augment_candidates(self._augmentation)
+        gradients, values, task_losses = self.evaluation(*self.parameters, through=through)
+        return list(gradients), values, task_losses
 
     def step(self, iteration: int, alive: torch.Tensor) -> StepResult:
         """See `CandidateEngine`."""
@@ -156,14 +151,8 @@ class VmapEngine:
                 noise.append(torch.randn_like(stack[index]))
         return torch.stack(noise)
 
-    def _augmented(self, images: torch.Tensor) -> torch.Tensor:
-        """Augment each candidate with its own random stream; Breaching's augmentations branch on random numbers."""
-        assert self._augmentation is not None
-        augmented = []
-        for index in range(len(images)):
+    def _augment_candidates(self, augmentation: Augmentation) -> None:
+        """Replace each candidate's images by augmented ones, drawn from its own random stream."""
+        for index, images in enumerate(self.parameters[0]):
             with self._streams.use(index):
-                augmented.append(self._augmentation(images[index] if self._differentiable else images.data[index]))
-        stacked = torch.stack(augmented)
-        if not self._differentiable:
-            images.data.copy_(stacked)
-        return stacked
+                images.copy_(augmentation(images.clone()))

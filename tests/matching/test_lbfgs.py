@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breaching_ext.matching.lbfgs import BatchedLBFGS
-from breaching_ext.matching.line_search import Point, cubic_interpolate
+from breaching_ext.matching.line_search import Point, cubic_interpolate, strong_wolfe
 
 SEARCHES = (None, "strong_wolfe")
 
@@ -164,6 +164,77 @@ def test_resumes_bit_for_bit(search):
 
         second.step(closure)
     assert torch.equal(x.detach(), straight[-1])
+
+
+def uneven(wave: torch.Tensor, flat: bool):
+    """A function of one step length with several minima, or one of straight pieces: t -> (value, slope)."""
+    size, speed, phase = wave
+
+    def value(t: torch.Tensor) -> torch.Tensor:
+        hills = (size * torch.sin(speed * t + phase)).sum()
+        return 0.1 * (t - 2).abs() + (hills.clamp(-1, 1) if flat else hills + 0.02 * t.square())
+
+    def at(t: float) -> tuple[float, float]:
+        point = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        found = value(point)
+        (slope,) = torch.autograd.grad(found, point)
+        return found.item(), slope.item()
+
+    return at
+
+
+def search_of_torch(function, t, d_norm, **options):
+    """Step lengths that torch's own line search asks for, where it ends, and how many evaluations it counts."""
+    from torch.optim.lbfgs import _strong_wolfe
+
+    asked, (f, slope) = [], function(0.0)
+    direction = torch.tensor([1.0, 0.0], dtype=torch.float64) * d_norm
+    gradient = torch.tensor([1.0, 0.0], dtype=torch.float64) / d_norm
+
+    def evaluate(x, t, d):
+        asked.append(float(t))
+        value, slope = function(float(t))
+        return value, slope * gradient
+
+    start = (None, t, direction, f, slope * gradient, torch.tensor(slope, dtype=torch.float64))
+    f, _, t, evals = _strong_wolfe(evaluate, *start, **options)
+    return asked, float(t), f, evals
+
+
+def search_of_ours(function, t, d_norm, **options):
+    def point(t):
+        return Point(t, *function(t), torch.zeros(1))
+
+    asked, search = [], strong_wolfe(point(0.0), t, d_norm, **options)
+    try:
+        asked.append(next(search))
+        while True:
+            asked.append(search.send(point(asked[-1])))
+    except StopIteration as stop:
+        return asked, stop.value.point.t, stop.value.point.f, stop.value.evals
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_line_search_asks_for_the_same_steps_as_torch(flat):
+    """On functions with several minima, edges and plateaus, where every branch of the search is taken."""
+    generator, lengths = torch.Generator().manual_seed(0), []
+    for case in range(400):
+        wave = torch.rand(3, 3, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [4.0], [6.3]])
+        function = uneven(wave, flat)
+        if not function(0.0)[1] < 0:
+            continue
+        t = 10 ** (4 * torch.rand((), generator=generator, dtype=torch.float64).item() - 3)
+        d_norm = (1.0, 4.0)[case % 2]  # powers of two: torch multiplies by it and divides
+        options = {"max_ls": (25, 3, 1)[case % 3], "c2": (0.9, 0.1)[case % 4 > 1], "tolerance_change": 1e-9}
+        options["tolerance_change"] = (1e-9, 0.05)[case % 5 == 0]
+        options["c1"] = (1e-4, 0.2)[case % 7 == 0]
+        expected, found = (search(function, t, d_norm, **options) for search in (search_of_torch, search_of_ours))
+        assert found[0] == pytest.approx(expected[0], rel=1e-9, abs=1e-12)
+        assert found[1:3] == pytest.approx(expected[1:3], rel=1e-9, abs=1e-12)
+        assert found[3] == expected[3]
+        lengths.append(len(found[0]))
+    assert len(lengths) > 100
+    assert max(lengths) > 8
 
 
 @given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-5, 5), st.floats(-5, 5), st.floats(-3, 3), st.floats(0.01, 3))

@@ -128,6 +128,7 @@ def test_a_candidate_that_turns_non_finite_is_put_back_and_the_others_go_on(sear
     if search is None:
         assert optimizer.failed == [False, True, False]
         assert torch.equal(path[-1, 1], path[-2, 1])
+        assert function(path[-1])[1].isfinite()  # back at a point with a value, not where it failed
     for n in (0, 2):
         alone, _, _ = batched(bowl, start[n : n + 1], 6, **options)
         torch.testing.assert_close(path[:, n], alone[:, 0], rtol=0, atol=1e-10)

@@ -296,6 +296,34 @@ def test_the_index_has_what_others_rely_on(module_name):
         assert any(all(argument in entry for argument in arguments.split()) for entry in entries), name
 
 
+# -- what was measured --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("folder", "first"), [("matching", 3), ("matching-avx2", 7)])
+def test_the_table_of_speed_ups_is_what_was_measured(folder, first, monkeypatch):
+    """Four columns a machine: vmap, compile, seconds of compiling, and what `auto` takes with its share of the best."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = importlib.import_module("matching_report")
+    content = report.load_rows(ROOT / "benchmarks" / "results" / folder)
+    measured = {(row["model"], str(row["batch"])): row for row in content["rows"] if row["candidates"] == 8}
+    section = text_of("docs/speed.md").split("### Speed-up")[1].split("### ")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    shown = {(cells[0], cells[1]): cells[first : first + 4] for cells in lines if cells[1].isdigit()}
+    assert len(shown) == 20
+    for name, cells in shown.items():
+        row = measured.get(name)
+        if row is None:
+            assert cells == ["-"] * 4, name
+            continue
+        engines = [f"{report.speedup(e)(row):.2f}" if e in row["ms"] else "-" for e in ("vmap", "compile")]
+        seconds = f"{row['setup_seconds']['compile']:.0f}" if "compile" in row["ms"] else "-"
+        auto = f"{row['auto']['engine']}, {report.auto_share(row):.2f}"
+        assert [cell.strip("*") for cell in cells] == [*engines, seconds, auto], name
+        if cells[1].startswith("**"):
+            asked = next(line[2] for line in lines if (line[0], line[1]) == name)
+            assert report.speedup("compile")(row) >= float(asked)
+
+
 # -- commands ------------------------------------------------------------------------------------------------------
 
 

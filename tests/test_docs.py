@@ -202,7 +202,14 @@ def test_what_extends_the_attacks_is_used(own_project, short_runs):
     assert stats["alignments"] == 4 * 2
     assert stats["opt_value"] < 0  # minus the sharpness
     candidates = own["reconstruction"]["candidates"]
-    assert torch.equal(attacker._consensus(candidates, {}), candidates.median(dim=0).values)
+    median = candidates.median(dim=0).values
+    assert torch.equal(attacker._consensus(candidates, {}), median)
+    attacker.group.update(candidates, 1)
+    assert torch.equal(attacker.group.consensus, median)
+    image = candidates[0, 0]
+    turned, found = regularizers.align(image.flip(-1, -2), image, "half_turn")
+    assert found
+    assert torch.allclose(turned, image)
     assert schedule["attacker"].options.schedule.size(3, 4, 8) == 2
     assert schedule["reconstruction"]["data"].isfinite().all()
 

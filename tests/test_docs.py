@@ -24,9 +24,10 @@ import torch
 from cases import OwnModule
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from breaching_ext import registration, regularizers
-from breaching_ext.attacks import checks, observe
+from breaching_ext.attacks import JointCandidateAttacker, checks, observe
 from breaching_ext.attacks.magia_options import MagiaOptions
 from breaching_ext.run_checks import check_values
 
@@ -145,7 +146,7 @@ def run_nameless(text: str, **given: object) -> list[dict[str, object]]:
     """Run the other blocks one after another, each on top of what is given; returns the names that each leaves."""
     done = []
     for block in blocks(text, "python"):
-        if not re.match(r"# \w+\.py\n", block):
+        if not re.match(r"# [\w/]+\.py\n", block):
             names = {**given}
             exec(compile(block, "snippet", "exec"), names)
             done.append(names)
@@ -172,8 +173,11 @@ def test_the_program_for_a_model_of_ones_own_runs(own_project, short_runs, monke
     found = run_script(monkeypatch, "python audit.py")
     assert found["reconstruction"]["data"].shape == (2, 3, 32, 32)
     assert (own_project / "audit.png").exists()
-    (steps,) = run_nameless(page, observe=observe, **what_a_client_sent())
-    assert steps["shared"][0]["metadata"]["local_hyperparams"]["steps"] == 2
+    sent = what_a_client_sent()
+    (steps,) = run_nameless(page, observe=observe, **sent)
+    attacker = JointCandidateAttacker(sent["model"], sent["loss_fn"], breaching.get_attack_config("joint_candidates"))
+    reconstruction, _ = attacker.reconstruct(steps["payload"], steps["shared"])
+    assert reconstruction["data"].shape == (4, 3, 32, 32)
 
 
 def test_a_hydra_application_of_ones_own_finds_the_attacks(own_project, short_runs, monkeypatch, capsys):
@@ -226,6 +230,11 @@ def test_the_command_takes_what_extends_it(own_project, monkeypatch, capsys):
     ]
     run_script(monkeypatch, shlex.join([*shlex.split(line, comments=True), *few, "base_dir=.", *QUIET]))
     assert "PSNR [dB]" in capsys.readouterr().out
+    registration.ATTACK_TYPES.pop("sharpest")
+    sys.modules.pop("mine")
+    plugin = runpy.run_path("hydra_plugins/mine_plugin.py")["Mine"]
+    assert issubclass(plugin, SearchPathPlugin)
+    assert "sharpest" in registration.ATTACK_TYPES
 
 
 def test_magia_on_a_gradient_of_ones_own_runs(own_project, short_runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -77,6 +78,18 @@ def test_one_candidate_follows_torch(search, max_iter, history):
     torch.testing.assert_close(path[:, 0], expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(losses[:, 0], expected_losses, rtol=1e-6, atol=1e-6)
     assert optimizer.func_evals == [evals]
+
+
+@pytest.mark.parametrize("max_eval", [2, 3, 6])
+def test_a_search_gets_the_evaluations_that_are_left(max_eval):
+    options = {"lr": 20.0, "max_iter": 20, "max_eval": max_eval, "line_search_fn": "strong_wolfe"}  # far too long
+    start = starts(1)
+    path, _, optimizer = batched(rosenbrock, start, 8, **options)
+    assert optimizer.func_evals[0] <= 8 * (max_eval + 1)  # a search may take one more than it is told
+    if "max_ls=" in inspect.getsource(torch.optim.LBFGS.step):  # older torch gives every search 25
+        expected, _, evals = single(rosenbrock, start[0], 8, **options)
+        torch.testing.assert_close(path[:, 0], expected, rtol=0, atol=1e-6)
+        assert optimizer.func_evals == [evals]
 
 
 @pytest.mark.parametrize("search", SEARCHES)

@@ -166,7 +166,7 @@ def test_resumes_bit_for_bit(search):
     straight, _, _ = batched(bowl, start, 6, **options)
     half, _, first = batched(bowl, start, 3, **options)
     x = half[-1].clone().requires_grad_()
-    second = BatchedLBFGS([x], **options)
+    second = BatchedLBFGS([x])  # the state has the options, too
     second.load_state_dict(first.state_dict())
     for _ in range(3):
 

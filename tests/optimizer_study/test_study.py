@@ -16,8 +16,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import TensorDataset
 
+from breaching_ext.data import BinaryFashionMNIST
+from breaching_ext.data import fashion_mnist_files as data_module
+from breaching_ext.errors import ConfigError
 from breaching_ext.optimizer_study import cli, merging, study
-from breaching_ext.optimizer_study import data as data_module
 from breaching_ext.optimizer_study.callbacks import MergeResults
 from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
 from breaching_ext.optimizer_study.merging import load_results, merge_results
@@ -345,6 +347,16 @@ def test_a_truncated_plain_file_is_named(folder, kept):
         load_fashion_mnist(folder)
 
 
+def test_the_binary_dataset_calls_its_folder_by_its_own_key(folder):
+    (folder / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x801, 40, 28, 28))
+    with pytest.raises(ConfigError, match=r"case\.data\.path=.*t10k-images-idx3-ubyte of another kind"):
+        BinaryFashionMNIST(folder=folder)
+    with pytest.raises(ConfigError, match=r"nowhere.*\(case\.data\.path=PATH\)"):
+        BinaryFashionMNIST(folder="nowhere")
+    with pytest.raises(ConfigError, match=r"data\.folder=3 is not possible"):
+        load_fashion_mnist(3)
+
+
 def test_a_damaged_file_is_named(folder):
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:1000])
@@ -508,14 +520,18 @@ def test_the_command_runs_and_merges(folder, tmp_path):
     assert len(list((tmp_path / "results").iterdir())) == 4
 
 
-def test_the_module_imports_nothing_from_the_attacks():
+def test_the_module_imports_nothing_from_the_attacks_nor_the_data_from_the_module():
     check = (
-        "import json, sys, breaching_ext.optimizer_study.cli\n"
+        "import json, sys, breaching_ext.data\n"
+        "print(json.dumps([m for m in sys.modules if m.startswith('breaching')]))\n"
+        "import breaching_ext.optimizer_study.cli\n"
         "print(json.dumps([m for m in sys.modules if m.startswith('breaching')]))"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
-    others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
+    data, both = map(json.loads, done.stdout.splitlines())
+    assert not [m for m in data if m.startswith("breaching_ext.optimizer_study")]
+    others = {m for m in both if not m.startswith("breaching_ext.optimizer_study")}
     names = ("config", "errors", "files", "free_ram", "intervals", "out_of_memory", "registration")
-    names += ("tensor_files", "values")
+    names += ("tensor_files", "values", "data", "data.fashion_mnist", "data.fashion_mnist_files", "data.sample_photos")
     shared = {f"breaching_ext.{name}" for name in names}
     assert others <= {"breaching_ext", *shared}

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..tensor_files import digest
 from ..values import is_whole
+from .checkpoint import Checkpoint
 from .clock import Spent
 from .config import Budget, require
 from .data import images_of
+from .description import describe
 from .executor import Plan, make_plan
 from .models import create_model
 from .records import GridSearchResult, OptimizerExperiment
-from .storage import plain, read_json, write_json
 from .training import Cell, SequentialRun, StackedRun, TrainingTask, train
 from .variants import get_variant
 
@@ -37,7 +32,6 @@ LR_MULTIPLIERS: tuple[float, ...] = tuple(2.0**power for power in range(-10, 2))
 """1/1024 … 2."""
 WD_MULTIPLIERS: tuple[float, ...] = (0.0, *(2.0**power for power in range(-5, 6)))
 """0, 1/32 … 32."""
-_SAVE_EVERY_SECONDS = 5.0
 
 
 def run_grid(
@@ -83,8 +77,9 @@ def run_grid(
         schedule: Another schedule than the variant's.
         schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
         settings: Other settings than the variant's, such as ``{"decay": "lr"}``.
-        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments, and any cells,
-            continues there. It does not hold what `log_steps` and `sample_epochs` record, so it is not used with them.
+        checkpoint: Where every chunk is kept as soon as it is finished; a later call with the same arguments, and any
+            cells, continues there. It does not hold what `log_steps` and `sample_epochs` record, so it is not used with
+            them.
         log_steps: Record loss, gradient norm, weight norm and learning rate of every step.
         sample_epochs: Epochs after which reconstructions of eight test images are kept.
         progress: Whether to show a bar over member-steps.
@@ -144,14 +139,14 @@ class _Grid:
     def __init__(self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool) -> None:
         """Read what an earlier, interrupted call left."""
         self.task, self.cells, self.progress = task, cells, progress
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        if self.checkpoint is not None and (task.log_steps or task.sample_epochs):
+        self.spent, self.done = Spent(), dict[Cell, GridSearchResult]()
+        if checkpoint is not None and (task.log_steps or task.sample_epochs):
             log.warning("checkpoint=%s is not used: it holds neither the logs of steps nor samples.", checkpoint)
-            self.checkpoint = None
-        self.fingerprint = fingerprint(describe(task))
-        self.spent = Spent()
-        self.done: dict[Cell, GridSearchResult] = self._resume()
-        self._saved = time.monotonic()
+            checkpoint = None
+        self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, task)
+        if self.checkpoint is not None:
+            self.done, before = self.checkpoint.read()
+            self.spent.before |= before
 
     def run(self, executor: str, compiled: object, chunk: int | None) -> OptimizerExperiment:
         """Train the cells that are missing."""
@@ -161,8 +156,10 @@ class _Grid:
         if plan is not None:
             try:
                 self._train(missing, plan, time.perf_counter() - started)
-            finally:
-                self._save(force=True)
+            except BaseException:
+                if self.done:
+                    self._keep([])  # the seconds of the chunk that is lost
+                raise
         config = {
             **describe(self.task),
             "plan": None if plan is None else plan.to_dict(),
@@ -190,68 +187,19 @@ class _Grid:
                     if plan.executor == "stacked"
                     else SequentialRun(self.task, chunk)
                 )
-                for cell, training in zip(chunk, train(run, len(chunk), bar.update, started), strict=True):
-                    self.done[cell] = self._result(cell, training)
-                self._save()
+                logs = train(run, len(chunk), bar.update, started)
+                self._keep([self._result(cell, training) for cell, training in zip(chunk, logs, strict=True)])
 
     def _result(self, cell: Cell, training: Any) -> GridSearchResult:
         """A cell with its absolute rates."""
         config = self.task.variant.config
         return GridSearchResult(*cell, config.lr * cell[0], config.weight_decay * cell[1], training)
 
-    def _save(self, force: bool = False) -> None:
-        """Keep the finished cells, at most every few seconds."""
-        if self.checkpoint is None or not self.done:
-            return
-        if force or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
-            results = [r.to_dict() for r in self.done.values()]
-            write_json(self.checkpoint, {"fingerprint": self.fingerprint, **self.spent.so_far(), "results": results})
-            self._saved = time.monotonic()
-
-    def _resume(self) -> dict[Cell, GridSearchResult]:
-        """Cells that an interrupted call with the same arguments finished."""
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return {}
-        saved = read_json(self.checkpoint)
-        valid = (
-            "a file of this run, or a new one: it holds an unfinished run of other settings, model or data (delete it)"
-        )
-        require(saved.get("fingerprint") == self.fingerprint, "checkpoint", str(self.checkpoint), valid)
-        self.spent.before = {name: saved.get(name, 0.0) for name in self.spent.before}
-        results = [GridSearchResult.from_dict(values) for values in saved["results"]]
-        return {result.cell: result for result in results}  # of other cells, too: they stay in the file
-
-
-def describe(task: TrainingTask) -> dict[str, Any]:
-    """Settings, schedule, protocol, versions and device of a run (JSON types)."""
-    return {
-        "optimizer": {"kind": type(task.variant.config).__name__, **asdict(task.variant.config)},
-        "schedule": task.schedule.describe(),
-        "budget": asdict(task.budget),
-        "test_points": len(task.test),
-        "input_shape": list(task.train.shape[1:]),
-        "model": repr(task.model),
-        "n_parameters": sum(p.numel() for p in task.model.parameters()),
-        "loss": "mse",
-        "initial_weights_sha256": digest(*task.model.state_dict().values())[:16],
-        "data_sha256": data_digest(task.train, task.test),
-        "seed": task.seed,
-        "dtype": str(task.train.dtype),
-        "device": str(task.train.device),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def data_digest(train: Tensor, test: Tensor) -> str:
-    """Return what names the images of a run in its files."""
-    return digest(train, test)[:16]
-
-
-def fingerprint(description: dict[str, Any]) -> str:
-    """Hash of what decides the numbers of a run: all of its description but versions and threads."""
-    kept = {key: value for key, value in description.items() if key not in ("versions", "threads")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=plain).encode()).hexdigest()
+    def _keep(self, results: list[GridSearchResult]) -> None:
+        """Take finished cells, and put them into the checkpoint."""
+        self.done |= {result.cell: result for result in results}
+        if self.checkpoint is not None:
+            self.checkpoint.add(results, self.spent.so_far())
 
 
 def check_cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:

@@ -10,7 +10,8 @@ import torch
 
 from .config import require
 from .data import load_fashion_mnist
-from .grid import data_digest, run_grid
+from .description import data_digest
+from .grid import run_grid
 from .models import create_model
 from .protocol import BEYOND, Protocol, Run, check_folder, planned, select_variants
 from .storage import read_json

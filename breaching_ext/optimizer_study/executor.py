@@ -83,7 +83,9 @@ def make_plan(
         cells: Multipliers (lr, wd) of the members to train.
         executor: ``auto`` measures; ``stacked`` and ``sequential`` are taken as given.
         compiled: True, False, or ``auto``: compile a stack if the run is long enough for it to pay.
-        chunk: Members in a stack; default: the fastest of 16, 36 and as many as fit into half of the free memory.
+        chunk: Most members in a stack, where members are stacked: they are split evenly, and into smaller chunks where
+            memory runs out. Default: the fastest of 16, 36 and as many as fit into half of the free memory and
+            take about a second a step.
 
     Raises:
         ValueError: If ``executor`` or ``compiled`` is not valid.
@@ -115,9 +117,10 @@ def _measure(
     steps = task.steps * len(cells) / 1e3
     if executor == "auto":
         sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=20)
-    sample = max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3))
-    chunk = even_chunks(len(cells), min(chunk, sample))
-    sizes = {chunk} if given else {even_chunks(len(cells), min(chunk, n)) for n in (chunk, *_CACHED_CHUNKS)}
+    sizes = {chunk}
+    if not given:
+        largest = min(chunk, max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3)))
+        sizes = {even_chunks(len(cells), min(largest, n)) for n in (largest, *_CACHED_CHUNKS)}
     try:
         times = _stacked_times(task, cells, sizes)
     except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation that cannot be batched

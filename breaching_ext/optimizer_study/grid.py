@@ -73,7 +73,8 @@ def run_grid(
         seed: Seed of the order of the batches.
         executor: ``auto`` (measured), ``stacked`` or ``sequential``.
         compile: Whether the stacked step is compiled: True, False or ``auto``.
-        chunk: Members in a stack; default: the fastest of 16, 36 and as many as fit into half of the free memory.
+        chunk: Most members in a stack (they are split evenly: 144 by at most 100 into 72 and 72); default: the fastest
+            of 16, 36 and as many as fit into half of the free memory and take about a second a step.
         schedule: Another schedule than the variant's.
         schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
         settings: Other settings than the variant's, such as ``{"decay": "lr"}``.

@@ -41,7 +41,7 @@ class Protocol:
         device: Device to train on.
         executor: ``auto``, ``stacked`` or ``sequential``.
         compile: True, False or ``auto``.
-        chunk: Members in a stack; None for the fastest of 16, 36 and as many as memory allows.
+        chunk: Most members in a stack; None for the fastest of 16, 36 and as many as memory allows.
         schedule: Another schedule than the variants' own.
         schedule_options: Its arguments, by schedule name.
         settings: Other settings than the variants' own.

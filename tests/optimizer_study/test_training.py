@@ -474,6 +474,20 @@ def test_smaller_chunks_are_taken_where_they_are_faster(monkeypatch):
     assert make_plan(make_task(), cells, compiled=False, chunk=8).chunk == 8
 
 
+def test_a_chunk_that_is_given_is_not_cut_to_what_is_quick_to_measure(monkeypatch):
+    """A step of a second a member: as many as a second holds, four at least, are tried unless a number is given."""
+    cells = [(1.0, float(wd)) for wd in range(32)]
+
+    def fake_time(build, task, repeats=5):
+        run = build()
+        return 1000.0 if isinstance(run, SequentialRun) else float(len(run.lr))
+
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
+    assert make_plan(make_task(), cells, compiled=False).chunk == 4
+    assert make_plan(make_task(), cells, compiled=False, chunk=16).chunk == 16
+    assert make_plan(make_task(), cells, compiled=False, chunk=20).chunk == 16
+
+
 @given(members=st.integers(1, 300), largest=st.integers(1, 300))
 def test_chunks_are_even_and_as_few_as_possible(members, largest):
     chunk = even_chunks(members, largest)

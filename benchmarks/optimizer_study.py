@@ -35,7 +35,8 @@ from breaching_ext.optimizer_study.data import load_fashion_mnist
 from breaching_ext.optimizer_study.executor import make_plan
 from breaching_ext.optimizer_study.models import create_model
 from breaching_ext.optimizer_study.stacked import flushed_denormals
-from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, TrainingTask
+from breaching_ext.optimizer_study.task import TrainingTask
+from breaching_ext.optimizer_study.training import SequentialRun, StackedRun
 
 CELLS = [(lr, wd) for lr in LR_MULTIPLIERS for wd in WD_MULTIPLIERS]
 RESULTS = Path(__file__).parent / "results" / "optimizer_study"

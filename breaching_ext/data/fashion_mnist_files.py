@@ -54,9 +54,8 @@ def load_fashion_mnist(
     if not is_whole(pool) or pool < 1 or 28 % pool:
         raise ConfigError(f"pool={pool!r} is not possible; valid: a divisor of 28 (1, 2, 4, 7, 14, 28).")
     root = _root(folder, download, key)
-    splits = (("train", "train_size", train_size), ("test", "test_size", test_size))
-    train, test = (_prepare(_read_bytes(root, _FILES[split], 3, key), *rest, pool) for split, *rest in splits)
-    return train, test
+    train, test = (_read_bytes(root, _FILES[split], 3, key) for split in ("train", "test"))
+    return _prepare(train, "train_size", train_size, pool), _prepare(test, "test_size", test_size, pool)
 
 
 def load_fashion_mnist_labels(

@@ -22,7 +22,7 @@ from .config import require
 from .description import describe
 from .records import GridSearchResult
 from .storage import plain, to_json_floats
-from .training import Cell, TrainingTask
+from .task import Cell, TrainingTask
 
 VALID = "a file of this run, or a new one: it holds an unfinished run of other settings, model or data (delete it)"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensor_files import digest
-from .training import TrainingTask
+from .task import TrainingTask
 
 
 def describe(task: TrainingTask) -> dict[str, Any]:

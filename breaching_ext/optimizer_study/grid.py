@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..values import is_whole
+from ..values import is_number, is_whole
 from .checkpoint import Checkpoint
 from .clock import Spent
 from .config import Budget, require
 from .data import images_of
 from .description import describe
-from .executor import Plan, make_plan
+from .executor import Plan, check_choices, make_plan
 from .models import create_model
 from .records import GridSearchResult, OptimizerExperiment
-from .training import Cell, SequentialRun, StackedRun, TrainingTask, train
+from .task import Cell, TrainingTask
+from .training import SequentialRun, StackedRun, train
 from .variants import get_variant
 
 log = logging.getLogger(__name__)
@@ -105,8 +106,8 @@ def run_grid(
         require(inputs.shape[1:] == (1, inputs.shape[-1], inputs.shape[-1]), "train", tuple(inputs.shape), valid)
         model = create_model(model, inputs.shape[-1], seed)
     _check_model(model)
-    require(chunk is None or (is_whole(chunk) and chunk >= 1), "chunk", chunk, "a whole number >= 1, or None")
-    require(is_whole(seed), "seed", seed, "a whole number")
+    check_choices(executor, compile, chunk)
+    check_seed(seed)
     rates = variant.create_schedule(epochs, schedule, **(schedule_options or {}))
     for epoch in sample_epochs:
         valid = f"whole numbers from 1 to {rates.epochs}, the length of the run"
@@ -205,9 +206,20 @@ class _Grid:
 
 def check_cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:
     """The points of the grid, learning rate outermost; ValueError for multipliers that are not valid."""
-    lrs, wds = [float(x) for x in lr_multipliers], [float(x) for x in wd_multipliers]
-    require(bool(lrs) and all(0 < x < inf for x in lrs), "lr_multipliers", lrs, "a list of finite numbers > 0")
-    require(bool(wds) and all(0 <= x < inf for x in wds), "wd_multipliers", wds, "a list of finite numbers >= 0")
-    require(len(set(lrs)) == len(lrs), "lr_multipliers", lrs, "without repetition")
-    require(len(set(wds)) == len(wds), "wd_multipliers", wds, "without repetition")
+    lrs, wds = _multipliers("lr_multipliers", lr_multipliers), _multipliers("wd_multipliers", wd_multipliers)
+    require(all(lr > 0 for lr in lrs), "lr_multipliers", lrs, "a list of finite numbers > 0")
+    require(all(wd >= 0 for wd in wds), "wd_multipliers", wds, "a list of finite numbers >= 0")
     return [(lr, wd) for lr in lrs for wd in wds]
+
+
+def _multipliers(key: str, values: Sequence[float]) -> list[float]:
+    """One axis of a grid."""
+    found = [x.item() if isinstance(x, (np.generic, Tensor)) else x for x in values] if np.iterable(values) else []
+    require(bool(found) and all(map(is_number, found)), key, values, "a list of finite numbers, such as [0, 0.5, 1]")
+    require(len(set(found)) == len(found), key, found, "without repetition")
+    return [float(x) for x in found]
+
+
+def check_seed(seed: object) -> None:
+    """Raise ValueError unless torch's generators take ``seed`` in every epoch."""
+    require(is_whole(seed) and abs(seed) < 2**62, "seed", seed, "a whole number")

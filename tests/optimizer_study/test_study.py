@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from torch.utils.data import TensorDataset
 
@@ -510,6 +511,102 @@ def test_the_command_names_a_wrong_value(folder, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         cli.run(cfg)
     assert not (tmp_path / "out" / "results").exists()
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return configured("variant=[B2,B3,B4]", "protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("threads", 0, "threads=0 is not possible"),
+        ("threads", "two", "threads=two is not possible"),
+        ("seed", "abc", "seed='abc'.*a whole number"),
+        ("seed", None, "seed=None.*a whole number"),
+        ("seed", [1, "abc"], "seed='abc'.*a whole number"),
+        ("seed", 10**30, "seed=1000.*a whole number"),
+        ("seed", [1, 2, 1], r"seed=\[1, 2, 1\].*once"),
+        ("variant", None, "variant=None.*such as B3"),
+        ("variant", 3, "variant=3.*such as B3"),
+        ("variant", ["B3", "B3"], "variant=.*once"),
+        ("out", None, "out=None.*a folder"),
+        ("out", "", "out=''.*a folder"),
+        ("sources", 3, "sources=3.*a folder"),
+        ("sources", [None], "sources=None.*a folder"),
+        ("protocol.pool", None, "pool=None.*divisor of 28"),
+        ("protocol.pool", 2.0, "pool=2.0.*divisor of 28"),
+        ("protocol.batch_size", None, "batch_size=None.*whole number"),
+        ("protocol.lr_multipliers", [-1], r"lr_multipliers=\[-1.0\].*> 0"),
+        ("protocol.lr_multipliers", ["abc"], "lr_multipliers=.*'abc'.*finite numbers"),
+        ("protocol.lr_multipliers", [True], "lr_multipliers=.*True.*finite numbers"),
+        ("protocol.lr_multipliers", [], r"lr_multipliers=\[\].*finite numbers"),
+        ("protocol.wd_multipliers", [None], "wd_multipliers=.*None.*finite numbers"),
+        ("protocol.beyond", ["abc"], "beyond=.*'abc'.*above 32"),
+        ("protocol.device", None, "device=None.*such as cpu"),
+        ("protocol.device", "tpu", "device='tpu'.*such as cpu"),
+        ("protocol.compile", "off", "compile='off'.*auto, True, False"),
+        ("protocol.executor", None, "executor=None.*auto, stacked, sequential"),
+        ("protocol.chunk", 0, "chunk=0.*whole number"),
+        ("protocol.model_options", 3, "model_options=3.*mapping"),
+        ("protocol.model_options", {"hidden": 0}, "hidden=0.*whole number"),
+        ("protocol.settings", 3, "settings=3.*mapping"),
+        ("protocol.settings", {"lr": "abc"}, "lr='abc'.*finite number"),
+        ("protocol.settings", {"beta1": None}, "beta1=None.*finite number"),
+        ("protocol.schedule_options", {"cosine": 3}, "schedule_options of cosine=3.*mapping"),
+        ("protocol.schedule_options", {"step_drop": {"fractions": 0.5}}, "fractions=0.5.*list"),
+        ("protocol.speed", 3, "'speed'.*batch_size"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_one_line_before_anything_is_trained(
+    composed, folder, tmp_path, monkeypatch, key, value, message
+):
+    monkeypatch.setattr(study, "run_grid", lambda *args, **kwargs: pytest.fail("trained"))
+    cfg = OmegaConf.merge(composed, {"out": str(tmp_path / "out"), "data": {"folder": str(folder)}})
+    OmegaConf.set_struct(cfg, False)
+    OmegaConf.update(cfg, key, value, merge=False)
+    with pytest.raises(ConfigError, match=message) as caught:
+        cli.run(cfg)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_are_left_empty_are_none(composed):
+    empty = {"model_options": None, "schedule_options": None, "settings": None}
+    cfg = OmegaConf.merge(composed, {"protocol": empty, "data": None})
+    assert cli.protocol_of(cfg) == cli.protocol_of(composed)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigError("seed='abc' is wrong"), 1), (FileNotFoundError("no"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_the_command_ends_with_one_line(composed, monkeypatch, caplog, error, status):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "run", fails)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.RUN}))
+    with pytest.raises(SystemExit) as end:
+        cli.main.__wrapped__(composed)
+    assert end.value.code == status
+    (message,) = caplog.messages
+    assert str(error) in message
+    assert "\n" not in message
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.MULTIRUN}))
+    with pytest.raises(type(error)):  # the other jobs of a multirun go on, or, after Ctrl-C, do not
+        cli.main.__wrapped__(composed)
+
+
+def test_a_file_that_is_no_result_is_named(folder, tmp_path):
+    (path,) = run_study(tmp_path, ["A1"], [1], small(folder), progress=False)
+    for text in ("{", "[]", '{"config": 3}'):
+        path.write_text(text)
+        for action in (lambda: run_study(tmp_path, ["A1"], [1], small(folder)), lambda: merge_results([tmp_path], "x")):
+            with pytest.raises(ConfigError, match=r"A1_seed1\.json is not a saved experiment"):
+                action()
 
 
 def test_the_command_runs_and_merges(folder, tmp_path):

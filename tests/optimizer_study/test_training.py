@@ -17,10 +17,11 @@ from breaching_ext.optimizer_study.executor import (
     COMPILE_FROM_SECONDS,
     even_chunks,
     make_plan,
-    members_in_memory,
 )
+from breaching_ext.optimizer_study.memory import members_in_memory
 from breaching_ext.optimizer_study.models import create_model
-from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, TrainingTask, train
+from breaching_ext.optimizer_study.task import TrainingTask
+from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, train
 
 CELLS = [(1.0, 0.0), (0.25, 4.0), (2.0, 1.0)]
 
@@ -499,10 +500,10 @@ def test_chunks_are_even_and_as_few_as_possible(members, largest):
 
 def test_chunks_follow_memory(monkeypatch):
     task = make_task()
-    monkeypatch.setattr("breaching_ext.optimizer_study.executor._free_memory", lambda: 1)
+    monkeypatch.setattr("breaching_ext.optimizer_study.memory._free_memory", lambda: 1)
     assert members_in_memory(task) == 1
     assert make_plan(task, CELLS, "stacked", False).chunk == 1
-    monkeypatch.setattr("breaching_ext.optimizer_study.executor._free_memory", lambda: 2**40)
+    monkeypatch.setattr("breaching_ext.optimizer_study.memory._free_memory", lambda: 2**40)
     assert make_plan(task, CELLS, "stacked", False).chunk == len(CELLS)
 
 

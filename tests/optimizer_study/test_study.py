@@ -184,7 +184,7 @@ def test_columns_beyond_the_grid_count_for_the_coupling_of_normalized_decay_alon
     assert after[0] == before[0]
     assert after[1]["coupling_wd_multipliers"] == [*before[1]["wd_multipliers"], 64, 2**20]
     assert after[1]["coupling_rows"][0] > before[1]["coupling_rows"][0]
-    same = ("final_test_loss", "wd_multipliers", "best_test_loss")
+    same = ("final_test_loss", "wd_multipliers", "best_final_test_loss")
     assert [after[1][key] for key in same] == [before[1][key] for key in same]
 
 

@@ -5,6 +5,7 @@ All of it is :func:`breaching_ext.matching.client.client_update`, with other par
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +75,13 @@ def local_steps(steps: int, rate: float, labels: torch.Tensor) -> dict[str, Any]
 
 
 def sent_update(model: nn.Module, batch: Batch, local: dict[str, Any] | None = None) -> list[torch.Tensor]:
-    """Return one tensor for every parameter that requires a gradient, as the client computes it (cross-entropy)."""
-    update, _ = client_update(model, torch.nn.functional.cross_entropy, local)(batch.images, batch.labels)
+    """Return one tensor for every parameter that requires a gradient, as the client computes it (cross-entropy).
+
+    In evaluation mode, in which attacks match it, whatever the model's own is; the model is not changed.
+    """
+    update, _ = client_update(copy.deepcopy(model).eval(), torch.nn.functional.cross_entropy, local)(
+        batch.images, batch.labels
+    )
     return [tensor.detach() for tensor in update]
 
 

@@ -112,6 +112,48 @@ def test_rows_of_tokens_and_positions():
     assert full_ranks(model, ["patch", "blocks.0.qkv"]) == {"patch": 48, "blocks.0.qkv": 144}
 
 
+class Reusing(torch.nn.Module):
+    """Calls `twice` two times, and uses the weight of `apart` without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.twice, self.apart = torch.nn.Linear(12, 12), torch.nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x).flatten(1)
+        return torch.nn.functional.linear(self.twice(torch.tanh(self.twice(x))), self.apart.weight)
+
+
+def test_a_layer_that_is_called_twice_has_the_rows_of_both_calls():
+    """The rank of its gradient reaches that of all rows, so no smaller number bounds it."""
+    torch.manual_seed(0)
+    model = Reusing().double()
+    before = copy.deepcopy(model.state_dict())
+    assert row_counts(model, ["twice"], (3, 2, 2), 4) == {"twice": 8}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "batch norm counted"
+    assert not model.twice._forward_hooks
+    images = torch.randn(4, 3, 2, 2, dtype=torch.double)
+    gradient = full_gradient(model, ["twice"], Batch(images, torch.arange(4)))["twice"]
+    assert rank(gradient) > 4
+    with pytest.raises(ConfigError, match=r"layers='apart' is not called in a forward pass"):
+        row_counts(model, ["twice", "apart"], (3, 2, 2), 4)
+
+
+@needs_peft
+@pytest.mark.parametrize("training", [True, False])
+def test_adapting_keeps_training_and_evaluation_mode(training):
+    """Of every module: a client that trains with batch norm has other gradients than one that has fixed it."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)).double()
+    model.train(training)
+    model[2].eval()
+    adapted = adapt(model, {"1": Factors(torch.rand(2, 4), torch.rand(3, 2), 1.0)})
+    assert [adapted[i].training for i in range(3)] == [training, training, False]
+    assert all(module.training is training for module in adapted[1].modules())
+    images = torch.rand(5, 4, dtype=torch.double)
+    torch.testing.assert_close(adapted(images), copy.deepcopy(model)(images))
+
+
 @needs_peft
 def test_local_steps_are_those_of_a_client_that_trains_the_adapter():
     """Against torch.optim.SGD on the adapted model, and the mean gradient that the decoder reads."""

@@ -283,6 +283,18 @@ def test_at_full_rank_the_whitened_attack_is_the_attack_on_the_full_gradient(sta
     assert decoded["determined"] == ["conv2", "fc2"]
 
 
+def test_the_seed_of_the_starts_is_that_of_the_case_and_the_attacks_own():
+    """10,000 of them belong to each case: 0, then 10,000 times its seed, then what is added."""
+    drawn = []
+    for override in ("attack.restarts.num_trials=1", "attack.restarts.seed=7", "attack.restarts.seed=0"):
+        chosen = settings("attack.optim.max_iterations=1", override)
+        case = ladder_module.Case(chosen.model, chosen.layers, 1, chosen.batch, chosen.public)
+        drawn.append(run_cell(Cell(chosen.model, 0, "full", "-", "-", 1), case, chosen, CPU)[1])
+    plain, seven, zero = drawn
+    assert torch.equal(plain, zero)
+    assert not torch.equal(plain, seven)
+
+
 @needs_peft
 def test_seen_is_the_cosine_of_the_projection():
     row, problem, chosen = run_one(1, "match", 2, "zero")

@@ -18,7 +18,18 @@ from ..values import check_number, check_whole
 from .adapters import adapt, factors_of, only_weights_of
 from .decode import Factors
 
-__all__ = ["Batch", "FactorUpdate", "factor_update", "full_gradient", "local_steps", "sent_update"]
+__all__ = [
+    "Batch",
+    "FactorUpdate",
+    "Matrices",
+    "as_weights",
+    "factor_update",
+    "full_gradient",
+    "local_steps",
+    "sent_update",
+]
+
+Matrices = dict[str, torch.Tensor]  # layer -> (o, i)
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,19 @@ def full_gradient(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict
     frozen = only_weights_of(model, layers)
     named = dict(zip(matched_parameters(frozen), sent_update(frozen, batch), strict=True))
     return {layer: named[f"{layer}.weight"].flatten(1) for layer in layers}
+
+
+def as_weights(model: nn.Module, matrices: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return layer matrices (o, i) in the shapes and the order of the model's trainable weights, for an attack on them.
+
+    Args:
+        model: one of which only layers' weights require a gradient; see :func:`.adapters.only_weights_of`.
+        matrices: layer -> (o, i).
+    """
+    return [
+        matrices[name.removesuffix(".weight")].reshape(parameter.shape)
+        for name, parameter in matched_parameters(model).items()
+    ]
 
 
 def factor_update(

@@ -20,8 +20,9 @@ from breaching_ext.errors import BreachingExtError, ConfigError
 from breaching_ext.files import only_here
 from breaching_ext.lora import MissingPeftError, cli, report
 from breaching_ext.lora import ladder as ladder_module
+from breaching_ext.lora.cells import run_cell
 from breaching_ext.lora.decode import cosine, unseen
-from breaching_ext.lora.ladder import Ladder, run_cell, run_ladder
+from breaching_ext.lora.ladder import Ladder, run_ladder
 from breaching_ext.lora.report import table, write_report
 from breaching_ext.lora.settings import METHODS, RANKLESS, Cell, Settings, plan
 

@@ -151,12 +151,16 @@ def adapt(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 
     Raises:
         MissingPeftError: when peft is not installed.
-        ConfigError: for a name that is no layer, or a rank below 1.
+        ConfigError: for a name that is no layer, a rank below 1, or factors of other shapes.
     """
     check_layers(model, list(factors))
-    for name, factor in factors.items():
-        if len(factor.a) < 1:
-            raise ConfigError(f"rank={len(factor.a)} of layer {name!r} is not possible; valid: 1, 2, 3, ... or 'full'.")
+    for name, (outputs, inputs) in layer_shapes(model, list(factors)).items():
+        a, b = tuple(factors[name].a.shape), tuple(factors[name].b.shape)
+        if a[:1] == (0,):
+            raise ConfigError(f"rank=0 of layer {name!r} is not possible; valid: 1, 2, 3, ... or 'full'.")
+        if a != (*a[:1], inputs) or b != (outputs, *a[:1]):
+            valid = f"A (r, {inputs}) and B ({outputs}, r)"
+            raise ConfigError(f"factors of layer {name!r} have the shapes A {a} and B {b}; valid: {valid}.")
     adapted = _inject(copy.deepcopy(model), {name: len(factor.a) for name, factor in factors.items()})
     adapted.requires_grad_(False)
     with torch.no_grad():

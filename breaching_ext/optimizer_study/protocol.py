@@ -171,8 +171,9 @@ def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protoc
     check_protocol(protocol)
     for seed in seeds:
         for variant in map(get_variant, ids):
-            yield Run(variant, seed, result_path(folder, variant.id, seed), protocol)
-            if protocol.beyond and variant.config.normalized_decay:
+            own = Run(variant, seed, result_path(folder, variant.id, seed), protocol)
+            yield own
+            if protocol.beyond and variant.with_settings(**own.arguments["settings"]).config.normalized_decay:
                 wider = replace(protocol, wd_multipliers=protocol.beyond)
                 yield Run(variant, seed, result_path(folder, variant.id, seed, beyond=True), wider)
 

@@ -72,12 +72,13 @@ class StackedRun:
     def reconstruct(self, images: Tensor) -> Tensor:
         """Reconstructions (M, n, …)."""
         forward = vmap(lambda p, x: functional_call(self.task.model, p, (x,)), in_dims=(0, None))
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.task.model):
             return forward(self.params, images)
 
     def test_losses(self) -> Tensor:
         """Test loss (M,)."""
-        return evaluate(self.task.model, self.params, self.task.test, self.task.budget.batch_size)
+        with _evaluating(self.task.model):
+            return evaluate(self.task.model, self.params, self.task.test, self.task.budget.batch_size)
 
 
 class SequentialRun:

@@ -276,6 +276,13 @@ def test_rank_zero_is_refused_before_peft_is_asked():
         adapt(build_model("conv", 0), {"fc1": empty})
 
 
+@pytest.mark.parametrize(("a", "b"), [((2, 255), (32, 2)), ((2, 256), (31, 2)), ((2, 256), (32, 3)), ((256,), (32, 1))])
+def test_factors_of_other_shapes_are_refused(a, b):
+    factors = Factors(torch.rand(a).double(), torch.rand(b).double(), 1.0)
+    with pytest.raises(ConfigError, match=r"factors of layer 'fc1'.*valid: A \(r, 256\) and B \(32, r\)"):
+        adapt(build_model("conv", 0), {"fc1": factors})
+
+
 @pytest.mark.parametrize(
     ("steps", "rate", "word"), [(0, 0.1, "local_steps=0"), (-1, 0.1, "local_steps=-1"), (2, 0.0, "local_lr")]
 )

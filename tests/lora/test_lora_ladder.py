@@ -322,6 +322,9 @@ def test_seen_is_the_cosine_of_the_projection():
         ("local_lr=0", ["local_lr=0"]),
         ("scale=-1", ["scale=-1"]),
         ("scale=inf", ["scale=inf", "finite"]),
+        ("scale=true", ["scale=True", "finite"]),
+        ("phases=[0,1.0]", ["phases=1.0", "0, 1, 2, 3"]),
+        ("layers=[conv1,conv1]", ["layers=['conv1', 'conv1']", "twice"]),
         ("local_lr=fast", ["local_lr='fast'", "finite"]),
         ("ceiling=nan", ["ceiling=nan", "finite"]),
         ("seeds=[0,1.5]", ["seeds=1.5"]),
@@ -382,6 +385,8 @@ def test_the_command_ends_with_one_line_for_bad_input(caplog):
         cli._application.__wrapped__(config("ranks=[0]"))
     assert caught.value.code == 1
     assert caplog.messages[-1].startswith("ranks=0 is not possible")
+    with pytest.raises(ConfigError, match="out=None is not possible; valid: a folder"):
+        cli.run(config("out=null"))
 
 
 def test_one_layer_is_a_list_of_one():

@@ -25,7 +25,7 @@ from breaching_ext.optimizer_study.callbacks import MergeResults
 from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
 from breaching_ext.optimizer_study.merging import load_results, merge_results
 from breaching_ext.optimizer_study.models import create_model
-from breaching_ext.optimizer_study.protocol import Protocol, select_variants
+from breaching_ext.optimizer_study.protocol import Protocol, planned, select_variants
 from breaching_ext.optimizer_study.study import run_study
 from breaching_ext.optimizer_study.variants import VARIANTS
 
@@ -186,6 +186,13 @@ def test_columns_beyond_the_grid_count_for_the_coupling_of_normalized_decay_alon
     assert after[1]["coupling_rows"][0] > before[1]["coupling_rows"][0]
     same = ("final_test_loss", "wd_multipliers", "best_final_test_loss")
     assert [after[1][key] for key in same] == [before[1][key] for key in same]
+
+
+def test_columns_beyond_the_grid_go_by_the_decay_that_is_set(folder, tmp_path):
+    normalized = small(folder, beyond=[64], settings={"normalized_decay": True})
+    plain = small(folder, beyond=[64], settings={"normalized_decay": False})
+    for protocol, runs in ((small(folder, beyond=[64]), 3), (normalized, 4), (plain, 2)):
+        assert len(list(planned(tmp_path, ["B3", "B7"], [1], protocol))) == runs
 
 
 def test_columns_beyond_the_grid_must_lie_beyond_it(folder, tmp_path):

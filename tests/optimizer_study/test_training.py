@@ -384,6 +384,30 @@ def test_test_images_do_not_move_the_statistics_of_batch_norm(monkeypatch):
     assert all(seen)
 
 
+class Halving(nn.Module):
+    """Computes something else in training, as denoising models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = create_model("mlp", 4, hidden=4, latent=2)
+
+    def forward(self, images):
+        return self.inner(0.5 * images if self.training else images)
+
+
+def test_test_losses_are_those_of_evaluation_mode_whatever_the_executor():
+    model = Halving()
+    stacked, alone = (run_grid(**grid_arguments(model=model, executor=e)) for e in ("stacked", "sequential"))
+    for a, b in zip(losses(stacked), losses(alone), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert model.training
+    samples = [
+        run_grid(**grid_arguments(model=model, executor=e, sample_epochs=[1])) for e in ("stacked", "sequential")
+    ]
+    a, b = (run.results[0].log.samples[1] for run in samples)
+    assert abs(a - b).max() < 1e-5
+
+
 @pytest.mark.parametrize("what", ["frozen", "dropout"])
 def test_models_that_executors_would_treat_differently_are_refused(what):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Dropout(0.5), nn.Unflatten(1, (1, 4, 4)))

@@ -193,6 +193,9 @@ def factors_of(model: nn.Module, layer: str) -> Factors:
     Raises:
         ConfigError: for a layer without an adapter named "default", or one that is more than a product (DoRA).
     """
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    if layer not in adapted:
+        raise ConfigError(f"layer={layer!r} has no adapter; valid: {', '.join(adapted) or 'none, the model has none'}.")
     module: Any = model.get_submodule(layer)
     names = sorted(getattr(module, "lora_A", {}))
     if "default" not in names:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import SharedDataError
 from ..matching.client import client_update, matched_parameters
 from ..values import check_number, check_whole
 from .adapters import adapt, factors_of, only_weights_of
@@ -57,8 +58,25 @@ class FactorUpdate:
     tensors: list[torch.Tensor]
     local: dict[str, Any] | None
 
+    def __post_init__(self) -> None:
+        """Refuse tensors that are not the trainable parameters' (SharedDataError)."""
+        trainable = matched_parameters(self.model)
+        if len(self.tensors) != len(trainable):
+            raise SharedDataError(
+                f"the update has {len(self.tensors)} tensors; valid: one for each of the model's {len(trainable)} "
+                "parameters that require a gradient, in model order."
+            )
+        for (name, parameter), tensor in zip(trainable.items(), self.tensors, strict=True):
+            if tensor.shape != parameter.shape:
+                raise SharedDataError(f"{name}: shape {list(tensor.shape)}; valid: {list(parameter.shape)}.")
+
     def matrices(self, layers: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return layer -> (∂A (r, i), ∂B (o, r)); after local steps the mean gradient, change / (−lr·K)."""
+        """Return layer -> (∂A (r, i), ∂B (o, r)); after local steps the mean gradient, change / (−lr·K).
+
+        Raises:
+            ConfigError: for a layer without an adapter.
+        """
+        self.factors(layers)
         divisor = 1.0 if self.local is None else -self.local["lr"] * self.local["steps"]
         named = dict(zip(matched_parameters(self.model), self.tensors, strict=True))
         return {

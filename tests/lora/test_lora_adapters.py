@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from breaching_ext.errors import BreachingExtError, ConfigError
+from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.lora.adapters import (
     MissingPeftError,
     adapt,
@@ -23,7 +23,7 @@ from breaching_ext.lora.adapters import (
 from breaching_ext.lora.case import SHAPE, Case, _batches
 from breaching_ext.lora.decode import Factors, completed, cosine, factor_gradients, rank
 from breaching_ext.lora.models import MODELS, build_model
-from breaching_ext.lora.observation import Batch, factor_update, full_gradient, local_steps, sent_update
+from breaching_ext.lora.observation import Batch, FactorUpdate, factor_update, full_gradient, local_steps, sent_update
 from breaching_ext.matching.client import matched_parameters
 
 needs_peft = pytest.mark.skipif(
@@ -188,6 +188,21 @@ def test_local_steps_show_rows_that_one_step_from_b_zero_hides():
         found[steps] = cosine([decoded], [problem.gradient["fc1"]])
     assert found[1] < 0.5
     assert found[3] > 0.99
+
+
+@needs_peft
+def test_an_update_that_does_not_fit_the_adapters_is_refused():
+    problem = case("conv")
+    update = factor_update(problem.model, problem.factors(2, "random", 1.0), problem.client)
+    with pytest.raises(SharedDataError, match=r"has 9 tensors; valid: one for each of the model's 10 parameters"):
+        FactorUpdate(update.model, update.tensors[:-1], None)
+    with pytest.raises(
+        SharedDataError, match=r"conv1.lora_A.default.weight: shape \[16, 2, 1, 1\]; valid: \[2, 3, 5, 5\]"
+    ):
+        FactorUpdate(update.model, [update.tensors[1], update.tensors[0], *update.tensors[2:]], None)
+    for read in (update.matrices, update.factors):
+        with pytest.raises(ConfigError, match=r"layer='fc9' has no adapter; valid: conv1, conv2, conv3, fc1, fc2"):
+            read(["fc1", "fc9"])
 
 
 @needs_peft

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import BreachingExtError, ConfigError
+from ..modes import evaluating
 from .decode import Factors
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,6 @@ def row_counts(model: nn.Module, layers: Sequence[str], shape: Sequence[int], ba
     """
     counts = dict.fromkeys(layers, 0)
     shapes = layer_shapes(model, layers)
-    model = copy.deepcopy(model)  # batch norm counts what it sees
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: torch.Tensor) -> None:
@@ -106,10 +106,13 @@ def row_counts(model: nn.Module, layers: Sequence[str], shape: Sequence[int], ba
 
         return hook
 
-    for name in layers:
-        model.get_submodule(name).register_forward_hook(record(name))
-    with torch.no_grad():
-        model(next(model.parameters()).new_zeros(batch, *shape))
+    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in layers]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(next(model.parameters()).new_zeros(batch, *shape))
+    finally:
+        for handle in handles:
+            handle.remove()
     for name in (name for name, count in counts.items() if not count):
         raise ConfigError(f"layers={name!r} is not called in a forward pass; valid: layers that the model calls.")
     return counts

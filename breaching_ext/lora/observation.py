@@ -5,7 +5,6 @@ All of it is :func:`breaching_ext.matching.client.client_update`, with other par
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..errors import SharedDataError
 from ..matching.client import client_update, matched_parameters
+from ..modes import evaluating
 from ..values import check_number, check_whole
 from .adapters import adapt, factors_of, only_weights_of
 from .decode import Factors
@@ -108,9 +108,8 @@ def sent_update(model: nn.Module, batch: Batch, local: dict[str, Any] | None = N
 
     In evaluation mode, in which attacks match it, whatever the model's own is; the model is not changed.
     """
-    update, _ = client_update(copy.deepcopy(model).eval(), torch.nn.functional.cross_entropy, local)(
-        batch.images, batch.labels
-    )
+    with evaluating(model):
+        update, _ = client_update(model, torch.nn.functional.cross_entropy, local)(batch.images, batch.labels)
     return [tensor.detach() for tensor in update]
 
 

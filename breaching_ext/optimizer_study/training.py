@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ..modes import evaluating
 from .logbook import LogBook
 from .optimizer import BaseOptimizer
 from .rules import StepScalars, UpdateRule, step_scalars
@@ -72,12 +72,12 @@ class StackedRun:
     def reconstruct(self, images: Tensor) -> Tensor:
         """Reconstructions (M, n, …)."""
         forward = vmap(lambda p, x: functional_call(self.task.model, p, (x,)), in_dims=(0, None))
-        with torch.no_grad(), _evaluating(self.task.model):
+        with torch.no_grad(), evaluating(self.task.model):
             return forward(self.params, images)
 
     def test_losses(self) -> Tensor:
         """Test loss (M,)."""
-        with _evaluating(self.task.model):
+        with evaluating(self.task.model):
             return evaluate(self.task.model, self.params, self.task.test, self.task.budget.batch_size)
 
 
@@ -138,27 +138,15 @@ class SequentialRun:
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Reconstructions (1, n, …)."""
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             return self.model(images).unsqueeze(0)
 
     def test_losses(self) -> Tensor:
         """Test loss (1,)."""
         test = self.task.test
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             parts = [F.mse_loss(self.model(x), x) * len(x) for x in test.split(self.task.budget.batch_size)]
         return torch.stack(parts).sum().view(1) / len(test)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode meanwhile: test images must not move the statistics of batch norm."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _plain_step(model: nn.Module, rule: UpdateRule, params: dict[str, Tensor], track: bool) -> StepFunction:

@@ -635,7 +635,7 @@ def test_the_module_imports_nothing_from_the_attacks_nor_the_data_from_the_modul
     data, both = map(json.loads, done.stdout.splitlines())
     assert not [m for m in data if m.startswith("breaching_ext.optimizer_study")]
     others = {m for m in both if not m.startswith("breaching_ext.optimizer_study")}
-    names = ("config", "errors", "files", "free_ram", "intervals", "out_of_memory", "registration")
+    names = ("config", "errors", "files", "free_ram", "intervals", "modes", "out_of_memory", "registration")
     names += ("tensor_files", "values", "data", "data.fashion_mnist", "data.fashion_mnist_files", "data.sample_photos")
     shared = {f"breaching_ext.{name}" for name in names}
     assert others <= {"breaching_ext", *shared}

@@ -20,7 +20,7 @@ def folders_to_merge(sources: str | Sequence[str] | None, out: str | Path) -> li
         ValueError: If a source is no folder: a study would be merged without it.
     """
     folders = [sources] if isinstance(sources, str) else sources or []
-    require(isinstance(folders, (list, tuple)), "sources", sources, "a folder, or a list of folders")
+    require(isinstance(folders, Sequence), "sources", sources, "a folder, or a list of folders")
     for folder in folders:
         there = isinstance(folder, (str, Path)) and Path(folder).is_dir()
         require(there, "sources", folder, "a folder, or a list of folders")

@@ -170,6 +170,7 @@ def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protoc
     _check_seeds(seeds)
     check_protocol(protocol)
     for seed in seeds:
+        seed = int(seed)  # NumPy's are no JSON
         for variant in map(get_variant, ids):
             own = Run(variant, seed, result_path(folder, variant.id, seed), protocol)
             yield own
@@ -179,7 +180,7 @@ def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protoc
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
-    require(bool(seeds), "seed", list(seeds), "at least one whole number")
+    require(len(seeds) > 0, "seed", list(seeds), "at least one whole number")
     for seed in seeds:
         check_seed(seed)
     require(len(set(seeds)) == len(seeds), "seed", list(seeds), "each seed once")

@@ -309,6 +309,15 @@ def test_the_sheet_and_the_table_carry_the_same_numbers(folder, tmp_path, monkey
         assert title.splitlines()[-1].startswith(f"coupling {number}")
 
 
+def test_a_multirun_merges_the_sources_of_its_config(folder, tmp_path):
+    """Which are no list of Python's there."""
+    run_study(tmp_path / "one", ["A1"], np.array([1]), small(folder), progress=False)
+    run_study(tmp_path / "two", ["B3"], [1], small(folder), progress=False)
+    MergeResults().on_multirun_end(configured(f"out={tmp_path / 'two'}", f"sources=[{tmp_path / 'one'}]"))
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert [row["optimizer_id"] for row in summary] == ["A1", "B3"]
+
+
 def test_a_multirun_whose_results_cannot_be_merged_does_not_end_well(tmp_path, caplog):
     with pytest.raises(SystemExit) as end:  # Hydra lets only this one through
         MergeResults().on_multirun_end(configured(f"out={tmp_path}"))

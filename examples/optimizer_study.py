@@ -12,6 +12,7 @@ used.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from breaching_ext.optimizer_study import run_grid
@@ -41,8 +42,8 @@ def main() -> None:
         path.with_suffix(".partial").unlink(missing_ok=True)
         experiments.append(experiment)
         found = coupling(experiment)
-        best = min(experiment.results, key=lambda result: result.log.best_test_loss)
-        print(f"{variant} {experiment.optimizer_name}: best test loss {best.log.best_test_loss:.4f}", end="; ")
+        best = np.nanmin(experiment.get_heatmap_data()[0])  # chosen by the test images: a little too good
+        print(f"{variant} {experiment.optimizer_name}: best final test loss {best:.4f}", end="; ")
         print(f"coupling {found.slope:+.2f} ± {found.standard_error:.2f} over {len(found.lr_multipliers)} rows")
     print("wrote", save_sheet(experiments, args.out / "heatmaps.png"))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, unknown
-from ..optimizer_study.data import load_fashion_mnist, load_fashion_mnist_labels
+from .fashion_mnist_files import load_fashion_mnist, load_fashion_mnist_labels
 
 LABELINGS = ("permuted", "parity", "halves")
 _CLASSES = 10
@@ -86,7 +86,8 @@ def _binary(blocks: int, labels: str, generator: torch.Generator) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _load(folder: str | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     try:
-        images, classes = load_fashion_mnist(folder), load_fashion_mnist_labels(folder)
+        images = load_fashion_mnist(folder, key="case.data.path")
+        classes = load_fashion_mnist_labels(folder, key="case.data.path")
     except FileNotFoundError as error:
-        raise ConfigError(str(error).replace("data.folder", "case.data.path")) from error
+        raise ConfigError(str(error)) from error
     return (images[0], classes[0]), (images[1], classes[1])

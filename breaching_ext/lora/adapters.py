@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import BreachingExtError, ConfigError
+from ..modes import evaluating
 from .decode import Factors
 
 log = logging.getLogger(__name__)
@@ -83,31 +84,37 @@ def full_ranks(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
 
 
 def row_counts(model: nn.Module, layers: Sequence[str], shape: Sequence[int], batch: int) -> dict[str, int]:
-    """Return how many rows enter each layer: examples, times tokens or positions. No gradient has a larger rank.
+    """Return how many rows enter each layer: examples, times tokens or positions, over all its calls in a forward pass.
+
+    No gradient has a larger rank: it is a sum of one outer product a row.
 
     Args:
-        model: the model.
+        model: the model; it is not changed.
         layers: names of the layers.
         shape: shape of one image, (C, H, W).
         batch: images in the batch.
-    """
-    counts: dict[str, int] = {}
 
+    Raises:
+        ConfigError: for a layer that is not called: nothing is known of the rows of one whose weight is used otherwise.
+    """
+    counts = dict.fromkeys(layers, 0)
     shapes = layer_shapes(model, layers)
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-            counts[name] = output.numel() // shapes[name][0]
+            counts[name] += output.numel() // shapes[name][0]
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in layers]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(next(model.parameters()).new_zeros(batch, *shape))
     finally:
         for handle in handles:
             handle.remove()
+    for name in (name for name, count in counts.items() if not count):
+        raise ConfigError(f"layers={name!r} is not called in a forward pass; valid: layers that the model calls.")
     return counts
 
 
@@ -138,7 +145,8 @@ def adapt(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 
     The adapters get the given A and B, and the frozen base weight becomes W − s·B A. So whatever the factors, the
     effective weight is the model's own W, and with it the outputs and the full gradient: experiments that differ in
-    rank and factors differ in nothing else. Only A and B require a gradient.
+    rank and factors differ in nothing else. Only A and B require a gradient. Every module keeps its mode, training or
+    evaluation.
 
     Args:
         model: the plain model, with effective weights W.
@@ -146,12 +154,16 @@ def adapt(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 
     Raises:
         MissingPeftError: when peft is not installed.
-        ConfigError: for a name that is no layer, or a rank below 1.
+        ConfigError: for a name that is no layer, a rank below 1, or factors of other shapes.
     """
     check_layers(model, list(factors))
-    for name, factor in factors.items():
-        if len(factor.a) < 1:
-            raise ConfigError(f"rank={len(factor.a)} of layer {name!r} is not possible; valid: 1, 2, 3, ... or 'full'.")
+    for name, (outputs, inputs) in layer_shapes(model, list(factors)).items():
+        a, b = tuple(factors[name].a.shape), tuple(factors[name].b.shape)
+        if a[:1] == (0,):
+            raise ConfigError(f"rank=0 of layer {name!r} is not possible; valid: 1, 2, 3, ... or 'full'.")
+        if a != (*a[:1], inputs) or b != (outputs, *a[:1]):
+            valid = f"A (r, {inputs}) and B ({outputs}, r)"
+            raise ConfigError(f"factors of layer {name!r} have the shapes A {a} and B {b}; valid: {valid}.")
     adapted = _inject(copy.deepcopy(model), {name: len(factor.a) for name, factor in factors.items()})
     adapted.requires_grad_(False)
     with torch.no_grad():
@@ -165,7 +177,17 @@ def adapt(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
             weight.sub_((factor.scale * factor.b @ factor.a).reshape(weight.shape).to(weight))
             a.requires_grad_(True)
             b.requires_grad_(True)
-    return adapted.eval()
+    _take_modes(adapted, model)
+    return adapted
+
+
+def _take_modes(adapted: nn.Module, model: nn.Module) -> None:
+    """Give every module the mode that it had in the plain model, and an adapter's parts that of the layer."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in adapted.named_modules():
+        while name not in modes:
+            name = name.rpartition(".")[0]
+        module.training = modes[name]
 
 
 def factors_of(model: nn.Module, layer: str) -> Factors:
@@ -174,6 +196,9 @@ def factors_of(model: nn.Module, layer: str) -> Factors:
     Raises:
         ConfigError: for a layer without an adapter named "default", or one that is more than a product (DoRA).
     """
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    if layer not in adapted:
+        raise ConfigError(f"layer={layer!r} has no adapter; valid: {', '.join(adapted) or 'none, the model has none'}.")
     module: Any = model.get_submodule(layer)
     names = sorted(getattr(module, "lora_A", {}))
     if "default" not in names:

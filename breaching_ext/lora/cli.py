@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from ..cli import silence_upstream
-from ..errors import BreachingExtError
+from ..errors import BreachingExtError, ConfigError
 from ..values import check_whole
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ def run(cfg: Any) -> list[Path]:
     from .settings import Settings
 
     check_whole("threads", cfg.threads, 1, may_be_empty=True)
+    if not cfg.out:
+        raise ConfigError(f"out={cfg.out} is not possible; valid: a folder, which need not be there.")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     settings = Settings.from_config(cfg)

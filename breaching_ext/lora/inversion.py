@@ -59,7 +59,8 @@ def invert(
         case: the client, for the labels and the evaluation.
         model: the model as the client received it; only parameters that require a gradient are matched.
         target: one tensor for each of them, what the attack matches.
-        cfg_attack: an attack config of type joint-candidates; its seed is set from the case's.
+        cfg_attack: an attack config of type joint-candidates; to its seed (0 where it has none) 10,000 times that of
+            the case is added, so that all cells of a case start alike.
         local: Breaching's `local_hyperparams` when the target is the change over several steps.
         device: where to run; None is the CPU.
 
@@ -72,7 +73,7 @@ def invert(
     own = copy.deepcopy(model).to(**setup)
     cfg = copy.deepcopy(cfg_attack)
     with open_dict(cfg):
-        cfg.restarts.seed = 10_000 * case.seed
+        cfg.restarts.seed = 10_000 * case.seed + (cfg.restarts.get("seed") or 0)
     payload, shared = observe(
         own,
         [tensor.to(**setup) for tensor in target],

@@ -12,12 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import SharedDataError
 from ..matching.client import client_update, matched_parameters
+from ..modes import evaluating
 from ..values import check_number, check_whole
 from .adapters import adapt, factors_of, only_weights_of
 from .decode import Factors
 
-__all__ = ["Batch", "FactorUpdate", "factor_update", "full_gradient", "local_steps", "sent_update"]
+__all__ = [
+    "Batch",
+    "FactorUpdate",
+    "Matrices",
+    "as_weights",
+    "factor_update",
+    "full_gradient",
+    "local_steps",
+    "sent_update",
+]
+
+Matrices = dict[str, torch.Tensor]  # layer -> (o, i)
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,25 @@ class FactorUpdate:
     tensors: list[torch.Tensor]
     local: dict[str, Any] | None
 
+    def __post_init__(self) -> None:
+        """Refuse tensors that are not the trainable parameters' (SharedDataError)."""
+        trainable = matched_parameters(self.model)
+        if len(self.tensors) != len(trainable):
+            raise SharedDataError(
+                f"the update has {len(self.tensors)} tensors; valid: one for each of the model's {len(trainable)} "
+                "parameters that require a gradient, in model order."
+            )
+        for (name, parameter), tensor in zip(trainable.items(), self.tensors, strict=True):
+            if tensor.shape != parameter.shape:
+                raise SharedDataError(f"{name}: shape {list(tensor.shape)}; valid: {list(parameter.shape)}.")
+
     def matrices(self, layers: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return layer -> (∂A (r, i), ∂B (o, r)); after local steps the mean gradient, change / (−lr·K)."""
+        """Return layer -> (∂A (r, i), ∂B (o, r)); after local steps the mean gradient, change / (−lr·K).
+
+        Raises:
+            ConfigError: for a layer without an adapter.
+        """
+        self.factors(layers)
         divisor = 1.0 if self.local is None else -self.local["lr"] * self.local["steps"]
         named = dict(zip(matched_parameters(self.model), self.tensors, strict=True))
         return {
@@ -74,8 +104,12 @@ def local_steps(steps: int, rate: float, labels: torch.Tensor) -> dict[str, Any]
 
 
 def sent_update(model: nn.Module, batch: Batch, local: dict[str, Any] | None = None) -> list[torch.Tensor]:
-    """Return one tensor for every parameter that requires a gradient, as the client computes it (cross-entropy)."""
-    update, _ = client_update(model, torch.nn.functional.cross_entropy, local)(batch.images, batch.labels)
+    """Return one tensor for every parameter that requires a gradient, as the client computes it (cross-entropy).
+
+    In evaluation mode, in which attacks match it, whatever the model's own is; the model is not changed.
+    """
+    with evaluating(model):
+        update, _ = client_update(model, torch.nn.functional.cross_entropy, local)(batch.images, batch.labels)
     return [tensor.detach() for tensor in update]
 
 
@@ -84,6 +118,19 @@ def full_gradient(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict
     frozen = only_weights_of(model, layers)
     named = dict(zip(matched_parameters(frozen), sent_update(frozen, batch), strict=True))
     return {layer: named[f"{layer}.weight"].flatten(1) for layer in layers}
+
+
+def as_weights(model: nn.Module, matrices: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return layer matrices (o, i) in the shapes and the order of the model's trainable weights, for an attack on them.
+
+    Args:
+        model: one of which only layers' weights require a gradient; see :func:`.adapters.only_weights_of`.
+        matrices: layer -> (o, i).
+    """
+    return [
+        matrices[name.removesuffix(".weight")].reshape(parameter.shape)
+        for name, parameter in matched_parameters(model).items()
+    ]
 
 
 def factor_update(

@@ -116,6 +116,9 @@ class Settings:
             raise unknown("model", self.model, MODELS)
         if self.layers:
             check_layers(build_model(self.model, 0), self.layers)
+        for phase in self.phases:
+            if not _counts(phase, 0):
+                raise unknown("phases", phase, METHODS)
         _check_each("phases", self.phases, METHODS)
         _check_each("starts", self.starts, STARTS)
         possible = [method for phase in self.phases for method in METHODS[phase]]
@@ -138,8 +141,8 @@ class Settings:
         for key in ("scale", "local_lr"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)} is not possible; valid: above 0.")
-        for key in ("phases", "ranks", "starts", "seeds"):
-            if not getattr(self, key):
+        for key in ("phases", "ranks", "starts", "seeds", "layers", "methods"):
+            if not getattr(self, key) and key not in ("layers", "methods"):  # these then are all that there are
                 raise ConfigError(f"{key}=[] leaves nothing to run; valid: a list of at least one.")
             repeated = [value for value in getattr(self, key) if list(getattr(self, key)).count(value) > 1]
             if repeated:
@@ -186,7 +189,7 @@ def _number(key: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
+    if not math.isfinite(number) or isinstance(value, bool):
         raise ConfigError(f"{key}={value!r} is not possible; valid: a finite number.")
     return number
 

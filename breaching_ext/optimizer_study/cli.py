@@ -10,6 +10,7 @@ breaching-ext-optimizer-study action=merge sources=[DIR1,DIR2]
 from __future__ import annotations
 
 import logging
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..values import check_switches
+from ..errors import BreachingExtError
+from ..values import check_switches, check_whole
 from .config import require_choice
 from .merging import folders_to_merge, merge_results
-from .protocol import Protocol, select_variants
+from .protocol import PROTOCOL_KEYS, Protocol, select_variants
 from .study import run_study
 
 log = logging.getLogger(__name__)
 
 ACTIONS = ("run", "merge")
+#: Exit status after Ctrl-C, as a shell gives it.
+INTERRUPTED = 130
 
 
 def _config_folder() -> str:
@@ -46,7 +50,19 @@ def _config_folder() -> str:
 def main(cfg: DictConfig) -> None:
     """Run the study that the configuration describes."""
     # The jobs of a multirun leave merging to `callbacks.MergeResults`, which sees the results of all.
-    run(cfg, merge=HydraConfig.get().mode is not RunMode.MULTIRUN)
+    one_of_many = HydraConfig.get().mode is RunMode.MULTIRUN
+    try:
+        run(cfg, merge=not one_of_many)
+    except (BreachingExtError, FileNotFoundError) as error:
+        if one_of_many:
+            raise
+        log.error("%s", error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if one_of_many:
+            raise  # the jobs that follow would each have to be interrupted, too
+        log.warning("Interrupted: what is finished is kept; the same command goes on from there.")
+        sys.exit(INTERRUPTED)
 
 
 def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
@@ -66,6 +82,7 @@ def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
     require_choice("action", cfg.action, ACTIONS)
     check_switches(cfg, ["progress"])
     folders = folders_to_merge(_plain(cfg.sources), cfg.out)
+    check_whole("threads", cfg.threads, 1, may_be_empty=True)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if cfg.action == "run":
@@ -80,8 +97,13 @@ def run(cfg: DictConfig, merge: bool = True) -> list[Path]:
 
 
 def protocol_of(cfg: DictConfig) -> Protocol:
-    """The shared settings of a configuration."""
-    return Protocol(**_plain(cfg.protocol), data_folder=cfg.data.folder)
+    """The shared settings of a configuration; options that are left empty are none."""
+    values = _plain(cfg.protocol)
+    for key in values:
+        require_choice("protocol key", key, PROTOCOL_KEYS)
+    mappings = ("model_options", "schedule_options", "settings")
+    empty: dict[str, Any] = {key: {} for key in mappings if values.get(key) is None}
+    return Protocol(**values | empty, data_folder=OmegaConf.select(cfg, "data.folder"))
 
 
 def _plain(value: Any) -> Any:

@@ -20,11 +20,11 @@ exactly one place (`rules.py` for the update, `schedules.py` for the schedule):
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from math import isfinite
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from ..values import is_whole
+from ..errors import ConfigError
+from ..values import is_number, is_whole
 
 Decay = Literal["l2", "schedule", "lr"]
 FactoredDims = Literal["largest", "last"]
@@ -58,8 +58,9 @@ class OptimizerConfig:
         Raises:
             ValueError: Naming the field, its value and the valid ones.
         """
-        for name, value in asdict(self).items():
-            require(not isinstance(value, float) or isfinite(value), name, value, "a finite number")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(not isinstance(field.default, float) or is_number(value), field.name, value, "a finite number")
         require_choice("decay", self.decay, DECAYS)
         require(isinstance(self.normalized_decay, bool), "normalized_decay", self.normalized_decay, "true or false")
         require(self.lr > 0, "lr", self.lr, "a number > 0")
@@ -167,11 +168,11 @@ class Budget:
 
 
 def require(holds: bool, key: str, value: object, valid: str) -> None:
-    """Raise ``ValueError`` with one line that names key, value and the valid values unless ``holds``."""
+    """Raise ``ConfigError``, a ValueError of one line that names key, value and the valid ones, unless ``holds``."""
     if not holds:
-        raise ValueError(f"{key}={value!r} is not valid; it must be {valid}.")
+        raise ConfigError(f"{key}={value!r} is not valid; it must be {valid}.")
 
 
 def require_choice(key: str, value: object, valid: tuple[object, ...]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``valid``."""
+    """Raise ``ConfigError`` unless ``value`` is one of ``valid``."""
     require(value in valid, key, value, "one of " + ", ".join(map(str, valid)))

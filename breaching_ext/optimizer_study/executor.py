@@ -8,7 +8,6 @@ loses where one member keeps the processor busy on its own (the full convolution
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..free_ram import free_ram
 from ..out_of_memory import is_out_of_memory
+from ..values import is_whole
 from .config import require, require_choice
+from .memory import members_in_memory
 from .stacked import flushed_denormals
-from .training import Cell, SequentialRun, StackedRun, TrainingTask
+from .task import Cell, TrainingTask
+from .training import SequentialRun, StackedRun
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ COMPILE_CHOICES: tuple[object, ...] = ("auto", True, False)
 COMPILE_FROM_SECONDS = 60.0
 # A step of the stack should not take longer than about this: what is measured is the chunk that is then run.
 _STEP_SECONDS = 1.0
-_MEMORY_SHARE = 0.5
 # Smaller chunks that are tried too: what a step touches may stay in a processor's cache (16: the activations of a
 # small convolutional model; 36: parameters and moments of a small MLP).
 _CACHED_CHUNKS = (16, 36)
@@ -83,14 +82,14 @@ def make_plan(
         cells: Multipliers (lr, wd) of the members to train.
         executor: ``auto`` measures; ``stacked`` and ``sequential`` are taken as given.
         compiled: True, False, or ``auto``: compile a stack if the run is long enough for it to pay.
-        chunk: Members in a stack; default: the fastest of 16, 36 and as many as fit into half of the free memory.
+        chunk: Most members in a stack, where members are stacked: they are split evenly, and into smaller chunks where
+            memory runs out. Default: the fastest of 16, 36 and as many as fit into half of the free memory and
+            take about a second a step.
 
     Raises:
-        ValueError: If ``executor`` or ``compiled`` is not valid.
+        ValueError: If ``executor``, ``compiled`` or ``chunk`` is not valid.
     """
-    require_choice("executor", executor, EXECUTORS)
-    known = isinstance(compiled, bool) or compiled == "auto"
-    require(known, "compile", compiled, "one of " + ", ".join(map(str, COMPILE_CHOICES)))
+    check_choices(executor, compiled, chunk)
     if executor == "sequential":
         return Plan("sequential", False, 1)
     given = chunk is not None
@@ -99,6 +98,14 @@ def make_plan(
         return Plan("stacked", bool(compiled), chunk)
     with flushed_denormals():
         return _measure(task, cells, chunk, given, executor, compiled)
+
+
+def check_choices(executor: str, compiled: object, chunk: int | None) -> None:
+    """Check what `make_plan` takes (ValueError)."""
+    require_choice("executor", executor, EXECUTORS)
+    known = isinstance(compiled, bool) or compiled == "auto"
+    require(known, "compile", compiled, "one of " + ", ".join(map(str, COMPILE_CHOICES)))
+    require(chunk is None or (is_whole(chunk) and chunk >= 1), "chunk", chunk, "a whole number >= 1, or None")
 
 
 def even_chunks(members: int, largest: int) -> int:
@@ -115,9 +122,10 @@ def _measure(
     steps = task.steps * len(cells) / 1e3
     if executor == "auto":
         sequential = time_step(lambda: SequentialRun(task, cells[:1]), task, repeats=20)
-    sample = max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3))
-    chunk = even_chunks(len(cells), min(chunk, sample))
-    sizes = {chunk} if given else {even_chunks(len(cells), min(chunk, n)) for n in (chunk, *_CACHED_CHUNKS)}
+    sizes = {chunk}
+    if not given:
+        largest = min(chunk, max(4, int(_STEP_SECONDS / (sequential or 1e-3) * 1e3)))
+        sizes = {even_chunks(len(cells), min(largest, n)) for n in (largest, *_CACHED_CHUNKS)}
     try:
         times = _stacked_times(task, cells, sizes)
     except (RuntimeError, ValueError) as error:  # buffers, random layers, an operation that cannot be batched
@@ -207,43 +215,3 @@ def _batch_step(run: StackedRun | SequentialRun, task: TrainingTask) -> Callable
             torch.cuda.synchronize()
 
     return step
-
-
-def members_in_memory(task: TrainingTask) -> int:
-    """How many members fit into half of the free memory (at least one).
-
-    A member holds parameters, gradients, two moments and about as many temporaries, and the activations of a
-    batch, of which the widest layer is estimated from one forward pass.
-    """
-    device = task.train.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    size = task.train.element_size()
-    weights = 6 * sum(p.numel() for p in task.model.parameters()) * size
-    activations = 3 * _activation_numbers(task) * size
-    return max(1, int(free * _MEMORY_SHARE / (weights + activations)))
-
-
-def _activation_numbers(task: TrainingTask) -> int:
-    """How many numbers the layers put out for one batch."""
-    count = 0
-
-    def add(_module: Any, _inputs: Any, output: Any) -> None:
-        nonlocal count
-        count += output.numel() if isinstance(output, Tensor) else 0
-
-    model = copy.deepcopy(task.model)  # batch normalisation counts what it sees
-    leaves = [m for m in model.modules() if not list(m.children())]
-    hooks = [leaf.register_forward_hook(add) for leaf in leaves]
-    try:
-        with torch.no_grad():
-            model(task.train[: task.budget.batch_size])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return count
-
-
-def _free_memory() -> int:
-    """Free memory of the machine in bytes (a guess of 4 GiB where the system does not say)."""
-    free = free_ram()
-    return 4 * 2**30 if free is None else free

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..tensor_files import digest
-from ..values import is_whole
+from ..values import is_number, is_whole
+from .checkpoint import Checkpoint
 from .clock import Spent
 from .config import Budget, require
 from .data import images_of
-from .executor import Plan, make_plan
+from .description import describe
+from .executor import Plan, check_choices, make_plan
 from .models import create_model
 from .records import GridSearchResult, OptimizerExperiment
-from .storage import plain, read_json, write_json
-from .training import Cell, SequentialRun, StackedRun, TrainingTask, train
+from .task import Cell, TrainingTask
+from .training import SequentialRun, StackedRun, train
 from .variants import get_variant
 
 log = logging.getLogger(__name__)
@@ -37,7 +33,6 @@ LR_MULTIPLIERS: tuple[float, ...] = tuple(2.0**power for power in range(-10, 2))
 """1/1024 … 2."""
 WD_MULTIPLIERS: tuple[float, ...] = (0.0, *(2.0**power for power in range(-5, 6)))
 """0, 1/32 … 32."""
-_SAVE_EVERY_SECONDS = 5.0
 
 
 def run_grid(
@@ -79,12 +74,14 @@ def run_grid(
         seed: Seed of the order of the batches.
         executor: ``auto`` (measured), ``stacked`` or ``sequential``.
         compile: Whether the stacked step is compiled: True, False or ``auto``.
-        chunk: Members in a stack; default: the fastest of 16, 36 and as many as fit into half of the free memory.
+        chunk: Most members in a stack (they are split evenly: 144 by at most 100 into 72 and 72); default: the fastest
+            of 16, 36 and as many as fit into half of the free memory and take about a second a step.
         schedule: Another schedule than the variant's.
         schedule_options: Arguments of the schedule, such as ``{"end": "up"}``.
         settings: Other settings than the variant's, such as ``{"decay": "lr"}``.
-        checkpoint: Where finished chunks are kept meanwhile; a later call with the same arguments, and any cells,
-            continues there. It does not hold what `log_steps` and `sample_epochs` record, so it is not used with them.
+        checkpoint: Where every chunk is kept as soon as it is finished; a later call with the same arguments, and any
+            cells, continues there. It does not hold what `log_steps` and `sample_epochs` record, so it is not used with
+            them.
         log_steps: Record loss, gradient norm, weight norm and learning rate of every step.
         sample_epochs: Epochs after which reconstructions of eight test images are kept.
         progress: Whether to show a bar over member-steps.
@@ -109,8 +106,8 @@ def run_grid(
         require(inputs.shape[1:] == (1, inputs.shape[-1], inputs.shape[-1]), "train", tuple(inputs.shape), valid)
         model = create_model(model, inputs.shape[-1], seed)
     _check_model(model)
-    require(chunk is None or (is_whole(chunk) and chunk >= 1), "chunk", chunk, "a whole number >= 1, or None")
-    require(is_whole(seed), "seed", seed, "a whole number")
+    check_choices(executor, compile, chunk)
+    check_seed(seed)
     rates = variant.create_schedule(epochs, schedule, **(schedule_options or {}))
     for epoch in sample_epochs:
         valid = f"whole numbers from 1 to {rates.epochs}, the length of the run"
@@ -144,14 +141,14 @@ class _Grid:
     def __init__(self, task: TrainingTask, cells: list[Cell], checkpoint: str | Path | None, progress: bool) -> None:
         """Read what an earlier, interrupted call left."""
         self.task, self.cells, self.progress = task, cells, progress
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        if self.checkpoint is not None and (task.log_steps or task.sample_epochs):
+        self.spent, self.done = Spent(), dict[Cell, GridSearchResult]()
+        if checkpoint is not None and (task.log_steps or task.sample_epochs):
             log.warning("checkpoint=%s is not used: it holds neither the logs of steps nor samples.", checkpoint)
-            self.checkpoint = None
-        self.fingerprint = fingerprint(describe(task))
-        self.spent = Spent()
-        self.done: dict[Cell, GridSearchResult] = self._resume()
-        self._saved = time.monotonic()
+            checkpoint = None
+        self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, task)
+        if self.checkpoint is not None:
+            self.done, before = self.checkpoint.read()
+            self.spent.before |= before
 
     def run(self, executor: str, compiled: object, chunk: int | None) -> OptimizerExperiment:
         """Train the cells that are missing."""
@@ -161,8 +158,10 @@ class _Grid:
         if plan is not None:
             try:
                 self._train(missing, plan, time.perf_counter() - started)
-            finally:
-                self._save(force=True)
+            except BaseException:
+                if self.done:
+                    self._keep([])  # the seconds of the chunk that is lost
+                raise
         config = {
             **describe(self.task),
             "plan": None if plan is None else plan.to_dict(),
@@ -190,75 +189,37 @@ class _Grid:
                     if plan.executor == "stacked"
                     else SequentialRun(self.task, chunk)
                 )
-                for cell, training in zip(chunk, train(run, len(chunk), bar.update, started), strict=True):
-                    self.done[cell] = self._result(cell, training)
-                self._save()
+                logs = train(run, len(chunk), bar.update, started)
+                self._keep([self._result(cell, training) for cell, training in zip(chunk, logs, strict=True)])
 
     def _result(self, cell: Cell, training: Any) -> GridSearchResult:
         """A cell with its absolute rates."""
         config = self.task.variant.config
         return GridSearchResult(*cell, config.lr * cell[0], config.weight_decay * cell[1], training)
 
-    def _save(self, force: bool = False) -> None:
-        """Keep the finished cells, at most every few seconds."""
-        if self.checkpoint is None or not self.done:
-            return
-        if force or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
-            results = [r.to_dict() for r in self.done.values()]
-            write_json(self.checkpoint, {"fingerprint": self.fingerprint, **self.spent.so_far(), "results": results})
-            self._saved = time.monotonic()
-
-    def _resume(self) -> dict[Cell, GridSearchResult]:
-        """Cells that an interrupted call with the same arguments finished."""
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return {}
-        saved = read_json(self.checkpoint)
-        valid = (
-            "a file of this run, or a new one: it holds an unfinished run of other settings, model or data (delete it)"
-        )
-        require(saved.get("fingerprint") == self.fingerprint, "checkpoint", str(self.checkpoint), valid)
-        self.spent.before = {name: saved.get(name, 0.0) for name in self.spent.before}
-        results = [GridSearchResult.from_dict(values) for values in saved["results"]]
-        return {result.cell: result for result in results}  # of other cells, too: they stay in the file
-
-
-def describe(task: TrainingTask) -> dict[str, Any]:
-    """Settings, schedule, protocol, versions and device of a run (JSON types)."""
-    return {
-        "optimizer": {"kind": type(task.variant.config).__name__, **asdict(task.variant.config)},
-        "schedule": task.schedule.describe(),
-        "budget": asdict(task.budget),
-        "test_points": len(task.test),
-        "input_shape": list(task.train.shape[1:]),
-        "model": repr(task.model),
-        "n_parameters": sum(p.numel() for p in task.model.parameters()),
-        "loss": "mse",
-        "initial_weights_sha256": digest(*task.model.state_dict().values())[:16],
-        "data_sha256": data_digest(task.train, task.test),
-        "seed": task.seed,
-        "dtype": str(task.train.dtype),
-        "device": str(task.train.device),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def data_digest(train: Tensor, test: Tensor) -> str:
-    """Return what names the images of a run in its files."""
-    return digest(train, test)[:16]
-
-
-def fingerprint(description: dict[str, Any]) -> str:
-    """Hash of what decides the numbers of a run: all of its description but versions and threads."""
-    kept = {key: value for key, value in description.items() if key not in ("versions", "threads")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=plain).encode()).hexdigest()
+    def _keep(self, results: list[GridSearchResult]) -> None:
+        """Take finished cells, and put them into the checkpoint."""
+        self.done |= {result.cell: result for result in results}
+        if self.checkpoint is not None:
+            self.checkpoint.add(results, self.spent.so_far())
 
 
 def check_cells(lr_multipliers: Sequence[float], wd_multipliers: Sequence[float]) -> list[Cell]:
     """The points of the grid, learning rate outermost; ValueError for multipliers that are not valid."""
-    lrs, wds = [float(x) for x in lr_multipliers], [float(x) for x in wd_multipliers]
-    require(bool(lrs) and all(0 < x < inf for x in lrs), "lr_multipliers", lrs, "a list of finite numbers > 0")
-    require(bool(wds) and all(0 <= x < inf for x in wds), "wd_multipliers", wds, "a list of finite numbers >= 0")
-    require(len(set(lrs)) == len(lrs), "lr_multipliers", lrs, "without repetition")
-    require(len(set(wds)) == len(wds), "wd_multipliers", wds, "without repetition")
+    lrs, wds = _multipliers("lr_multipliers", lr_multipliers), _multipliers("wd_multipliers", wd_multipliers)
+    require(all(lr > 0 for lr in lrs), "lr_multipliers", lrs, "a list of finite numbers > 0")
+    require(all(wd >= 0 for wd in wds), "wd_multipliers", wds, "a list of finite numbers >= 0")
     return [(lr, wd) for lr in lrs for wd in wds]
+
+
+def _multipliers(key: str, values: Sequence[float]) -> list[float]:
+    """One axis of a grid."""
+    found = [x.item() if isinstance(x, (np.generic, Tensor)) else x for x in values] if np.iterable(values) else []
+    require(bool(found) and all(map(is_number, found)), key, values, "a list of finite numbers, such as [0, 0.5, 1]")
+    require(len(set(found)) == len(found), key, found, "without repetition")
+    return [float(x) for x in found]
+
+
+def check_seed(seed: object) -> None:
+    """Raise ValueError unless torch's generators take ``seed`` in every epoch."""
+    require(is_whole(seed) and abs(seed) < 2**62, "seed", seed, "a whole number")

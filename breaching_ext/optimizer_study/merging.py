@@ -8,8 +8,7 @@ from pathlib import Path
 from .config import require
 from .figures import panel_title, save_sheet
 from .protocol import BEYOND, differences
-from .records import OptimizerExperiment
-from .storage import read_json
+from .records import OptimizerExperiment, saved_config
 from .summary import data_of, merge_seeds, summarize, write_tables
 from .variants import VARIANTS
 
@@ -20,9 +19,12 @@ def folders_to_merge(sources: str | Sequence[str] | None, out: str | Path) -> li
     Raises:
         ValueError: If a source is no folder: a study would be merged without it.
     """
-    folders = [sources] if isinstance(sources, str) else list(sources or [])
+    folders = [sources] if isinstance(sources, str) else sources or []
+    require(isinstance(folders, Sequence), "sources", sources, "a folder, or a list of folders")
     for folder in folders:
-        require(Path(folder).is_dir(), "sources", folder, "a folder, or a list of folders")
+        there = isinstance(folder, (str, Path)) and Path(folder).is_dir()
+        require(there, "sources", folder, "a folder, or a list of folders")
+    require(isinstance(out, (str, Path)) and str(out) != "", "out", out, "a folder, which need not be there")
     return [*folders, out]
 
 
@@ -54,7 +56,7 @@ def _same_study(first: Path, other: Path) -> None:
     """Refuse two files of one name that hold different studies: only one of them could count."""
     if first == other:
         return
-    a, b = ({**read_json(path)["config"].get("study", {}), "device": None} for path in (first, other))
+    a, b = ({**saved_config(path).get("study", {}), "device": None} for path in (first, other))
     require(a == b, "sources", str(other), f"folders without another study's {other.name} than {first}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..values import is_whole
 from .config import require, require_choice
 
 MODELS: tuple[str, ...] = ("autoencoder", "small_conv", "mlp")
@@ -79,14 +80,24 @@ def model_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return all options of a model, those that are not given with their defaults.
 
     Raises:
-        ValueError: If the name or an option is unknown.
+        ValueError: If the name or an option is unknown, or its value not valid.
     """
     require_choice("model", name, MODELS)
     known = signature(MLPAutoencoder if name == "mlp" else ConvAutoencoder).parameters
     defaults = {key: known[key].default for key in tuple(known)[1:]} | _SMALL.get(name, {})
-    for option in options:
+    require(isinstance(options, dict), "model_options", options, f"a mapping of {', '.join(defaults)}")
+    for option, value in options.items():
         require_choice(f"model_options of {name}", option, tuple(defaults))
+        if option == "channels":
+            valid = isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_counts, value))
+            require(valid, option, value, "a list of whole numbers >= 1")
+        else:
+            require(_counts(value), option, value, "a whole number >= 1")
     return defaults | options
+
+
+def _counts(value: object) -> bool:
+    return is_whole(value) and value >= 1
 
 
 def create_model(name: str, image_size: int, seed: int = 42, **options: Any) -> nn.Module:

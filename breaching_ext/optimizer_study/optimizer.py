@@ -30,6 +30,8 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         config: Settings of the optimizer.
         schedule: Schedule that `set_epoch` consults; default: fixed.
         budget: Size of the run, for normalized decay.
+        lr: Rate of groups that name none, also of those that `add_param_group` adds later; default: the config's.
+        weight_decay: Their λ (or λ_norm), likewise.
 
     References:
         Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -42,12 +44,19 @@ class BaseOptimizer(UpdateRule, torch.optim.Optimizer):
         config: OptimizerConfig,
         schedule: LRScheduler | None = None,
         budget: Budget | None = None,
+        *,
+        lr: float | None = None,
+        weight_decay: float | None = None,
     ) -> None:
         """Set up the parameter groups at epoch 0."""
         UpdateRule.__init__(self, config)
         self.budget = budget or Budget()
         self.schedule = schedule or Fixed(self.budget.epochs)
-        torch.optim.Optimizer.__init__(self, params, {"lr": config.lr, "weight_decay": config.weight_decay})
+        rates = {
+            "lr": config.lr if lr is None else lr,
+            "weight_decay": config.weight_decay if weight_decay is None else weight_decay,
+        }
+        torch.optim.Optimizer.__init__(self, params, rates)
         self.set_epoch(0.0)
         self._moved = isinstance(self.schedule, Fixed)
 

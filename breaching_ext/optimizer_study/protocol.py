@@ -8,11 +8,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .config import require, require_choice
-from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS, check_cells
+import torch
+
+from ..errors import first_line
+from ..values import is_number
+from .config import Budget, require, require_choice
+from .executor import check_choices
+from .grid import LR_MULTIPLIERS, WD_MULTIPLIERS, check_cells, check_seed
 from .models import model_options
+from .records import saved_config
 from .schedules import SCHEDULES
-from .storage import read_json
 from .variants import VARIANTS, Variant, get_variant
 
 RESULTS = "results"
@@ -41,7 +46,7 @@ class Protocol:
         device: Device to train on.
         executor: ``auto``, ``stacked`` or ``sequential``.
         compile: True, False or ``auto``.
-        chunk: Members in a stack; None for the fastest of 16, 36 and as many as memory allows.
+        chunk: Most members in a stack; None for the fastest of 16, 36 and as many as memory allows.
         schedule: Another schedule than the variants' own.
         schedule_options: Its arguments, by schedule name.
         settings: Other settings than the variants' own.
@@ -65,6 +70,10 @@ class Protocol:
     schedule: str | None = None
     schedule_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+#: What a configuration may say below `protocol`; the folder of the data stands by itself.
+PROTOCOL_KEYS = tuple(one.name for one in fields(Protocol) if one.name != "data_folder")
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Run:
         """
         if not self.path.exists():
             return False
-        same = read_json(self.path)["config"].get("study") == self.key
+        same = saved_config(self.path).get("study") == self.key
         require(same, "out", str(self.path), "a folder without results of other settings")
         return True
 
@@ -128,6 +137,7 @@ class Run:
         """
         arguments = self.arguments
         check_cells(arguments["lr_multipliers"], arguments["wd_multipliers"])
+        Budget(1, arguments["batch_size"], arguments["epochs"])
         self.variant.with_settings(**arguments["settings"])
         options = arguments["schedule_options"] or {}
         self.variant.create_schedule(arguments["epochs"], arguments["schedule"], **options)
@@ -142,7 +152,7 @@ def check_folder(folder: str | Path, run: Run) -> None:
     """
     paths = (Path(folder) / RESULTS).glob("*_seed*.json")
     for path in sorted(path for path in paths if not path.name.startswith(".")):  # being written, or left so
-        differ = differences(read_json(path)["config"].get("study", run.key), run.key)
+        differ = differences(saved_config(path).get("study", run.key), run.key)
         require(not differ, "out", str(path), f"a folder without results of another {', '.join(differ)}")
 
 
@@ -157,36 +167,74 @@ def planned(folder: str | Path, ids: Sequence[str], seeds: Sequence[int], protoc
     Raises:
         ValueError: If the seeds or what the protocol says of all variants are not valid.
     """
-    require(bool(seeds), "seed", list(seeds), "at least one whole number")
+    _check_seeds(seeds)
+    check_protocol(protocol)
+    for seed in seeds:
+        seed = int(seed)  # NumPy's are no JSON
+        for variant in map(get_variant, ids):
+            own = Run(variant, seed, result_path(folder, variant.id, seed), protocol)
+            yield own
+            if protocol.beyond and variant.with_settings(**own.arguments["settings"]).config.normalized_decay:
+                wider = replace(protocol, wd_multipliers=protocol.beyond)
+                yield Run(variant, seed, result_path(folder, variant.id, seed, beyond=True), wider)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    require(len(seeds) > 0, "seed", list(seeds), "at least one whole number")
+    for seed in seeds:
+        check_seed(seed)
+    require(len(set(seeds)) == len(seeds), "seed", list(seeds), "each seed once")
+
+
+def check_protocol(protocol: Protocol) -> None:
+    """Check what the protocol says of all variants.
+
+    Raises:
+        ValueError: If a value is not valid.
+    """
     for key in ("lr_multipliers", "wd_multipliers", "beyond"):
         values = getattr(protocol, key)
         require(isinstance(values, (list, tuple)), f"protocol.{key}", values, "a list of multipliers, as [0,1,4]")
-    last = max(protocol.wd_multipliers, default=0)
-    require(all(wd > last for wd in protocol.beyond), "beyond", list(protocol.beyond), f"multipliers above {last:g}")
+    check_cells(protocol.lr_multipliers, protocol.wd_multipliers)
+    last, further = max(protocol.wd_multipliers), list(protocol.beyond)
+    above = all(is_number(wd) and wd > last for wd in further)
+    require(above, "beyond", further, f"multipliers above {last:g}")
+    for key in ("model_options", "schedule_options", "settings"):
+        require(isinstance(getattr(protocol, key), dict), key, getattr(protocol, key), "a mapping, such as {}")
+    model_options(protocol.model, protocol.model_options)
     known = {name.name for variant in VARIANTS.values() for name in fields(variant.config)}
     for key in protocol.settings:  # each variant takes those that it has, so none may be one that no variant has
         require(key in known, "settings", key, "a setting of a variant: " + ", ".join(sorted(known)))
-    for key in protocol.schedule_options:
+    for key, options in protocol.schedule_options.items():
         require_choice("schedule_options", key, SCHEDULES)
-    for seed in seeds:
-        for variant in map(get_variant, ids):
-            yield Run(variant, seed, result_path(folder, variant.id, seed), protocol)
-            if protocol.beyond and variant.config.normalized_decay:
-                wider = replace(protocol, wd_multipliers=protocol.beyond)
-                yield Run(variant, seed, result_path(folder, variant.id, seed, beyond=True), wider)
+        require(isinstance(options, dict), f"schedule_options of {key}", options, "a mapping, such as {}")
+    check_choices(protocol.executor, protocol.compile, protocol.chunk)
+    _check_device(protocol.device)
+
+
+def _check_device(name: object) -> None:
+    """Refuse a device that torch does not know or have here."""
+    try:
+        found = isinstance(name, str) and torch.empty(0, device=name).numel() == 0
+        reason = ""
+    except (RuntimeError, AssertionError) as error:
+        found, reason = False, f" that is here ({first_line(error)})"
+    require(found, "device", name, f"a device of torch{reason}, such as cpu or cuda")
 
 
 def select_variants(choice: str | Sequence[str]) -> list[str]:
     """Ids from ``all``, one id, or a list of ids.
 
     Raises:
-        ValueError: If an id is unknown or none is given.
+        ValueError: If an id is unknown or twice there, or none is given.
     """
     if choice == "all":
         return list(VARIANTS)
-    ids = [choice] if isinstance(choice, str) else list(choice)
-    require(bool(ids), "variant", ids, "all, or ids such as B3")
-    return [get_variant(variant_id).id for variant_id in ids]
+    ids = [choice] if isinstance(choice, str) else choice
+    require(isinstance(ids, (list, tuple)) and len(ids) > 0, "variant", ids, "all, or ids such as B3")
+    chosen = [get_variant(variant_id).id for variant_id in ids]
+    require(len(set(chosen)) == len(chosen), "variant", chosen, "each id once")
+    return chosen
 
 
 def result_path(folder: str | Path, variant_id: str, seed: int, beyond: bool = False) -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import ConfigError, first_line
 from .storage import from_json_floats, read_json, to_json_floats, write_json, write_npz
 from .training_log import TrainingLog, pack_extras, restore_extras
 
@@ -171,14 +174,31 @@ class OptimizerExperiment:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not a saved experiment.
         """
-        try:
+        with _named(path):
             experiment = cls.from_dict(read_json(path))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"path={str(path)!r} is not a saved experiment ({error!r}).") from error
         extras = _beside(path)
         if extras.exists():
             restore_extras([result.log for result in experiment.results], extras)
         return experiment
+
+
+def saved_config(path: str | Path) -> dict[str, Any]:
+    """The config of a saved experiment.
+
+    Raises:
+        ConfigError: If the file is not a saved experiment.
+    """
+    with _named(path):
+        return dict(read_json(path)["config"])
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Say which file it is that does not hold what is read from it."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not a saved experiment ({first_line(error)}); remove it.") from error
 
 
 def _beside(path: str | Path) -> Path:

@@ -10,10 +10,11 @@ import torch
 
 from .config import require
 from .data import load_fashion_mnist
-from .grid import data_digest, run_grid
+from .description import data_digest
+from .grid import run_grid
 from .models import create_model
 from .protocol import BEYOND, Protocol, Run, check_folder, planned, select_variants
-from .storage import read_json
+from .records import saved_config
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def run_study(
     data = data_digest(train, test)
     for run in runs:
         if run.path.exists():
-            same = read_json(run.path)["config"].get("data_sha256", data) == data
+            same = saved_config(run.path).get("data_sha256", data) == data
             require(same, "out", str(run.path), "a folder without results of other images")
     for run in runs:
         _run_one(run, model, train, test, progress)

@@ -118,6 +118,8 @@ def _setting(experiment: OptimizerExperiment) -> dict[str, Any]:
 def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[OptimizerExperiment] = ()) -> dict[str, Any]:
     """What one variant reached over its seeds (JSON types).
 
+    The best cell is that of the lowest final test loss: it is chosen, and judged, by the test images.
+
     Args:
         experiments: The grids, one a seed.
         beyond: More columns for the coupling numbers, of any variant and seed.
@@ -137,7 +139,7 @@ def summarize(experiments: Sequence[OptimizerExperiment], beyond: Sequence[Optim
         "decay": merged.config["optimizer"]["decay"],
         "schedule": merged.config["schedule"],
         "seeds": merged.config["seeds"],
-        "best_test_loss": math.nan if best is None else float(data[best]),
+        "best_final_test_loss": math.nan if best is None else float(data[best]),
         "best_lr_multiplier": math.nan if best is None else lrs[best[0]],
         "best_wd_multiplier": math.nan if best is None else wds[best[1]],
         "diverged_cells": sum(len(e.diverged) for e in experiments),
@@ -194,7 +196,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{row['optimizer_id']} {row['optimizer_name']}",
             row["decay"],
             row["schedule"]["epochs"],
-            _number(row["best_test_loss"], ".5f"),
+            _number(row["best_final_test_loss"], ".5f"),
             f"{_number(row['best_lr_multiplier'], 'g')}, {_number(row['best_wd_multiplier'], 'g')}",
             _coupling_cell(row),
             _rows_cell(row),

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .config import Budget
+from ..modes import evaluating
 from .logbook import LogBook
-from .optimizer import BaseOptimizer, decay_scale
+from .optimizer import BaseOptimizer
 from .rules import StepScalars, UpdateRule, step_scalars
-from .schedules import LRScheduler
 from .stacked import (
     StepFunction,
     compiled_step,
@@ -28,68 +25,11 @@ from .stacked import (
     member_norm,
     stack_members,
 )
+from .task import Cell, Moment, TrainingTask
 from .torch_optim import torch_optimizer
 from .training_log import TrainingLog
-from .variants import Variant
 
-Cell = tuple[float, float]
 Progress = Callable[[int], Any]
-
-
-class Moment(NamedTuple):
-    """Where a run is: step (from 1 on), schedule factor and normalized-decay scale."""
-
-    t: int
-    eta: float
-    decay_scale: float
-
-
-@dataclass(frozen=True)
-class TrainingTask:
-    """All that the members of a grid share.
-
-    Attributes:
-        variant: Rule and base rates.
-        schedule: Schedule, which also says how many epochs to run.
-        budget: Number of training points, batch size, epochs.
-        model: Skeleton and initial weights of every member.
-        train: Training inputs (n, …) on the model's device.
-        test: Test inputs (n, …) on the same device.
-        seed: Seed of the order of the batches.
-        log_steps: Whether to record every step.
-        sample_epochs: Epochs (from 1 on) after which reconstructions are kept.
-        n_samples: How many.
-    """
-
-    variant: Variant
-    schedule: LRScheduler
-    budget: Budget
-    model: nn.Module
-    train: Tensor
-    test: Tensor
-    seed: int = 42
-    log_steps: bool = False
-    sample_epochs: Sequence[int] = field(default_factory=tuple)
-    n_samples: int = 8
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of one member."""
-        return self.schedule.epochs * self.budget.steps_per_epoch
-
-    def batches(self, epoch: int) -> Iterator[Tensor]:
-        """The batches of an epoch, in an order that depends on seed and epoch alone: members see the same
-        ones."""
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-        order = torch.randperm(len(self.train), generator=generator).to(self.train.device)
-        return (self.train[index] for index in order.split(self.budget.batch_size))
-
-    def moment(self, epoch: int, batch: int) -> Moment:
-        """Step number, η and decay scale at a batch of an epoch (both from 0 on)."""
-        per_epoch = self.budget.steps_per_epoch
-        at = epoch + batch / per_epoch
-        scale = decay_scale(self.variant.config, self.schedule, self.budget, at)
-        return Moment(epoch * per_epoch + batch + 1, self.schedule.factor(at), scale)
 
 
 class StackedRun:
@@ -132,12 +72,13 @@ class StackedRun:
     def reconstruct(self, images: Tensor) -> Tensor:
         """Reconstructions (M, n, …)."""
         forward = vmap(lambda p, x: functional_call(self.task.model, p, (x,)), in_dims=(0, None))
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.task.model):
             return forward(self.params, images)
 
     def test_losses(self) -> Tensor:
         """Test loss (M,)."""
-        return evaluate(self.task.model, self.params, self.task.test, self.task.budget.batch_size)
+        with evaluating(self.task.model):
+            return evaluate(self.task.model, self.params, self.task.test, self.task.budget.batch_size)
 
 
 class SequentialRun:
@@ -197,27 +138,15 @@ class SequentialRun:
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Reconstructions (1, n, …)."""
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             return self.model(images).unsqueeze(0)
 
     def test_losses(self) -> Tensor:
         """Test loss (1,)."""
         test = self.task.test
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             parts = [F.mse_loss(self.model(x), x) * len(x) for x in test.split(self.task.budget.batch_size)]
         return torch.stack(parts).sum().view(1) / len(test)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode meanwhile: test images must not move the statistics of batch norm."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _plain_step(model: nn.Module, rule: UpdateRule, params: dict[str, Tensor], track: bool) -> StepFunction:

@@ -113,8 +113,9 @@ def create_optimizer(
 
     Args:
         variant_id: A1 … D3.
-        params: The model's parameters; without them the result is a factory that takes them.
-        lr_multiplier: Factor on the base learning rate.
+        params: The model's parameters, or groups of them; without them the result is a factory that takes them.
+        lr_multiplier: Factor on the base learning rate. As in torch, a group of parameters that names its own ``lr`` or
+            ``weight_decay`` has that, and one that is added later has what the first ones have.
         wd_multiplier: Factor on the base weight decay.
         budget: Size of the run (schedules, normalized decay); default: the study's 60,000 points, batch 128,
             100 epochs.
@@ -136,11 +137,10 @@ def create_optimizer(
     require(is_number(lr_multiplier) and lr_multiplier > 0, "lr_multiplier", lr_multiplier, "a number > 0")
     require(is_number(wd_multiplier) and wd_multiplier >= 0, "wd_multiplier", wd_multiplier, "a number >= 0")
 
+    config = variant.config
+    rates = {"lr": config.lr * lr_multiplier, "weight_decay": config.weight_decay * wd_multiplier}
+
     def build(parameters: Iterable[Any]) -> BaseOptimizer:
-        optimizer = BaseOptimizer(parameters, variant.config, over, budget)
-        for group in optimizer.param_groups:
-            group["lr"] *= lr_multiplier
-            group["weight_decay"] *= wd_multiplier
-        return optimizer
+        return BaseOptimizer(parameters, config, over, budget, **rates)
 
     return build if params is None else build(params)

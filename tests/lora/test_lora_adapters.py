@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from breaching_ext.errors import BreachingExtError, ConfigError
+from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.lora.adapters import (
     MissingPeftError,
     adapt,
@@ -23,7 +23,7 @@ from breaching_ext.lora.adapters import (
 from breaching_ext.lora.case import SHAPE, Case, _batches
 from breaching_ext.lora.decode import Factors, completed, cosine, factor_gradients, rank
 from breaching_ext.lora.models import MODELS, build_model
-from breaching_ext.lora.observation import Batch, factor_update, full_gradient, local_steps, sent_update
+from breaching_ext.lora.observation import Batch, FactorUpdate, factor_update, full_gradient, local_steps, sent_update
 from breaching_ext.matching.client import matched_parameters
 
 needs_peft = pytest.mark.skipif(
@@ -112,6 +112,48 @@ def test_rows_of_tokens_and_positions():
     assert full_ranks(model, ["patch", "blocks.0.qkv"]) == {"patch": 48, "blocks.0.qkv": 144}
 
 
+class Reusing(torch.nn.Module):
+    """Calls `twice` two times, and uses the weight of `apart` without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.twice, self.apart = torch.nn.Linear(12, 12), torch.nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x).flatten(1)
+        return torch.nn.functional.linear(self.twice(torch.tanh(self.twice(x))), self.apart.weight)
+
+
+def test_a_layer_that_is_called_twice_has_the_rows_of_both_calls():
+    """The rank of its gradient reaches that of all rows, so no smaller number bounds it."""
+    torch.manual_seed(0)
+    model = Reusing().double()
+    before = copy.deepcopy(model.state_dict())
+    assert row_counts(model, ["twice"], (3, 2, 2), 4) == {"twice": 8}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "batch norm counted"
+    assert not model.twice._forward_hooks
+    images = torch.randn(4, 3, 2, 2, dtype=torch.double)
+    gradient = full_gradient(model, ["twice"], Batch(images, torch.arange(4)))["twice"]
+    assert rank(gradient) > 4
+    with pytest.raises(ConfigError, match=r"layers='apart' is not called in a forward pass"):
+        row_counts(model, ["twice", "apart"], (3, 2, 2), 4)
+
+
+@needs_peft
+@pytest.mark.parametrize("training", [True, False])
+def test_adapting_keeps_training_and_evaluation_mode(training):
+    """Of every module: a client that trains with batch norm has other gradients than one that has fixed it."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)).double()
+    model.train(training)
+    model[2].eval()
+    adapted = adapt(model, {"1": Factors(torch.rand(2, 4), torch.rand(3, 2), 1.0)})
+    assert [adapted[i].training for i in range(3)] == [training, training, False]
+    assert all(module.training is training for module in adapted[1].modules())
+    images = torch.rand(5, 4, dtype=torch.double)
+    torch.testing.assert_close(adapted(images), copy.deepcopy(model)(images))
+
+
 @needs_peft
 def test_local_steps_are_those_of_a_client_that_trains_the_adapter():
     """Against torch.optim.SGD on the adapted model, and the mean gradient that the decoder reads."""
@@ -146,6 +188,21 @@ def test_local_steps_show_rows_that_one_step_from_b_zero_hides():
         found[steps] = cosine([decoded], [problem.gradient["fc1"]])
     assert found[1] < 0.5
     assert found[3] > 0.99
+
+
+@needs_peft
+def test_an_update_that_does_not_fit_the_adapters_is_refused():
+    problem = case("conv")
+    update = factor_update(problem.model, problem.factors(2, "random", 1.0), problem.client)
+    with pytest.raises(SharedDataError, match=r"has 9 tensors; valid: one for each of the model's 10 parameters"):
+        FactorUpdate(update.model, update.tensors[:-1], None)
+    with pytest.raises(
+        SharedDataError, match=r"conv1.lora_A.default.weight: shape \[16, 2, 1, 1\]; valid: \[2, 3, 5, 5\]"
+    ):
+        FactorUpdate(update.model, [update.tensors[1], update.tensors[0], *update.tensors[2:]], None)
+    for read in (update.matrices, update.factors):
+        with pytest.raises(ConfigError, match=r"layer='fc9' has no adapter; valid: conv1, conv2, conv3, fc1, fc2"):
+            read(["fc1", "fc9"])
 
 
 @needs_peft
@@ -232,6 +289,13 @@ def test_rank_zero_is_refused_before_peft_is_asked():
     empty = Factors(torch.zeros(0, 256).double(), torch.zeros(32, 0).double(), 1.0)
     with pytest.raises(ConfigError, match="rank=0"):
         adapt(build_model("conv", 0), {"fc1": empty})
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 255), (32, 2)), ((2, 256), (31, 2)), ((2, 256), (32, 3)), ((256,), (32, 1))])
+def test_factors_of_other_shapes_are_refused(a, b):
+    factors = Factors(torch.rand(a).double(), torch.rand(b).double(), 1.0)
+    with pytest.raises(ConfigError, match=r"factors of layer 'fc1'.*valid: A \(r, 256\) and B \(32, r\)"):
+        adapt(build_model("conv", 0), {"fc1": factors})
 
 
 @pytest.mark.parametrize(

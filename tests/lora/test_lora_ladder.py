@@ -20,8 +20,9 @@ from breaching_ext.errors import BreachingExtError, ConfigError
 from breaching_ext.files import only_here
 from breaching_ext.lora import MissingPeftError, cli, report
 from breaching_ext.lora import ladder as ladder_module
+from breaching_ext.lora.cells import run_cell
 from breaching_ext.lora.decode import cosine, unseen
-from breaching_ext.lora.ladder import Ladder, run_cell, run_ladder
+from breaching_ext.lora.ladder import Ladder, run_ladder
 from breaching_ext.lora.report import table, write_report
 from breaching_ext.lora.settings import METHODS, RANKLESS, Cell, Settings, plan
 
@@ -283,6 +284,18 @@ def test_at_full_rank_the_whitened_attack_is_the_attack_on_the_full_gradient(sta
     assert decoded["determined"] == ["conv2", "fc2"]
 
 
+def test_the_seed_of_the_starts_is_that_of_the_case_and_the_attacks_own():
+    """10,000 of them belong to each case: 0, then 10,000 times its seed, then what is added."""
+    drawn = []
+    for override in ("attack.restarts.num_trials=1", "attack.restarts.seed=7", "attack.restarts.seed=0"):
+        chosen = settings("attack.optim.max_iterations=1", override)
+        case = ladder_module.Case(chosen.model, chosen.layers, 1, chosen.batch, chosen.public)
+        drawn.append(run_cell(Cell(chosen.model, 0, "full", "-", "-", 1), case, chosen, CPU)[1])
+    plain, seven, zero = drawn
+    assert torch.equal(plain, zero)
+    assert not torch.equal(plain, seven)
+
+
 @needs_peft
 def test_seen_is_the_cosine_of_the_projection():
     row, problem, chosen = run_one(1, "match", 2, "zero")
@@ -309,6 +322,9 @@ def test_seen_is_the_cosine_of_the_projection():
         ("local_lr=0", ["local_lr=0"]),
         ("scale=-1", ["scale=-1"]),
         ("scale=inf", ["scale=inf", "finite"]),
+        ("scale=true", ["scale=True", "finite"]),
+        ("phases=[0,1.0]", ["phases=1.0", "0, 1, 2, 3"]),
+        ("layers=[conv1,conv1]", ["layers=['conv1', 'conv1']", "twice"]),
         ("local_lr=fast", ["local_lr='fast'", "finite"]),
         ("ceiling=nan", ["ceiling=nan", "finite"]),
         ("seeds=[0,1.5]", ["seeds=1.5"]),
@@ -369,6 +385,8 @@ def test_the_command_ends_with_one_line_for_bad_input(caplog):
         cli._application.__wrapped__(config("ranks=[0]"))
     assert caught.value.code == 1
     assert caplog.messages[-1].startswith("ranks=0 is not possible")
+    with pytest.raises(ConfigError, match="out=None is not possible; valid: a folder"):
+        cli.run(config("out=null"))
 
 
 def test_one_layer_is_a_list_of_one():

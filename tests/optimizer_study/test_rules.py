@@ -314,6 +314,21 @@ def test_a_schedule_that_is_never_moved_is_told_once(caplog, variant, moved, tol
     assert caplog.text.count("stays at epoch 0") == told
 
 
+@pytest.mark.parametrize("variant", ["A2", "B3", "D3"])
+def test_groups_have_the_rates_that_torchs_optimizers_would_give_them(variant):
+    """Those that are added later have the multipliers, too; what a group names itself is taken as it is."""
+    config = VARIANTS[variant].config
+    groups = [{"params": [nn.Parameter(torch.ones(2))], **own} for own in ({}, {"lr": 0.3}, {"weight_decay": 0.7})]
+    ours = create_optimizer(variant, [groups[0]], lr_multiplier=0.5, wd_multiplier=8)
+    theirs = torch.optim.AdamW([groups[0]], lr=config.lr * 0.5, weight_decay=config.weight_decay * 8)
+    for group in groups[1:]:
+        ours.add_param_group(dict(group))
+        theirs.add_param_group(dict(group))
+    at_once = create_optimizer(variant, groups, lr_multiplier=0.5, wd_multiplier=8)
+    rates = [[(group["lr"], group["weight_decay"]) for group in one.param_groups] for one in (ours, theirs, at_once)]
+    assert rates[0] == rates[1] == rates[2]
+
+
 def test_create_optimizer_without_parameters_is_a_factory():
     optimizer = create_optimizer("A2", lr_multiplier=0.5)(make_model().parameters())
     assert optimizer.param_groups[0]["lr"] == 0.05

@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from torch.utils.data import TensorDataset
 
+from breaching_ext.data import BinaryFashionMNIST
+from breaching_ext.data import fashion_mnist_files as data_module
+from breaching_ext.errors import ConfigError
 from breaching_ext.optimizer_study import cli, merging, study
-from breaching_ext.optimizer_study import data as data_module
 from breaching_ext.optimizer_study.callbacks import MergeResults
 from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
 from breaching_ext.optimizer_study.merging import load_results, merge_results
 from breaching_ext.optimizer_study.models import create_model
-from breaching_ext.optimizer_study.protocol import Protocol, select_variants
+from breaching_ext.optimizer_study.protocol import Protocol, planned, select_variants
 from breaching_ext.optimizer_study.study import run_study
 from breaching_ext.optimizer_study.variants import VARIANTS
 
@@ -181,8 +184,15 @@ def test_columns_beyond_the_grid_count_for_the_coupling_of_normalized_decay_alon
     assert after[0] == before[0]
     assert after[1]["coupling_wd_multipliers"] == [*before[1]["wd_multipliers"], 64, 2**20]
     assert after[1]["coupling_rows"][0] > before[1]["coupling_rows"][0]
-    same = ("final_test_loss", "wd_multipliers", "best_test_loss")
+    same = ("final_test_loss", "wd_multipliers", "best_final_test_loss")
     assert [after[1][key] for key in same] == [before[1][key] for key in same]
+
+
+def test_columns_beyond_the_grid_go_by_the_decay_that_is_set(folder, tmp_path):
+    normalized = small(folder, beyond=[64], settings={"normalized_decay": True})
+    plain = small(folder, beyond=[64], settings={"normalized_decay": False})
+    for protocol, runs in ((small(folder, beyond=[64]), 3), (normalized, 4), (plain, 2)):
+        assert len(list(planned(tmp_path, ["B3", "B7"], [1], protocol))) == runs
 
 
 def test_columns_beyond_the_grid_must_lie_beyond_it(folder, tmp_path):
@@ -299,6 +309,15 @@ def test_the_sheet_and_the_table_carry_the_same_numbers(folder, tmp_path, monkey
         assert title.splitlines()[-1].startswith(f"coupling {number}")
 
 
+def test_a_multirun_merges_the_sources_of_its_config(folder, tmp_path):
+    """Which are no list of Python's there."""
+    run_study(tmp_path / "one", ["A1"], np.array([1]), small(folder), progress=False)
+    run_study(tmp_path / "two", ["B3"], [1], small(folder), progress=False)
+    MergeResults().on_multirun_end(configured(f"out={tmp_path / 'two'}", f"sources=[{tmp_path / 'one'}]"))
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert [row["optimizer_id"] for row in summary] == ["A1", "B3"]
+
+
 def test_a_multirun_whose_results_cannot_be_merged_does_not_end_well(tmp_path, caplog):
     with pytest.raises(SystemExit) as end:  # Hydra lets only this one through
         MergeResults().on_multirun_end(configured(f"out={tmp_path}"))
@@ -343,6 +362,16 @@ def test_a_truncated_plain_file_is_named(folder, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match="t10k-images-idx3-ubyte"):
         load_fashion_mnist(folder)
+
+
+def test_the_binary_dataset_calls_its_folder_by_its_own_key(folder):
+    (folder / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x801, 40, 28, 28))
+    with pytest.raises(ConfigError, match=r"case\.data\.path=.*t10k-images-idx3-ubyte of another kind"):
+        BinaryFashionMNIST(folder=folder)
+    with pytest.raises(ConfigError, match=r"nowhere.*\(case\.data\.path=PATH\)"):
+        BinaryFashionMNIST(folder="nowhere")
+    with pytest.raises(ConfigError, match=r"data\.folder=3 is not possible"):
+        load_fashion_mnist(3)
 
 
 def test_a_damaged_file_is_named(folder):
@@ -500,6 +529,102 @@ def test_the_command_names_a_wrong_value(folder, tmp_path, override, message):
     assert not (tmp_path / "out" / "results").exists()
 
 
+@pytest.fixture(scope="module")
+def composed():
+    return configured("variant=[B2,B3,B4]", "protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("threads", 0, "threads=0 is not possible"),
+        ("threads", "two", "threads=two is not possible"),
+        ("seed", "abc", "seed='abc'.*a whole number"),
+        ("seed", None, "seed=None.*a whole number"),
+        ("seed", [1, "abc"], "seed='abc'.*a whole number"),
+        ("seed", 10**30, "seed=1000.*a whole number"),
+        ("seed", [1, 2, 1], r"seed=\[1, 2, 1\].*once"),
+        ("variant", None, "variant=None.*such as B3"),
+        ("variant", 3, "variant=3.*such as B3"),
+        ("variant", ["B3", "B3"], "variant=.*once"),
+        ("out", None, "out=None.*a folder"),
+        ("out", "", "out=''.*a folder"),
+        ("sources", 3, "sources=3.*a folder"),
+        ("sources", [None], "sources=None.*a folder"),
+        ("protocol.pool", None, "pool=None.*divisor of 28"),
+        ("protocol.pool", 2.0, "pool=2.0.*divisor of 28"),
+        ("protocol.batch_size", None, "batch_size=None.*whole number"),
+        ("protocol.lr_multipliers", [-1], r"lr_multipliers=\[-1.0\].*> 0"),
+        ("protocol.lr_multipliers", ["abc"], "lr_multipliers=.*'abc'.*finite numbers"),
+        ("protocol.lr_multipliers", [True], "lr_multipliers=.*True.*finite numbers"),
+        ("protocol.lr_multipliers", [], r"lr_multipliers=\[\].*finite numbers"),
+        ("protocol.wd_multipliers", [None], "wd_multipliers=.*None.*finite numbers"),
+        ("protocol.beyond", ["abc"], "beyond=.*'abc'.*above 32"),
+        ("protocol.device", None, "device=None.*such as cpu"),
+        ("protocol.device", "tpu", "device='tpu'.*such as cpu"),
+        ("protocol.compile", "off", "compile='off'.*auto, True, False"),
+        ("protocol.executor", None, "executor=None.*auto, stacked, sequential"),
+        ("protocol.chunk", 0, "chunk=0.*whole number"),
+        ("protocol.model_options", 3, "model_options=3.*mapping"),
+        ("protocol.model_options", {"hidden": 0}, "hidden=0.*whole number"),
+        ("protocol.settings", 3, "settings=3.*mapping"),
+        ("protocol.settings", {"lr": "abc"}, "lr='abc'.*finite number"),
+        ("protocol.settings", {"beta1": None}, "beta1=None.*finite number"),
+        ("protocol.schedule_options", {"cosine": 3}, "schedule_options of cosine=3.*mapping"),
+        ("protocol.schedule_options", {"step_drop": {"fractions": 0.5}}, "fractions=0.5.*list"),
+        ("protocol.speed", 3, "'speed'.*batch_size"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_one_line_before_anything_is_trained(
+    composed, folder, tmp_path, monkeypatch, key, value, message
+):
+    monkeypatch.setattr(study, "run_grid", lambda *args, **kwargs: pytest.fail("trained"))
+    cfg = OmegaConf.merge(composed, {"out": str(tmp_path / "out"), "data": {"folder": str(folder)}})
+    OmegaConf.set_struct(cfg, False)
+    OmegaConf.update(cfg, key, value, merge=False)
+    with pytest.raises(ConfigError, match=message) as caught:
+        cli.run(cfg)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_are_left_empty_are_none(composed):
+    empty = {"model_options": None, "schedule_options": None, "settings": None}
+    cfg = OmegaConf.merge(composed, {"protocol": empty, "data": None})
+    assert cli.protocol_of(cfg) == cli.protocol_of(composed)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigError("seed='abc' is wrong"), 1), (FileNotFoundError("no"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_the_command_ends_with_one_line(composed, monkeypatch, caplog, error, status):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "run", fails)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.RUN}))
+    with pytest.raises(SystemExit) as end:
+        cli.main.__wrapped__(composed)
+    assert end.value.code == status
+    (message,) = caplog.messages
+    assert str(error) in message
+    assert "\n" not in message
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.MULTIRUN}))
+    with pytest.raises(type(error)):  # the other jobs of a multirun go on, or, after Ctrl-C, do not
+        cli.main.__wrapped__(composed)
+
+
+def test_a_file_that_is_no_result_is_named(folder, tmp_path):
+    (path,) = run_study(tmp_path, ["A1"], [1], small(folder), progress=False)
+    for text in ("{", "[]", '{"config": 3}'):
+        path.write_text(text)
+        for action in (lambda: run_study(tmp_path, ["A1"], [1], small(folder)), lambda: merge_results([tmp_path], "x")):
+            with pytest.raises(ConfigError, match=r"A1_seed1\.json is not a saved experiment"):
+                action()
+
+
 def test_the_command_runs_and_merges(folder, tmp_path):
     sizes = ["protocol.train_size=16", "protocol.test_size=8", "protocol.pool=7", "protocol.epochs=1"]
     grid = ["protocol.lr_multipliers=[0.5,1]", "protocol.wd_multipliers=[0,1]", "progress=false"]
@@ -508,14 +633,18 @@ def test_the_command_runs_and_merges(folder, tmp_path):
     assert len(list((tmp_path / "results").iterdir())) == 4
 
 
-def test_the_module_imports_nothing_from_the_attacks():
+def test_the_module_imports_nothing_from_the_attacks_nor_the_data_from_the_module():
     check = (
-        "import json, sys, breaching_ext.optimizer_study.cli\n"
+        "import json, sys, breaching_ext.data\n"
+        "print(json.dumps([m for m in sys.modules if m.startswith('breaching')]))\n"
+        "import breaching_ext.optimizer_study.cli\n"
         "print(json.dumps([m for m in sys.modules if m.startswith('breaching')]))"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
-    others = {m for m in json.loads(done.stdout) if not m.startswith("breaching_ext.optimizer_study")}
-    names = ("config", "errors", "files", "free_ram", "intervals", "out_of_memory", "registration")
-    names += ("tensor_files", "values")
+    data, both = map(json.loads, done.stdout.splitlines())
+    assert not [m for m in data if m.startswith("breaching_ext.optimizer_study")]
+    others = {m for m in both if not m.startswith("breaching_ext.optimizer_study")}
+    names = ("config", "errors", "files", "free_ram", "intervals", "modes", "out_of_memory", "registration")
+    names += ("tensor_files", "values", "data", "data.fashion_mnist", "data.fashion_mnist_files", "data.sample_photos")
     shared = {f"breaching_ext.{name}" for name in names}
     assert others <= {"breaching_ext", *shared}

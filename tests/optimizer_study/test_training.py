@@ -17,10 +17,11 @@ from breaching_ext.optimizer_study.executor import (
     COMPILE_FROM_SECONDS,
     even_chunks,
     make_plan,
-    members_in_memory,
 )
+from breaching_ext.optimizer_study.memory import members_in_memory
 from breaching_ext.optimizer_study.models import create_model
-from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, TrainingTask, train
+from breaching_ext.optimizer_study.task import TrainingTask
+from breaching_ext.optimizer_study.training import SequentialRun, StackedRun, train
 
 CELLS = [(1.0, 0.0), (0.25, 4.0), (2.0, 1.0)]
 
@@ -170,6 +171,42 @@ def test_a_diverged_member_does_not_stop_the_others(executor, tmp_path):
     assert loaded.diverged == experiment.diverged
 
 
+def kept_lines(checkpoint):
+    return [json.loads(line) for line in checkpoint.read_text().splitlines() if line]
+
+
+def kept_cells(checkpoint):
+    return [(r["lr_multiplier"], r["wd_multiplier"]) for line in kept_lines(checkpoint) for r in line["results"]]
+
+
+def test_every_chunk_is_on_disk_before_the_next_one_begins(tmp_path, monkeypatch):
+    """However short it was: nobody calls anything when a process is killed."""
+    checkpoint = tmp_path / "grid.partial"
+    real, kept = grid_module.train, []
+
+    def watched(*args):
+        kept.append(len(kept_cells(checkpoint)) if checkpoint.exists() else 0)
+        return real(*args)
+
+    monkeypatch.setattr(grid_module, "train", watched)
+    run_grid(**grid_arguments(executor="stacked", chunk=2, compile=False), checkpoint=checkpoint)
+    assert kept == [0, 2, 4]
+    assert [len(line["results"]) for line in kept_lines(checkpoint)] == [2, 2, 2], "a chunk is written once"
+
+
+def test_a_line_that_was_cut_short_costs_its_chunk_and_no_other(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "grid.partial"
+    arguments = grid_arguments(executor="stacked", chunk=2, compile=False)
+    whole = run_grid(**arguments, checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
+    real, trained = grid_module.train, []
+    monkeypatch.setattr(grid_module, "train", lambda run, n, *rest: (trained.append(n), real(run, n, *rest))[1])
+    for _ in range(2):  # what was trained again is behind the piece
+        again = run_grid(**arguments, checkpoint=checkpoint)
+        assert losses(again) == losses(whole)
+    assert trained == [2]
+
+
 def test_a_killed_grid_resumes_where_it_was(tmp_path, monkeypatch):
     """After an interruption in the third chunk the first two are not trained again, and the result is the
     same."""
@@ -187,9 +224,10 @@ def test_a_killed_grid_resumes_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(grid_module, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_grid(**arguments, checkpoint=checkpoint)
-    before = json.loads(checkpoint.read_text())
-    assert before["wall_seconds"] > 0
-    checkpoint.write_text(json.dumps(before | {"wall_seconds": 1000.0, "cpu_seconds": 2000.0}))
+    before = kept_lines(checkpoint)
+    assert before[-1]["seconds"]["wall_seconds"] > 0
+    before[-1]["seconds"] = {"wall_seconds": 1000.0, "cpu_seconds": 2000.0}
+    checkpoint.write_text("\n".join(map(json.dumps, before)))
     resumed = run_grid(**arguments, checkpoint=checkpoint)
     assert trained == [2, 2, 2, 2]
     assert 1000 < resumed.config["wall_seconds"] < 1500
@@ -204,6 +242,44 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint=.*unfinished run of other settings"):
         run_grid(**grid_arguments(executor="stacked", seed=7), checkpoint=checkpoint)
     assert checkpoint.read_bytes() == before
+    checkpoint.write_text("notes of mine")
+    with pytest.raises(ValueError, match=r"checkpoint=.*unfinished run of other settings"):
+        run_grid(**grid_arguments(executor="stacked"), checkpoint=checkpoint)
+    assert checkpoint.read_text() == "notes of mine"
+
+
+class Scaled(nn.Module):
+    """A model whose text and weights say nothing of what it computes, nor of what it passes back."""
+
+    def __init__(self, factor=1.0, detached=False):
+        super().__init__()
+        self.inner = create_model("mlp", 4, hidden=4, latent=2)
+        self.factor, self.detached = factor, detached
+
+    def forward(self, images):
+        out = self.inner(images)
+        return self.factor * (0.5 * out.detach() + 0.5 * out if self.detached else out)
+
+
+@pytest.mark.parametrize("other", [{"factor": 0.9}, {"detached": True}])
+def test_a_model_of_the_same_text_and_weights_but_other_code_is_another(other, tmp_path):
+    checkpoint = tmp_path / "grid.partial"
+    first, second = Scaled(), Scaled(**other)
+    second.load_state_dict(first.state_dict())
+    assert repr(first) == repr(second)
+    run_grid(**grid_arguments(model=first, executor="stacked"), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint=.*other settings, model or data"):
+        run_grid(**grid_arguments(model=second, executor="stacked"), checkpoint=checkpoint)
+
+
+def test_rounding_makes_no_other_run(tmp_path):
+    """Other machines and numbers of threads add in another order."""
+    checkpoint = tmp_path / "grid.partial"
+    run_grid(**grid_arguments(model=(model := Scaled()), executor="stacked"), checkpoint=checkpoint)
+    before = checkpoint.read_bytes()
+    model.factor = 1 + 1e-6
+    run_grid(**grid_arguments(model=model, executor="stacked"), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == before, "something was trained again"
 
 
 def test_a_checkpoint_keeps_the_cells_that_another_grid_trained(tmp_path):
@@ -213,8 +289,7 @@ def test_a_checkpoint_keeps_the_cells_that_another_grid_trained(tmp_path):
     other = grid_arguments(executor="stacked") | {"lr_multipliers": [cell[0]], "wd_multipliers": [cell[1], 1000.0]}
     part = run_grid(**other, checkpoint=checkpoint)
     assert losses(part)[0] == losses(whole)[0]
-    kept = {(r["lr_multiplier"], r["wd_multiplier"]) for r in json.loads(checkpoint.read_text())["results"]}
-    assert kept == {r.cell for r in (*whole.results, *part.results)}
+    assert set(kept_cells(checkpoint)) == {r.cell for r in (*whole.results, *part.results)}
 
 
 def test_a_run_with_logs_of_steps_leaves_the_checkpoint_alone(tmp_path, caplog):
@@ -309,6 +384,30 @@ def test_test_images_do_not_move_the_statistics_of_batch_norm(monkeypatch):
     assert all(seen)
 
 
+class Halving(nn.Module):
+    """Computes something else in training, as denoising models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = create_model("mlp", 4, hidden=4, latent=2)
+
+    def forward(self, images):
+        return self.inner(0.5 * images if self.training else images)
+
+
+def test_test_losses_are_those_of_evaluation_mode_whatever_the_executor():
+    model = Halving()
+    stacked, alone = (run_grid(**grid_arguments(model=model, executor=e)) for e in ("stacked", "sequential"))
+    for a, b in zip(losses(stacked), losses(alone), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert model.training
+    samples = [
+        run_grid(**grid_arguments(model=model, executor=e, sample_epochs=[1])) for e in ("stacked", "sequential")
+    ]
+    a, b = (run.results[0].log.samples[1] for run in samples)
+    assert abs(a - b).max() < 1e-5
+
+
 @pytest.mark.parametrize("what", ["frozen", "dropout"])
 def test_models_that_executors_would_treat_differently_are_refused(what):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Dropout(0.5), nn.Unflatten(1, (1, 4, 4)))
@@ -400,6 +499,20 @@ def test_smaller_chunks_are_taken_where_they_are_faster(monkeypatch):
     assert make_plan(make_task(), cells, compiled=False, chunk=8).chunk == 8
 
 
+def test_a_chunk_that_is_given_is_not_cut_to_what_is_quick_to_measure(monkeypatch):
+    """A step of a second a member: as many as a second holds, four at least, are tried unless a number is given."""
+    cells = [(1.0, float(wd)) for wd in range(32)]
+
+    def fake_time(build, task, repeats=5):
+        run = build()
+        return 1000.0 if isinstance(run, SequentialRun) else float(len(run.lr))
+
+    monkeypatch.setattr("breaching_ext.optimizer_study.executor.time_step", fake_time)
+    assert make_plan(make_task(), cells, compiled=False).chunk == 4
+    assert make_plan(make_task(), cells, compiled=False, chunk=16).chunk == 16
+    assert make_plan(make_task(), cells, compiled=False, chunk=20).chunk == 16
+
+
 @given(members=st.integers(1, 300), largest=st.integers(1, 300))
 def test_chunks_are_even_and_as_few_as_possible(members, largest):
     chunk = even_chunks(members, largest)
@@ -411,10 +524,10 @@ def test_chunks_are_even_and_as_few_as_possible(members, largest):
 
 def test_chunks_follow_memory(monkeypatch):
     task = make_task()
-    monkeypatch.setattr("breaching_ext.optimizer_study.executor._free_memory", lambda: 1)
+    monkeypatch.setattr("breaching_ext.optimizer_study.memory._free_memory", lambda: 1)
     assert members_in_memory(task) == 1
     assert make_plan(task, CELLS, "stacked", False).chunk == 1
-    monkeypatch.setattr("breaching_ext.optimizer_study.executor._free_memory", lambda: 2**40)
+    monkeypatch.setattr("breaching_ext.optimizer_study.memory._free_memory", lambda: 2**40)
     assert make_plan(task, CELLS, "stacked", False).chunk == len(CELLS)
 
 

@@ -24,7 +24,7 @@ from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
 from ..values import check_seed, check_whole
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
-from .kkt_input import labels_of_candidates, released_network, start_of, warn_of_steepness
+from .kkt_input import labels_of_candidates, released_network, report_slopes, start_of
 from .kkt_options import check_precision, check_search, check_span, extraction_options, report_span
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         if not isinstance(model, HomogeneousNetwork):
             raise ConfigError(
                 f"attack_type=kkt needs a homogeneous network with one output, got {type(model).__name__}; valid: "
-                "case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a breaching_ext.kkt.HomogeneousNetwork."
+                "case=kkt_fashion_mnist with case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a "
+                "breaching_ext.kkt.HomogeneousNetwork of your own."
             )
         check_precision(cfg_attack.impl)
         super().__init__(model, loss_fn, cfg_attack, setup)
@@ -103,7 +104,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         labels = labels_of_candidates(self.cfg.extraction, shared["metadata"]).to(**self.setup)
         number, count = shared["metadata"]["num_data_points"], len(labels)
         steepness, chosen = self.cfg.extraction.steepness, self.cfg.extraction.span
-        warn_of_steepness(model, steepness)
+        report_slopes(model, steepness, self.options.slack)
         problem = build_problem(model, float("inf") if steepness is None else float(steepness), chosen, count)
         report_span(problem, number, chosen, count)
         seed = self.cfg.restarts.get("seed")

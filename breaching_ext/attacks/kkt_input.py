@@ -60,8 +60,10 @@ def _fill(what: str, own: Sequence[Tensor], released: Sequence[Any]) -> None:
         raise SharedDataError(f"The released {what} are not finite; nothing can be reconstructed from them.")
 
 
-def warn_of_steepness(model: HomogeneousNetwork, steepness: float | None) -> None:
-    """Warn of a network whose activations cannot be smoothed."""
+def report_slopes(model: HomogeneousNetwork, steepness: float | None, slack: float) -> None:
+    """Say which settings of the slopes are not used: a plain ReLU has no slacks, other activations no steepness."""
+    if steepness is None and slack:
+        log.info("attack.extraction.slack=%g is not used: the plain ReLU (steepness=null) has slopes 0 and 1.", slack)
     if steepness is not None and not any(isinstance(module, SmoothBackwardReLU) for module in model.modules()):
         log.warning("attack.extraction.steepness=%s has no effect: the network has no SmoothBackwardReLU.", steepness)
 
@@ -77,7 +79,7 @@ def labels_of_candidates(extraction: Any, metadata: Any) -> Tensor:
         SharedDataError: for no number of images, or labels that are not n times one of two.
         ConfigError: where there is no candidate.
     """
-    number, chosen = metadata["num_data_points"], extraction.get("candidate_labels", "auto")
+    number, chosen = metadata.get("num_data_points"), extraction.get("candidate_labels", "auto")
     if not is_whole(number) or number < 1:
         raise SharedDataError(f"metadata['num_data_points']={number}: how many images are suspected? Valid: 1, 2, ...")
     if not isinstance(chosen, str):

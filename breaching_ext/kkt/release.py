@@ -74,6 +74,10 @@ class TrainedModelUser(UserSingleStep):
                     f"case.user.local_diff_privacy.{name}={value}: a client that releases its weights does not apply "
                     "it, and the attack would be measured without that defence; valid: 0."
                 )
+        if cfg_training.get("untrained") and cfg_training.get("weights"):
+            raise ConfigError(
+                f"case.training.untrained=true releases no weights={cfg_training.weights}; valid: one of the two."
+            )
         super().__init__(model, loss, dataloader, setup, idx, cfg_user)
         self.training_options = cfg_training
         self.recipe = recipe_from(cfg_training)

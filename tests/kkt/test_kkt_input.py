@@ -21,9 +21,20 @@ import breaching_ext
 from breaching_ext.attacks import KKTAttacker
 from breaching_ext.attacks.kkt_input import labels_of_candidates, start_of
 from breaching_ext.errors import ConfigError, SharedDataError
-from breaching_ext.kkt import MLP, Recipe, load_checkpoint, network_from_checkpoint, release, train_or_load, training
+from breaching_ext.kkt import (
+    MLP,
+    Recipe,
+    SmallConv,
+    load_checkpoint,
+    nearest,
+    network_from_checkpoint,
+    release,
+    train_or_load,
+    training,
+)
 from breaching_ext.kkt.candidates import candidate_labels, signs
 from breaching_ext.kkt.problem import build_problem
+from breaching_ext.kkt.release import TrainedModelUser
 
 SHAPE = (1, 6, 6)
 SMALL = ["optim.max_iterations=3", "restarts.num_trials=2", "restarts.seed=0"]
@@ -203,6 +214,33 @@ def test_weights_that_are_no_tensors(model):
         KKTAttacker(model, None, config()).reconstruct(payload, shared)
 
 
+@pytest.mark.parametrize("widths", [300, (), (3.5,), (0,), "12", (3, True)])
+def test_widths_that_are_none(widths):
+    for kind in (MLP, SmallConv):
+        with pytest.raises(ConfigError, match=r"widths=.* is not possible; valid: .*whole numbers above 0"):
+            kind(SHAPE, widths)
+
+
+def test_images_of_another_size_have_no_nearest_candidate():
+    with pytest.raises(SharedDataError, match=r"Candidates \(3, 1, 6, 6\) do not compare with images \(2, 1, 5, 5\)"):
+        nearest(torch.rand(3, *SHAPE), torch.rand(2, 1, 5, 5), torch.zeros(SHAPE))
+
+
+def test_slopes_that_are_not_used_are_said(model, caplog):
+    with caplog.at_level("INFO"):
+        attacked(model)
+        assert "is not used" not in caplog.text
+        attacked(model, "extraction.steepness=null")
+    assert "attack.extraction.slack=3 is not used: the plain ReLU" in caplog.text
+
+
+def test_an_unknown_number_of_images(model):
+    payload, shared = release(model, 4)
+    del shared[0]["metadata"]["num_data_points"]
+    with pytest.raises(SharedDataError, match="how many images"):
+        KKTAttacker(model, None, config()).reconstruct(payload, shared)
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -296,6 +334,12 @@ def test_one_output_has_no_gradient_to_share(user, attack):
     model = MLP((1, 28, 28), (3,))
     with pytest.raises(ConfigError, match=rf"user_type={user} is not possible.*one output.*valid: trained_model"):
         breaching.cases.construct_user(model, None, cfg.case, {"device": torch.device("cpu"), "dtype": torch.float})
+
+
+def test_an_untrained_network_has_no_weights_to_load(model):
+    user, training = OmegaConf.create({"num_data_points": 4}), OmegaConf.create({"untrained": True, "weights": "a.pt"})
+    with pytest.raises(ConfigError, match=r"untrained=true releases no weights=a\.pt; valid: one of the two"):
+        TrainedModelUser(model, None, None, None, 0, user, training)
 
 
 def test_what_is_stored_was_measured_as_the_study_says(root, monkeypatch):

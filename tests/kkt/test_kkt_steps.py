@@ -98,6 +98,24 @@ def test_the_objective_is_the_loss_with_its_priors():
     assert torch.equal(run.best.losses, kept)
 
 
+def test_the_best_point_stays_when_the_search_leaves_it():
+    run = search(OPTIONS)
+    run.step()
+    point, multipliers, best = run.best.coordinates.clone(), run.best.multipliers.clone(), run.best.objective.clone()
+    with torch.no_grad():
+        run.x[0] += 10
+        run.lam[0] += 10
+        run.x[1] *= 0.5  # nearer
+    better = run.x.detach()[1].clone()
+    run.step()
+    assert torch.equal(run.best.coordinates[0], point[0])
+    assert torch.equal(run.best.multipliers[0], multipliers[0])
+    assert torch.equal(run.best.coordinates[1], better)
+    assert run.best.objective[0] == best[0]
+    assert run.best.objective[1] < best[1]
+    assert run.best.best_steps.tolist() == [0, 1]
+
+
 def test_starts_are_drawn_from_the_seeds():
     run = search(OPTIONS)
     for restart, seed in enumerate((5, 6)):
@@ -139,11 +157,11 @@ def test_a_step_of_the_training(decay):
     parameters = list(model.parameters())
     loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images)[:, 0], (labels + 1) / 2)
     gradients = torch.autograd.grad(loss, parameters)
-    rate = 0.03 * float(loss) / float(sum(g.square().sum() for g in gradients))  # of L: ∇ log L = ∇L / L
+    rate = 0.03 * loss.item() / float(sum(g.square().sum() for g in gradients))  # of L: ∇ log L = ∇L / L
     shrink = max(0.5, 1 - decay * rate)
     wanted = [shrink * p.detach() - rate * g for p, g in zip(parameters, gradients, strict=True)]
     step = descent.Descent(model, images, labels, Recipe(lr=0.03, weight_decay=decay))
-    assert float(step.step()) == pytest.approx(math.log(float(loss)))
+    assert float(step.step()) == pytest.approx(math.log(loss.item()))
     for found, expected in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(found.detach(), expected)
 

@@ -86,8 +86,8 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 place of the server's.
             server_secrets: not used.
             initial_data: images from which all restarts start, (m, C, H, W), or (R, m, C, H, W); m up to the number k
-                of candidates. Fewer are taken again in turn: n of k = 2n start once with each label. None draws restart
-                i from seed + i.
+                of candidates. Fewer are taken again in turn: n of k = 2n start once with each label, and where labels
+                are known each with its own. None draws restart i from seed + i.
             dryrun: stop after one step.
 
         Returns:

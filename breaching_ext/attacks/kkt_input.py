@@ -73,7 +73,8 @@ def labels_of_candidates(extraction: Any, metadata: Any) -> Tensor:
 
     Args:
         extraction: the config's part, checked.
-        metadata: `num_data_points`, the suspected number n of images; and `labels`, (n,), where they are known.
+        metadata: `num_data_points`, the suspected number n of images; and `labels`, (n,), where they are known: these
+            are repeated where k is a multiple of n, else the candidates have them in that proportion.
 
     Raises:
         SharedDataError: for no number of images, or labels that are not n times one of two.
@@ -102,7 +103,8 @@ def labels_of_candidates(extraction: Any, metadata: Any) -> Tensor:
         raise SharedDataError(
             f"metadata['labels']={shown} are no labels of {number} images in two classes; valid: {number} times 0 or 1."
         )
-    return candidate_labels(count, labels)
+    repeats, rest = divmod(count, number)
+    return candidate_labels(count, labels) if rest else labels.repeat(repeats)  # in their order: see `start_of`
 
 
 def start_of(initial: Tensor, problem: Problem, starts: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def start_of(initial: Tensor, problem: Problem, starts: Tensor) -> Tensor:
 
     Args:
         initial: images (m, C, H, W) with m ≤ k for all restarts, or (R, m, C, H, W); where m < k they are taken again
-            in turn, so that m = k / 2 images start once with each label.
+            in turn, so that n of k = 2n start once with each label, and where labels are known each with its own.
         problem: the search's.
         starts: coordinates (R, k, ...) that it would have without.
 

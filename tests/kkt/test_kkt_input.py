@@ -63,9 +63,11 @@ def attacked(model, *overrides, number=4, labels=None, **given):
     ("overrides", "labels", "expected"),
     [
         ((), None, [1, 1, 1, 1, -1, -1, -1, -1]),
-        ((), [0, 1, 0, 0], [1, 1, -1, -1, -1, -1, -1, -1]),
-        ((), torch.tensor([1.0, 1.0, -1.0, 1.0]), [1, 1, 1, 1, 1, 1, -1, -1]),
-        (("extraction.multiple=1",), [0, 1, 0, 0], [1, -1, -1, -1]),
+        ((), [0, 1, 0, 0], [-1, 1, -1, -1, -1, 1, -1, -1]),
+        ((), torch.tensor([1.0, 1.0, -1.0, 1.0]), [1, 1, -1, 1, 1, 1, -1, 1]),
+        (("extraction.multiple=1",), [0, 1, 0, 0], [-1, 1, -1, -1]),
+        (("extraction.multiple=1.5",), [0, 1, 0, 1], [1, 1, 1, -1, -1, -1]),
+        (("extraction.candidates=7",), [0, 1, 0, 0], [1, 1, -1, -1, -1, -1, -1]),
         (("extraction.candidates=3",), [1, 0, 1, 1], [1, 1, -1]),  # three quarters of three, and both occur
         (("extraction.candidates=2",), [0, 0, 0, 1], [1, -1]),
         ((), [0, 0, 0, 0], [-1] * 8),

@@ -29,13 +29,13 @@ def bowl(x, c, slack=()):
     return total + sum((u[..., 0] - u[..., 1]).sum(dim=1) for u in slack)
 
 
-def search(options, seeds=(5, 6)):
+def search(options, seeds=(5, 6), fixed=False):
     """A search of 1 x 3 pixels, on both sides of the pixel range, with one layer of slacks."""
     mean = torch.full((1, 1, PIXELS), 0.25, dtype=torch.double)
     problem = Problem(bowl, NORM, mean, (1, 1, PIXELS), None, [UNITS])
     starts, generators = draw_starts(problem, K, list(seeds), options.init_scale)
     labels = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.double)
-    return Extraction(problem, labels, starts, options, generators)
+    return Extraction(problem, labels, starts, options, generators, fixed)
 
 
 def by_hand(x, lam, steps, options):
@@ -125,6 +125,14 @@ def test_starts_are_drawn_from_the_seeds():
         draws = torch.rand(K, generator=generator, dtype=torch.double)
         torch.testing.assert_close(run.lam.detach()[restart], 0.15 * (0.5 + draws))
     assert not any(u.any() for u in run.slack)
+
+
+def test_images_can_be_held_fixed():
+    run = search(OPTIONS, fixed=True)
+    x, lam = run.x.clone(), run.lam.detach().clone()
+    run.step()
+    assert torch.equal(run.x, x)
+    assert not torch.equal(run.lam.detach(), lam)
 
 
 def test_without_slacks_there_are_none():

@@ -221,9 +221,12 @@ def test_ctrl_c_keeps_what_there_is():
     [
         ({"optimizer": "lion"}, "optim.optimizer"),
         ({"steps": 0}, "optim.max_iterations=0"),
-        ({"slack": -1.0}, "slack=-1.0"),
+        *(({name: 0.0}, f"extraction.{name}=0.0") for name in ("lr", "lr_lambda", "init_scale", "lambda_init")),
+        *(
+            ({name: -1.0}, f"extraction.{name}=-1.0")
+            for name in ("lr_slack", "slack", "box_weight", "lambda_weight", "lambda_min")
+        ),
     ],
-    ids=["optimizer", "steps", "slack"],
 )
 def test_impossible_options(values, words):
     with pytest.raises(ValueError, match=words):

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breaching_ext.errors import ConfigError, SharedDataError
-from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train, training
+from breaching_ext.kkt import (
+    MLP,
+    Recipe,
+    SmallConv,
+    build_network,
+    descent,
+    multipliers,
+    singular_values_in_span,
+    train,
+    training,
+)
 from breaching_ext.kkt.extraction import Extraction
 from breaching_ext.kkt.models import SmoothBackwardReLU
 from breaching_ext.kkt.multipliers import kkt_residual
@@ -279,7 +289,8 @@ def test_weight_decay_ends_at_a_finite_loss_near_a_kkt_point():
     assert not report.converged
 
 
-def test_a_small_convolution_trains_in_float32():
+def test_a_small_convolution_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(multipliers, "_STEPS", 40)  # of the residual, which takes longer than the training
     images, labels = data()
     recipe = replace(
         RECIPE,

@@ -120,6 +120,10 @@ def test_what_counts_as_two_labels():
     assert signs(torch.tensor([-1, -1])).tolist() == [-1, -1]
     assert signs(["a"]) is signs([0, -1]) is signs(3) is signs([0.5]) is None
     assert candidate_labels(1, torch.tensor([1.0, -1.0])).tolist() == [1]
+    rare = -torch.ones(10)
+    rare[3] = 1
+    assert candidate_labels(3, rare).tolist() == [1, -1, -1]  # a label that occurs is not left out
+    assert candidate_labels(3, -rare).tolist() == [1, 1, -1]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,24 @@ def test_a_released_mean_image_takes_the_place_of_the_networks(model):
         assert float(attacker.reconstruct(payload, shared)[0]["mean_image"].mean()) == 0
 
 
+def test_what_a_user_trained_takes_the_place_of_the_servers_network(model):
+    trained = MLP(SHAPE, (9,))
+    payload, shared = release(model, 4)
+    wanted, _ = release(trained, 4)
+    shared[0]["parameters"] = wanted[0]["parameters"]
+    attacker = KKTAttacker(model, None, config())
+    stats, alone = (attacker.reconstruct(p, shared)[1] for p in (payload, wanted))
+    assert stats["kkt_loss"] == alone["kkt_loss"] != attacked(model)[1]["kkt_loss"]
+
+
+@pytest.mark.parametrize("what", ["parameters", "buffers"])
+def test_what_is_not_finite(model, what):
+    payload, shared = release(model, 4)
+    payload[0][what][0][0, 0] = float("inf")
+    with pytest.raises(SharedDataError, match="are not finite"):
+        KKTAttacker(model, None, config()).reconstruct(payload, shared)
+
+
 def test_weights_that_are_no_tensors(model):
     payload, shared = release(model, 4)
     payload[0]["parameters"] = [p.numpy() for p in payload[0]["parameters"]]
@@ -262,7 +284,8 @@ def test_an_unknown_number_of_images(model):
 )
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_tensor_beside_the_state_dict_does_not_hide_it(model, tmp_path, beside, deep):
-    content = {**beside, "state_dict": model.state_dict()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "mean"}  # which is zero
+    content = {**beside, "state_dict": state}
     torch.save({"model": content, "step": torch.tensor(1)} if deep else content, tmp_path / "weights.pt")
     found = network_from_checkpoint(tmp_path / "weights.pt", SHAPE)
     x = torch.rand(2, *SHAPE)
@@ -273,8 +296,11 @@ def test_a_mean_image_beside_the_state_dict_is_taken(model, tmp_path):
     """Unless there is one in it."""
     state, mean = model.state_dict(), torch.rand(SHAPE)
     own = state.pop("mean") + 0.125
-    torch.save({"state_dict": state, "mean": mean}, tmp_path / "weights.pt")
-    assert torch.equal(network_from_checkpoint(tmp_path / "weights.pt", SHAPE).mean, mean)
+    inner = {"state_dict": state, "model": {"lr": 0.1}}  # not every dict under such a name holds the weights
+    other = {"state_dict": {"lr": 0.1}, "model": state}
+    for content in ({**inner, "mean": mean}, {**other, "mean": mean}, {"mean": mean, "net": inner}):
+        torch.save(content, tmp_path / "weights.pt")
+        assert torch.equal(network_from_checkpoint(tmp_path / "weights.pt", SHAPE).mean, mean)
     torch.save({"state_dict": {**state, "mean": own}, "mean": mean}, tmp_path / "weights.pt")
     load_checkpoint(model, tmp_path / "weights.pt")
     assert torch.equal(model.mean, own)
@@ -288,17 +314,22 @@ def test_files_without_a_state_dict(model, tmp_path, content):
 
 
 def test_a_trained_network_that_cannot_be_kept_is_not_lost(model, tmp_path, monkeypatch, caplog):
+    write = training.write_atomically
+
     def full(path, fill):
-        raise OSError("No space left on device")
+        if path.name == "network.pt":
+            raise OSError("No space left on device")
+        return write(path, fill)
 
     monkeypatch.setattr(training, "write_atomically", full)
     monkeypatch.setattr(training, "kkt_residual", lambda *_: 1.0)  # it takes longer than the steps
     images, labels = torch.rand(2, *SHAPE), torch.tensor([1.0, -1.0])
-    recipe = Recipe(max_steps=2, check_every=2, seed=0)
+    recipe = Recipe(max_steps=2, check_every=1, seed=0)
     before = model(images)
     assert train_or_load(model, images, labels, recipe, tmp_path / "network.pt").steps == 2
     assert not torch.equal(model(images), before)
     assert "network.pt could not be written (No space left on device)" in caplog.text
+    assert (tmp_path / "network.part.pt").exists()  # from which the next run goes on
 
 
 # ---------------------------------------------------------------------- the documentation

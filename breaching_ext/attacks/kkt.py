@@ -105,7 +105,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         number, count = shared["metadata"]["num_data_points"], len(labels)
         steepness, chosen = self.cfg.extraction.steepness, self.cfg.extraction.span
         report_slopes(model, steepness, self.options.slack)
-        problem = build_problem(model, float("inf") if steepness is None else float(steepness), chosen, count)
+        problem = build_problem(model, float("inf") if steepness is None else float(steepness), chosen, count, number)
         report_span(problem, number, chosen, count)
         seed = self.cfg.restarts.get("seed")
         seed = torch.initial_seed() % 2**63 if seed is None else int(seed)

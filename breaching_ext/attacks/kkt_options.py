@@ -90,7 +90,7 @@ def report_span(problem: Problem, number: int, chosen: str | int, count: int) ->
         count: of candidates.
     """
     if problem.span is None:
-        auto = "the first layer shows no span of the data" if chosen == "auto" else f"span={chosen}"
+        auto = f"the first layer does not show the span of {number} images" if chosen == "auto" else f"span={chosen}"
         log.info("All pixels are searched: %s.", auto if problem.slack_widths else "the network is no MLP")
         if not problem.slack_widths and chosen not in ("auto", "full"):
             log.warning("attack.extraction.span=%s is not used: only fully connected networks show a span.", chosen)

@@ -447,6 +447,20 @@ def test_what_the_client_and_its_control_hold(folder):
         torch.testing.assert_close(released, mine.detach())
 
 
+def test_what_a_client_releases(folder):
+    """Its dataset's mean image with the weights, its labels if it says so; every client has a control of its own."""
+    cfg = composed(folder, "case.training.untrained=true", "case.user.provide_labels=true")
+    setup = {"device": torch.device("cpu"), "dtype": torch.float}
+    user, server, *_ = breaching.cases.construct_case(cfg.case, setup)
+    (shared, *_), _, truth = server.run_protocol(user)
+    torch.testing.assert_close(shared["buffers"][0], BinaryFashionMNIST(folder=folder).mean_image())
+    assert shared["metadata"]["labels"].tolist() == sorted(truth["labels"].tolist())
+    cfg.case.user.update(user_idx=1, provide_labels=False)
+    second, server, *_ = breaching.cases.construct_case(cfg.case, setup)
+    assert not any(torch.equal(image, other) for image in second.unseen() for other in user.unseen())
+    assert server.run_protocol(second)[0][0]["metadata"]["labels"] is None
+
+
 def test_restarts_start_from_seeds_that_follow_each_other(victim):
     def candidates(seed):
         options = (f"restarts.seed={seed}", "restarts.num_trials=3")

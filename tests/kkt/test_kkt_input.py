@@ -34,6 +34,7 @@ from breaching_ext.kkt import (
     training,
 )
 from breaching_ext.kkt.candidates import candidate_labels, signs
+from breaching_ext.kkt.extraction import Extracted, Extraction
 from breaching_ext.kkt.problem import build_problem
 from breaching_ext.kkt.release import TrainedModelUser
 
@@ -102,14 +103,33 @@ def test_every_image_has_the_label_of_its_candidate(model):
         assert int(label) == max(0, [-1, 1, 1][index])
 
 
-def test_another_label_is_another_run(model, tmp_path):
-    """Labels decide the run, so a checkpoint of others is refused."""
-    keep = (f"+impl.checkpoint_path={tmp_path / 'kkt.pt'}", "impl.checkpoint_every=1")
-    attacker = KKTAttacker(model, None, config(*keep))
+def keeping(model, path, *overrides):
+    """Return an attacker that writes checkpoints, at least at the end, and leaves the last one there."""
+    attacker = KKTAttacker(
+        model, None, config(f"+impl.checkpoint_path={path}", "impl.checkpoint_every=100", *overrides)
+    )
     attacker.keep_checkpoint = True
+    return attacker
+
+
+def test_other_labels_or_another_mean_image_are_another_run(model, tmp_path):
+    """They decide it, so a checkpoint of others is refused."""
+    attacker = keeping(model, tmp_path / "kkt.pt")
     attacker.reconstruct(*release(model, 4, [1, 1, 0, 1]))
     with pytest.raises(ConfigError, match="another config"):
         attacker.reconstruct(*release(model, 4, [1, 0, 0, 1]))
+    payload, shared = release(model, 4, [1, 1, 0, 1])
+    payload[0]["buffers"][0] += 0.1
+    with pytest.raises(ConfigError, match="another config"):
+        attacker.reconstruct(payload, shared)
+
+
+def test_what_leaves_no_checkpoint(model, tmp_path):
+    """A dry run, and a search that went nowhere, which would go on to nowhere."""
+    keeping(model, tmp_path / "kkt.pt").reconstruct(*release(model, 4), dryrun=True)
+    with pytest.raises(SharedDataError, match="No restart stayed finite"):
+        keeping(model, tmp_path / "kkt.pt", "extraction.lr=1e30").reconstruct(*release(model, 4))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 1], [0, -1, 1, 1], torch.eye(4)[:, :1]])
@@ -138,6 +158,7 @@ def test_what_counts_as_two_labels():
         (["extraction.candidate_labels=null"], r"candidate_labels=None is not"),
         (["extraction.candidate_labels=[1,-1]", "extraction.candidates=3"], "candidates=3 does not fit the 2"),
         (["extraction.span=10"], r"extraction\.span=10 is not possible; valid: auto, full, or 1 to 9"),
+        (["restarts.scoring=euclidean"], "restarts.scoring=euclidean is not possible for kkt; valid: kkt-loss"),
         (["impl.dtype=float16"], r"impl\.dtype=float16 is not possible for kkt.*valid: float, double"),
         (["impl.dtype=bfloat16"], r"impl\.dtype=bfloat16 is not possible for kkt"),
     ],
@@ -151,6 +172,46 @@ def test_an_older_config_has_balanced_labels():
     extraction = OmegaConf.create({"candidates": None, "multiple": 1})
     metadata = {"num_data_points": 3, "labels": None}
     assert labels_of_candidates(extraction, metadata).tolist() == [1, 1, -1]
+
+
+def test_what_the_statistics_say(model):
+    """An empty seed is torch's."""
+    cfg = config()
+    cfg.restarts.seed = None
+    torch.manual_seed(7)
+    _, stats = KKTAttacker(model, None, cfg).reconstruct(*release(model, 4))
+    cfg.restarts.seed = 7
+    _, same = KKTAttacker(model, None, cfg).reconstruct(*release(model, 4))
+    assert stats["seed"] == same["seed"] == 7
+    assert stats["kkt_loss"] == same["kkt_loss"]
+    norm = sum(float(p.detach().square().sum()) for p in model.parameters())
+    assert stats["kkt_loss_absolute"] == pytest.approx(stats["kkt_loss"] * norm)
+
+
+def test_what_is_concluded(model, caplog):
+    """Of the restart with the least loss: its images by multiplier, what looks alike without the mean image last."""
+    model.mean.copy_(10 * torch.rand(SHAPE))  # with it, all images look alike
+    problem = build_problem(model, 20.0, "full")
+    images = torch.rand(3, *SHAPE)
+    images[1] = 1.01 * images[0]
+    multipliers = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.8, 0.1]])
+    losses, finite = torch.tensor([0.5, 0.25]), torch.tensor([False, True])
+    found = Extracted(torch.stack([images.flip(0), images]), multipliers, losses, losses, [[1.0], [0.5]])
+    found.finite, found.best_steps = finite, torch.tensor([1, 1])
+    attacker, labels = KKTAttacker(model, None, config()), torch.tensor([1.0, 1.0, -1.0])
+    result = attacker._conclude(found, problem, labels, 2)
+    assert "1 of 2 restarts did not stay finite" in caplog.text
+    assert torch.equal(result["multipliers"], multipliers[1])
+    torch.testing.assert_close(result["pool"], images + model.mean)
+    torch.testing.assert_close(result["data"], breaching_ext.kkt.candidates.stretch(images + model.mean)[[0, 2]])
+    assert result["labels"].tolist() == [1, 0]
+    span = build_problem(model, 20.0, 2)
+    starts = torch.zeros(2, 3, 2)
+    search = Extraction(span, labels, starts, attacker.options, [torch.Generator()] * 2)
+    stats = attacker._statistics(found, search, 5)
+    assert stats["failed_restarts"] == [0]
+    assert stats["singular_values"] == span.span.singular_values[:5].tolist()
+    assert (stats["rank"], stats["opt_value"], stats["seed"]) == (2, 0.25, 5)
 
 
 # ---------------------------------------------------------------------- a start
@@ -252,6 +313,16 @@ def test_widths_that_are_none(widths):
     for kind in (MLP, SmallConv):
         with pytest.raises(ConfigError, match=r"widths=.* is not possible; valid: .*whole numbers above 0"):
             kind(SHAPE, widths)
+
+
+def test_the_nearest_candidate_is_that_without_the_mean_image():
+    """Which all have in common, and which would correlate everything."""
+    torch.manual_seed(0)
+    mean, parts = 10 * torch.rand(SHAPE), torch.randn(3, *SHAPE)
+    found = nearest(mean + 0.1 * parts[[2, 0]], mean + parts[[0, 1, 2]], mean)
+    assert found.index.tolist()[::2] == [1, 0]
+    assert found.ncc[[0, 2]].min() > 0.999
+    assert found.ncc[1] < 0.8
 
 
 def test_images_of_another_size_have_no_nearest_candidate():

@@ -104,6 +104,19 @@ def test_explicit_form_is_the_distance_of_the_parameters_from_the_sum_of_gradien
         assert float(found[restart]) == pytest.approx(float(distance.detach()))
 
 
+def test_a_convolution_sees_images_with_the_mean_that_it_subtracts():
+    torch.manual_seed(0)
+    model = SmallConv((1, 8, 8), (2, 3)).double()
+    model.mean.copy_(torch.rand(1, 8, 8))
+    images, c = torch.rand(1, 3, 1, 8, 8, dtype=torch.double), torch.randn(1, 3, dtype=torch.double)
+    problem = build_problem(model, float("inf"))
+    found = problem.residual(problem.coordinates_of(images), c, ())
+    gradients = torch.autograd.grad((c[0] * model(images[0])[:, 0]).sum(), list(model.parameters()))
+    distance = sum((p - g).square().sum() for p, g in zip(model.parameters(), gradients, strict=True))
+    assert float(found) == pytest.approx(float(distance.detach()))
+    torch.testing.assert_close(problem.pixels(problem.coordinates_of(images)), images)
+
+
 def test_gradients_against_finite_differences():
     """Multipliers and slacks with smooth slopes; images with the plain ReLU, where ours is the derivative."""
     model = network((5, 4))

@@ -156,6 +156,14 @@ def test_a_slack_shifts_the_slope_of_its_unit():
     assert residual.norm == pytest.approx(w**2 + b**2 + v**2 + 0.25)
 
 
+def test_a_plain_relu_has_slope_zero_on_its_kink():
+    """As torch's has: Φ = v · relu(w x + b) at z = 0 has no gradient."""
+    one = [torch.tensor([[value]], dtype=torch.double) for value in (0.5, 1.5)]
+    residual = GramResidual([(one[0], torch.tensor([-0.25], dtype=torch.double)), (one[1], None)], float("inf"))
+    found = residual(torch.tensor([[[0.5]]], dtype=torch.double), torch.tensor([[2.0]], dtype=torch.double))
+    assert float(found) == residual.norm
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.02, 1e9])
 def test_a_step_of_the_training(decay):
     """θ − lr ∇L / (L ‖∇ log L‖²), after θ has shrunk by decay · lr / (L ‖∇ log L‖²), by at most half."""

@@ -119,6 +119,18 @@ def test_noise_is_told_from_signal_for_any_aspect(rows, columns, rank, seed):
     assert span_of(strong, "auto", candidates=1).rank == 1
 
 
+@pytest.mark.parametrize(("units", "full"), [(12, True), (18, True), (20, False), (30, False)])
+def test_a_part_of_the_data_is_not_taken_for_all(units, full):
+    """Ten directions among so few singular values: where their median is data itself, the smaller look like noise."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 10, generator=generator))[0] for n in (units, 200))
+    weight = left @ torch.logspace(1, 0, 10).diag() @ right.T + 1e-3 * torch.randn(units, 200, generator=generator)
+    found = span_of(weight, "auto", candidates=20, images=10)
+    assert found.full is full
+    assert found.rank == (200 if full else 10)
+    assert span_of(weight, "auto", candidates=20).rank < 10 or not full  # which is why
+
+
 @pytest.mark.parametrize("rank", ["some", 0, True, 99])
 def test_impossible_span(rank):
     with pytest.raises(ConfigError, match="span="):

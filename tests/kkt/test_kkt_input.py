@@ -126,7 +126,9 @@ def test_other_labels_or_another_mean_image_are_another_run(model, tmp_path):
 
 def test_what_leaves_no_checkpoint(model, tmp_path):
     """A dry run, and a search that went nowhere, which would go on to nowhere."""
-    keeping(model, tmp_path / "kkt.pt").reconstruct(*release(model, 4), dryrun=True)
+    dry = keeping(model, tmp_path / "kkt.pt")
+    dry.cfg.impl.checkpoint_every = 1
+    dry.reconstruct(*release(model, 4), dryrun=True)
     with pytest.raises(SharedDataError, match="No restart stayed finite"):
         keeping(model, tmp_path / "kkt.pt", "extraction.lr=1e30").reconstruct(*release(model, 4))
     assert not list(tmp_path.iterdir())

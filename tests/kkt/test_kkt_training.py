@@ -137,6 +137,39 @@ def test_impossible_span(rank):
         span_of(torch.randn(5, 4), rank)
 
 
+@pytest.mark.parametrize(
+    ("changed", "residual", "steps", "converged"),
+    [
+        ({"target_loss": 10.0}, 0.001, 2, True),  # both targets are met at the first look
+        ({"target_loss": 10.0}, 0.5, 5, False),
+        ({"target_loss": 1e-30}, 0.001, 5, False),
+        ({"target_loss": 1e-30, "weight_decay": 0.01}, 0.001, 2, True),  # it has a finite loss
+    ],
+)
+def test_when_a_training_ends(monkeypatch, changed, residual, steps, converged):
+    """A look every second step, and at the fifth, the last."""
+    monkeypatch.setattr(training, "kkt_residual", lambda *_: residual)
+    recipe = replace(RECIPE, max_steps=5, check_every=2, **changed)
+    report = train(network(), *data(), recipe, progress=False)
+    assert (report.steps, report.residual, report.converged) == (steps, residual, converged)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("auto", 64), ("double", 64), ("float64", 64), ("float32", 32)])
+def test_the_precision_of_a_training(monkeypatch, name, dtype):
+    seen = []
+    monkeypatch.setattr(training, "kkt_residual", lambda model, *_: seen.append(model.mean.dtype) or 1.0)
+    model = network()
+    train(model, *data(), replace(RECIPE, max_steps=1, dtype=name), progress=False)
+    assert seen == [getattr(torch, f"float{dtype}")]
+    assert model.mean.dtype == torch.float
+
+
+def test_a_training_that_diverges_is_named(monkeypatch):
+    monkeypatch.setattr(training, "kkt_residual", lambda *_: 1.0)
+    with pytest.raises(ConfigError, match=r"Training diverged after 4 steps .*lower case.training.lr=1e\+300"):
+        train(network(), *data(), replace(RECIPE, max_steps=4, lr=1e300), progress=False)
+
+
 def test_an_interrupted_residual_is_none(monkeypatch):
     """The search ends with its best so far on Ctrl-C; that is no residual, and the training stops."""
     images, labels = data()

@@ -137,8 +137,15 @@ def _with_our_attacks(original: Callable) -> Callable:
 
 
 def _with_our_users(original: Callable) -> Callable:
+    from .errors import ConfigError
+
     def construct_user(model: Any, loss_fn: Any, cfg_case: Any, setup: Any) -> Any:
         if cfg_case.user.user_type != "trained_model":
+            if str(cfg_case.model).startswith("kkt-"):
+                raise ConfigError(
+                    f"case.user.user_type={cfg_case.user.user_type} is not possible for case.model={cfg_case.model}, "
+                    "whose one output has no gradient of the cross-entropy; valid: trained_model."
+                )
             return original(model, loss_fn, cfg_case, setup)
         from breaching.cases.data import construct_dataloader
 

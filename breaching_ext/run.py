@@ -216,11 +216,15 @@ def _labels_known(cfg: Any) -> bool:
     """Whether the attack knows the labels: they are sent, with the local steps' settings, too, and it uses them."""
     user = cfg.case.user
     told = user.provide_labels or (user.user_type == "local_update" and user.get("provide_local_hyperparams"))
-    return bool(told) and cfg.attack.attack_type not in ("magia", "kkt")
+    attack = cfg.attack
+    used = attack.attack_type != "kkt" or attack.extraction.get("candidate_labels", "auto") == "auto"
+    return bool(told) and used and attack.attack_type != "magia"
 
 
 def _buffers_known(cfg: Any) -> bool:
-    return bool(cfg.case.user.provide_buffers or cfg.case.server.get("provide_public_buffers"))
+    user = cfg.case.user  # whoever releases a network releases all of it
+    public = cfg.case.server.get("provide_public_buffers")
+    return bool(user.provide_buffers or public or user.user_type == "trained_model")
 
 
 def _what_is_attacked(cfg: Any) -> str:

@@ -65,7 +65,6 @@ class Arm:
 
 
 START = Recipe(first_layer_std=1e-3)
-SMALL = "attack.restarts.num_trials=8"
 DEFAULT = Arm("shipped default")
 ARMS: dict[str, Arm] = {
     "default": DEFAULT,

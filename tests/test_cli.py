@@ -97,6 +97,15 @@ def test_another_seed_is_another_model_and_start_on_the_same_images():
         (["case.user.provide_labels=false", "case.user.provide_buffers=true"], False, True),
         (["case/user=local_updates", "case.user.provide_labels=false"], True, False),
         (["attack=magia", "case.user.provide_labels=true"], False, False),
+        (["attack=kkt", "case=kkt_fashion_mnist", "case.user.provide_labels=true"], True, True),
+        (
+            [
+                *("attack=kkt", "case=kkt_fashion_mnist", "case.user.provide_labels=true"),
+                "attack.extraction.candidate_labels=balanced",
+            ],
+            False,
+            True,
+        ),
     ],
 )
 def test_what_the_attack_knew_is_recorded(overrides, labels, buffers):

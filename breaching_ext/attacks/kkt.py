@@ -7,7 +7,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,15 +17,15 @@ from breaching.attacks.optimization_based_attack import OptimizationBasedAttacke
 from torch import Tensor
 
 from ..errors import ConfigError, SharedDataError
-from ..kkt.candidates import candidate_labels, draw_starts, stretch, strongest
+from ..kkt.candidates import draw_starts, stretch, strongest
 from ..kkt.extraction import Extracted, Extraction
-from ..kkt.models import HomogeneousNetwork, SmoothBackwardReLU
+from ..kkt.models import HomogeneousNetwork
 from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
-from ..values import check_seed, check_whole, is_whole
+from ..values import check_seed, check_whole
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
-from .checks import check_impl
-from .kkt_options import check_search, extraction_options, report_span
+from .kkt_input import labels_of_candidates, released_network, report_slopes, start_of
+from .kkt_options import check_precision, check_search, check_span, extraction_options, report_span
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +54,16 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
         if not isinstance(model, HomogeneousNetwork):
             raise ConfigError(
                 f"attack_type=kkt needs a homogeneous network with one output, got {type(model).__name__}; valid: "
-                "case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a breaching_ext.kkt.HomogeneousNetwork."
+                "case=kkt_fashion_mnist with case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a "
+                "breaching_ext.kkt.HomogeneousNetwork of your own."
             )
-        check_impl(cfg_attack.impl)
+        check_precision(cfg_attack.impl)
         super().__init__(model, loss_fn, cfg_attack, setup)
         self.options = extraction_options(cfg_attack)
         check_whole("restarts.num_trials", cfg_attack.restarts.num_trials, 1)
         check_seed("restarts.seed", cfg_attack.restarts.get("seed"))
         check_search(cfg_attack.extraction)
+        check_span(cfg_attack.extraction.span, model)
         if cfg_attack.restarts.scoring != "kkt-loss":
             raise ConfigError(
                 f"restarts.scoring={cfg_attack.restarts.scoring} is not possible for kkt; valid: kkt-loss."
@@ -80,39 +81,38 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
 
         Args:
             server_payload: `parameters`, `buffers` and `metadata` of the network.
-            shared_data: `metadata` with the suspected number of images; `parameters` and `buffers`, where a user
-                trained the server's network, take the place of the server's.
+            shared_data: `metadata` with the suspected number n of images as `num_data_points`, and their `labels` (n,)
+                where they are known; `parameters` and `buffers`, where a user trained the server's network, take the
+                place of the server's.
             server_secrets: not used.
-            initial_data: start (k, C, H, W) for all restarts, or (R, k, C, H, W); None draws restart i from seed + i.
+            initial_data: images from which all restarts start, (m, C, H, W), or (R, m, C, H, W); m up to the number k
+                of candidates. Fewer are taken again in turn: n of k = 2n start once with each label, and where labels
+                are known each with its own. None draws restart i from seed + i.
             dryrun: stop after one step.
 
         Returns:
-            A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (R, B, C, H, W), `candidate_scores` (R,): the
-            relative KKT loss, which alone chooses; and of the chosen restart all k candidates, not stretched, as
-            `pool` (k, C, H, W), with `multipliers` (k,) and `pool_labels` (k,); and statistics.
+            A dict with `data` (B, C, H, W), `labels` (B,), `candidates` (R, B, C, H, W), `candidate_labels` (R, B),
+            `candidate_scores` (R,): the relative KKT loss, which alone chooses; and of the chosen restart all k
+            candidates, not stretched, as `pool` (k, C, H, W), with `multipliers` (k,) and `pool_labels` (k,), ±1; and
+            statistics. Other labels are 0 and 1.
 
         Raises:
             SharedDataError: for weights that do not fit the network, or no number of images.
         """
         payload, shared = _first(server_payload), _first(shared_data)
-        model = self._released(payload, shared)
-        number = shared["metadata"]["num_data_points"]
-        if not is_whole(number) or number < 1:
-            raise SharedDataError(
-                f"metadata['num_data_points']={number}: how many images are suspected? Valid: 1, 2, ..."
-            )
-        count = self._count(number)
-        steepness = self.cfg.extraction.steepness
-        chosen = self.cfg.extraction.span
-        problem = build_problem(model, float("inf") if steepness is None else float(steepness), chosen, count)
+        model = released_network(self.model_template, payload, shared, self.setup)
+        labels = labels_of_candidates(self.cfg.extraction, shared["metadata"]).to(**self.setup)
+        number, count = shared["metadata"]["num_data_points"], len(labels)
+        steepness, chosen = self.cfg.extraction.steepness, self.cfg.extraction.span
+        report_slopes(model, steepness, self.options.slack)
+        problem = build_problem(model, float("inf") if steepness is None else float(steepness), chosen, count, number)
         report_span(problem, number, chosen, count)
-        labels = candidate_labels(count).to(**self.setup)
         seed = self.cfg.restarts.get("seed")
         seed = torch.initial_seed() % 2**63 if seed is None else int(seed)
         seeds = [seed + index for index in range(self.cfg.restarts.num_trials)]
         starts, generators = draw_starts(problem, count, seeds, self.options.init_scale)
         if initial_data is not None:
-            starts = problem.coordinates_of(_checked_start(initial_data, problem, starts)).clone()
+            starts = start_of(initial_data, problem, starts)
         search = Extraction(problem, labels, starts, self.options, generators)
         found = self._search(search, model, dryrun)
         reconstruction = self._conclude(found, problem, labels, number, dryrun)
@@ -143,52 +143,13 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
             f"span {self.cfg.extraction.span}\n    {self.options}"
         )
 
-    def _released(self, payload: dict, shared: dict) -> HomogeneousNetwork:
-        """Return the network with the released weights."""
-        model = copy.deepcopy(self.model_template).to(**self.setup)
-        parameters = shared.get("parameters") or payload["parameters"]
-        buffers = shared.get("buffers") or payload.get("buffers") or []
-        own = list(model.parameters())
-        if [tuple(p.shape) for p in own] != [tuple(p.shape) for p in parameters]:
-            raise SharedDataError(
-                f"The released weights have shapes {[tuple(p.shape) for p in parameters]}, the network needs "
-                f"{[tuple(p.shape) for p in own]}."
-            )
-        with torch.no_grad():
-            for mine, released in zip([*own, *model.buffers()], [*parameters, *buffers], strict=False):
-                mine.copy_(released)
-        if not all(bool(p.isfinite().all()) for p in (*own, *model.buffers())):
-            raise SharedDataError("The released weights are not finite; nothing can be reconstructed from them.")
-        self._check_network(model)
-        return model.requires_grad_(False)
-
-    def _check_network(self, model: HomogeneousNetwork) -> None:
-        """Refuse a network of several outputs, and warn of one whose activations cannot be smoothed."""
-        with torch.no_grad():
-            shape = tuple(model(torch.zeros(1, *model.shape, **self.setup)).shape)
-        if shape != (1, 1):
-            raise ConfigError(f"The network's output for one image has shape {shape}; attack=kkt needs (1, 1).")
-        if self.cfg.extraction.steepness is not None and not any(
-            isinstance(module, SmoothBackwardReLU) for module in model.modules()
-        ):
-            log.warning(
-                "attack.extraction.steepness=%s has no effect: the network has no SmoothBackwardReLU.",
-                self.cfg.extraction.steepness,
-            )
-
-    def _count(self, number: int) -> int:
-        count, multiple = self.cfg.extraction.candidates, self.cfg.extraction.multiple
-        if count is None and round(number * multiple) < 1:
-            raise ConfigError(f"attack.extraction.multiple={multiple} of {number} images is no candidate; valid: 1, 2.")
-        return round(number * multiple) if count is None else count
-
     def _search(self, search: Extraction, model: HomogeneousNetwork, dryrun: bool) -> Extracted:
         impl = self.cfg.impl
         progress = None if impl.get("progress", "auto") == "auto" else bool(impl.progress)
         checkpoint = self._kept = None
         if impl.get("checkpoint_every") and impl.get("checkpoint_path") and not dryrun:
             released = [{"gradients": list(model.parameters())}]
-            key = fingerprint(self.cfg, released, [search.x, search.lam], "kkt", model.buffers())
+            key = fingerprint(self.cfg, released, [search.x, search.lam], "kkt", [search.labels, *model.buffers()])
             checkpoint = self._kept = Checkpoint(impl.checkpoint_path, impl.checkpoint_every, key)
             state = checkpoint.load()
             if state is not None:
@@ -224,10 +185,12 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
             strongest(x - problem.mean, lam, number) for x, lam in zip(images, found.multipliers, strict=True)
         ]  # R times (B,)
         candidates = torch.stack([stretch(x)[order] for x, order in zip(images, chosen, strict=True)])
+        classes = torch.stack([(labels[order] > 0).long() for order in chosen])  # (R, B)
         return {
             "data": candidates[best],
-            "labels": (labels[chosen[best]] > 0).long(),
+            "labels": classes[best],
             "candidates": candidates,
+            "candidate_labels": classes,
             "candidate_scores": found.losses,
             "pool": images[best],
             "pool_labels": labels.long(),
@@ -260,12 +223,3 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
 
 def _first(data: Sequence[dict] | dict) -> dict:
     return data if isinstance(data, dict) else data[0]
-
-
-def _checked_start(initial: Tensor, problem: Problem, starts: Tensor) -> Tensor:
-    wanted = (*starts.shape[:2], *problem.mean.shape)
-    if tuple(initial.shape) not in (wanted, wanted[1:]):
-        raise SharedDataError(f"initial_data has shape {tuple(initial.shape)}; valid: {wanted[1:]} or {wanted}.")
-    if not bool(torch.isfinite(initial).all()):
-        raise SharedDataError("initial_data is not finite.")
-    return initial.to(problem.mean).expand(wanted)

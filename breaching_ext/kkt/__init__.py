@@ -4,8 +4,9 @@ from .extraction import Extraction, ExtractionOptions
 from .models import MLP, HomogeneousNetwork, SmallConv, build_network
 from .nearest import nearest
 from .problem import build_problem
+from .published import load_checkpoint, network_from_checkpoint
 from .recipe import Recipe
-from .release import load_checkpoint, network_from_checkpoint, release
+from .release import release
 from .span import singular_values_in_span
 from .training import train, train_or_load
 

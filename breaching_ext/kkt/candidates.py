@@ -13,11 +13,34 @@ from .problem import Problem
 DUPLICATE = 0.9
 
 
-def candidate_labels(count: int) -> Tensor:
-    """±1 of k candidates, (k,): the first half +1, as in the paper; the odd one is +1."""
+def candidate_labels(count: int, known: Tensor | None = None) -> Tensor:
+    """±1 of k candidates, (k,), those with +1 first.
+
+    Args:
+        count: k.
+        known: ±1 of the images, (n,): their share of +1 is that of the candidates, and no label that occurs is left
+            out where there are two candidates. None: half are +1, as in the paper; the odd one is +1.
+    """
+    positive = (count + 1) // 2
+    if known is not None:
+        share = float((known > 0).double().mean())
+        positive = int(count * share + 0.5)
+        if 0 < share < 1 and count > 1:
+            positive = min(max(positive, 1), count - 1)
     labels = torch.ones(count)
-    labels[(count + 1) // 2 :] = -1
+    labels[positive:] = -1
     return labels
+
+
+def signs(labels: Sequence[float] | Tensor) -> Tensor | None:
+    """Return labels ±1, (k,), from 0 and 1 or from -1 and 1; None where they are neither, or not one-dimensional."""
+    try:
+        values = torch.as_tensor(labels).detach().cpu().double()
+    except (TypeError, ValueError):
+        return None
+    if values.ndim != 1 or not any(set(values.tolist()) <= pair for pair in ({0.0, 1.0}, {-1.0, 1.0})):
+        return None
+    return 2 * (values > 0).double() - 1
 
 
 def draw_starts(

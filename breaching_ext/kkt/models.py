@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
+from ..values import is_whole
 
 _BIASES = ("first", "none", "hidden", "all")
 
@@ -72,8 +73,8 @@ class MLP(HomogeneousNetwork):
         self, shape: Sequence[int] = (1, 28, 28), widths: Sequence[int] = (300,), biases: str = "first"
     ) -> None:
         super().__init__(shape)
-        if not widths or min(widths) < 1:
-            raise ConfigError(f"widths={list(widths)} is not possible; valid: one or more numbers above 0.")
+        if not isinstance(widths, Sequence) or not widths or not all(is_whole(width) and width > 0 for width in widths):
+            raise ConfigError(f"widths={widths} is not possible; valid: one or more whole numbers above 0, as (300,).")
         if biases not in _BIASES:
             raise unknown("biases", biases, _BIASES)
         sizes = [int(torch.Size(self.shape).numel()), *widths, 1]
@@ -115,8 +116,8 @@ class SmallConv(HomogeneousNetwork):
 
     def __init__(self, shape: Sequence[int] = (1, 28, 28), widths: Sequence[int] = (16, 32)) -> None:
         super().__init__(shape)
-        if len(widths) != 2 or min(widths) < 1:
-            raise ConfigError(f"widths={list(widths)} is not possible; valid: two numbers above 0.")
+        if not isinstance(widths, Sequence) or len(widths) != 2 or not all(is_whole(w) and w > 0 for w in widths):
+            raise ConfigError(f"widths={widths} is not possible; valid: two whole numbers above 0, as (16, 32).")
         channels, height, width = self.shape
         self.features = nn.Sequential(
             nn.Conv2d(channels, widths[0], 5, stride=2, padding=2),

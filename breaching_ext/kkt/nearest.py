@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import SharedDataError
 from ..evaluation import ssim
 from .candidates import correlations, stretch
 
@@ -54,7 +55,13 @@ def nearest(pool: Tensor, images: Tensor, mean: Tensor) -> Nearest:
         pool: candidates (k, C, H, W), with the mean image added, not stretched.
         images: (n, C, H, W) in [0, 1].
         mean: mean image (C, H, W).
+
+    Raises:
+        SharedDataError: for images of another size than the candidates'.
     """
+    if not (pool.shape[1:] == images.shape[1:] == mean.shape):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("images", images), ("mean", mean)))
+        raise SharedDataError(f"Candidates {tuple(pool.shape)} do not compare with {shapes}; valid: one (C, H, W).")
     pool, images, mean = (x.detach().cpu().double() for x in (pool, images, mean))
     similarity = correlations(images - mean, pool - mean)  # (n, k)
     best, index = similarity.max(dim=1)

@@ -50,7 +50,11 @@ class Problem:
 
 
 def build_problem(
-    model: HomogeneousNetwork, steepness: float, span: str | int | Span = "auto", candidates: int | None = None
+    model: HomogeneousNetwork,
+    steepness: float,
+    span: str | int | Span = "auto",
+    candidates: int | None = None,
+    images: int | None = None,
 ) -> Problem:
     """Build the problem with the cheapest exact residual for the network.
 
@@ -58,7 +62,7 @@ def build_problem(
         model: the network; it is not changed.
         steepness: of the slopes σ(steepness · z); infinity is the plain ReLU.
         span: 'auto', 'full', a number (:func:`~breaching_ext.kkt.span.span_of`) or a space; only for an MLP.
-        candidates: number of candidates.
+        candidates, images: number of candidates, and suspected number of images (see `span_of`).
     """
     mean = model.mean.detach()
     if not is_plain_mlp(model):
@@ -70,7 +74,7 @@ def build_problem(
 
         return Problem(of_pixels, norm, mean, tuple(model.shape))
     layers = [(w.detach(), None if b is None else b.detach()) for w, b in model.linears]
-    found = span if isinstance(span, Span) else span_of(layers[0][0], span, candidates)
+    found = span if isinstance(span, Span) else span_of(layers[0][0], span, candidates, images)
     if found.full:
         full = GramResidual(layers, steepness)
         flat = _flattened(full)

@@ -1,12 +1,10 @@
-"""Who trains and releases a network: Breaching's user for the threat model "weights alone"; published checkpoints."""
+"""Who trains and releases a network: Breaching's user for the threat model "weights alone"."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,26 +13,29 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..errors import ConfigError, SharedDataError
-from ..tensor_files import read_tensors
 from ..values import is_number
-from .models import MLP, HomogeneousNetwork
+from .models import HomogeneousNetwork
+from .published import load_checkpoint
 from .recipe import Recipe, initialise
 from .span import singular_values_in_span
-from .training import check_training_set, train, train_or_load
+from .training import train, train_or_load
+from .training_set import check_training_set
 
 log = logging.getLogger(__name__)
 
 #: keys of `case.training` that are the user's, not the recipe's
 _OWN = {"weights", "untrained", "checkpoint_path", "cache_path"}
-_NESTS = ("state_dict", "model_state_dict", "model", "net")
 
 
-def release(model: HomogeneousNetwork, num_data_points: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def release(
+    model: HomogeneousNetwork, num_data_points: int, labels: Sequence[int] | Tensor | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Wrap a trained network for `attacker.reconstruct`: what the attacker of this threat model sees.
 
     Args:
         model: the network.
-        num_data_points: the suspected number of training images.
+        num_data_points: the suspected number n of training images.
+        labels: of these images, (n,), ±1 or 0 and 1, in any order, where the attacker knows them.
 
     Returns:
         (server_payload, shared_data), each a list with one entry; there are no gradients in it.
@@ -45,7 +46,7 @@ def release(model: HomogeneousNetwork, num_data_points: int) -> tuple[list[dict[
         "buffers": [b.detach().clone() for b in model.buffers()],
         "metadata": OmegaConf.create({**metadata, "classes": 2}),
     }
-    known = {"num_data_points": num_data_points, "labels": None, "local_hyperparams": None}
+    known = {"num_data_points": num_data_points, "labels": labels, "local_hyperparams": None}
     return [payload], [{"gradients": None, "buffers": None, "metadata": known}]
 
 
@@ -73,6 +74,10 @@ class TrainedModelUser(UserSingleStep):
                     f"case.user.local_diff_privacy.{name}={value}: a client that releases its weights does not apply "
                     "it, and the attack would be measured without that defence; valid: 0."
                 )
+        if cfg_training.get("untrained") and cfg_training.get("weights"):
+            raise ConfigError(
+                f"case.training.untrained=true releases no weights={cfg_training.weights}; valid: one of the two."
+            )
         super().__init__(model, loss, dataloader, setup, idx, cfg_user)
         self.training_options = cfg_training
         self.recipe = recipe_from(cfg_training)
@@ -177,82 +182,5 @@ def recipe_from(options: Mapping[str, Any]) -> Recipe:
     return Recipe(**{name: options[name] for name in names if name in options})
 
 
-def load_checkpoint(model: HomogeneousNetwork, path: str | Path) -> None:
-    """Load a released state dict into a network, for example one of the paper's D-1000-1000-1 checkpoints.
-
-    Args:
-        model: the network; it is changed in place.
-        path: a file written with torch.save: a state dict, or a dict with one under 'state_dict' or 'model'.
-
-    Raises:
-        ConfigError: when there is no such file, no state dict in it, or its shapes do not fit the network.
-    """
-    state = read_state_dict(path)
-    own = {name: p for name, p in model.state_dict().items() if name != "mean"}
-    found = {name: tensor for name, tensor in state.items() if name in own or name.startswith(("layers.", "features."))}
-    if {k: tuple(v.shape) for k, v in found.items()} != {k: tuple(v.shape) for k, v in own.items()}:
-        raise ConfigError(f"{path} holds {_shapes(found or state)}; the network needs {_shapes(own)}.")
-    if "mean" in state and state["mean"].numel() != model.mean.numel():
-        raise ConfigError(f"{path} holds mean {tuple(state['mean'].shape)}; the network needs {tuple(model.shape)}.")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
-        if "mean" in state:
-            model.mean.copy_(state["mean"].reshape(model.shape))
-
-
-def network_from_checkpoint(path: str | Path, shape: tuple[int, ...]) -> MLP:
-    """Build the fully connected network that a checkpoint with keys `layers.N.weight` belongs to, and load it.
-
-    Args:
-        path: see :func:`load_checkpoint`.
-        shape: of an image, (C, H, W).
-
-    Raises:
-        ConfigError: when the file does not describe a network for such images.
-    """
-    state = read_state_dict(path)
-    weights = [state[f"layers.{i}.weight"] for i in range(len(state)) if f"layers.{i}.weight" in state]
-    biases = {name for name in state if name.startswith("layers.") and name.endswith(".bias")}
-    if not weights or any(w.ndim != 2 for w in weights):
-        raise ConfigError(f"{path} holds {_shapes(state)}; expected layers.0.weight, layers.1.weight, ... (out, in).")
-    hidden = {f"layers.{index}.bias" for index in range(len(weights) - 1)}
-    few = "none" if not biases else "first" if biases == {"layers.0.bias"} else None
-    kind = few or ("hidden" if biases == hidden else "all")
-    if kind in ("hidden", "all"):
-        log.warning(
-            "%s has biases beyond the first layer: the network is not homogeneous, KKT holds but roughly.", path
-        )
-    model = MLP(shape, [len(w) for w in weights[:-1]], kind)
-    load_checkpoint(model, path)
-    return model
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, without a prefix `module.` or `model.`; `convnet.` of the paper's is `layers.`.
-
-    Raises:
-        ConfigError: when there is none.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"case.training.weights={path} does not exist.")
-    content = read_tensors(path, "case.training.weights", "a file of tensors that torch saved")
-    while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
-        nested = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
-        if not nested:
-            break
-        content = nested[0]
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise ConfigError(f"{path} holds no state dict, nor a dict with one under {', '.join(_NESTS)}.")
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    plain = {k.removeprefix("module.").removeprefix("model."): v for k, v in tensors.items()}
-    return {re.sub(r"^convnet\.", "layers.", k): v for k, v in plain.items()}
-
-
 def _joined(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
-
-
-def _shapes(state: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()) or "nothing"

@@ -57,15 +57,17 @@ class Span:
         return coordinates if self.full else coordinates @ self.basis
 
 
-def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = None) -> Span:
+def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = None, images: int | None = None) -> Span:
     """Return the space in which to look for the images.
 
     Args:
         weight: first layer (m, D).
-        rank: 'auto' takes the singular vectors whose value stands above the noise (:func:`signal_rank`), provided that
-            they are fewer than half of all (else the median is no noise) and not more than `candidates`; 'full' takes
+        rank: 'auto' takes the singular vectors whose value stands above the noise (:func:`signal_rank`), at most
+            `candidates`, and all pixels where there are none, or where `images` are more than half of all singular
+            values: then their median may be no noise, and what stands above it a part of the data only; 'full' takes
             all pixels; a number takes that many.
-        candidates: number of candidates, an upper bound for the number of images.
+        candidates: number of candidates.
+        images: suspected number of images, the most directions that their data can have; None: few.
 
     Raises:
         ConfigError: for any other `rank`.
@@ -76,7 +78,7 @@ def span_of(weight: Tensor, rank: str | int = "auto", candidates: int | None = N
     values, right = values.to(weight), right.to(weight)
     if rank == "auto":
         chosen = signal_rank(values, min(weight.shape) / max(weight.shape))
-        if chosen == 0 or 2 * chosen > len(values):
+        if chosen == 0 or 2 * (images or 0) > len(values):
             return Span(weight.new_zeros(0, weight.shape[1]), values)
         return Span(right[: min(chosen, candidates or chosen)], values)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= len(values):

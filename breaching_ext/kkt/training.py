@@ -13,18 +13,20 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import ConfigError, SharedDataError
+from ..errors import ConfigError
 from ..files import write_atomically
 from ..tensor_files import digest, read_tensors
 from .descent import Descent, descent_of, log_loss
 from .models import HomogeneousNetwork
 from .multipliers import kkt_residual
 from .recipe import Recipe, TrainingReport, initialise
+from .training_set import check_training_set
 
 log = logging.getLogger(__name__)
 
@@ -131,41 +133,14 @@ def train_or_load(
     part = path.with_suffix(".part.pt") if checkpoint is None else Path(checkpoint).expanduser()
     report = _train(model, images, labels, recipe, part)
     content = {"key": key, "state_dict": model.state_dict(), "report": report.as_dict()}
-    write_atomically(path, lambda target: torch.save(content, target))
-    part.unlink(missing_ok=True)  # only now: a training must not be lost between two files
+    if _written(content, path, "network"):
+        part.unlink(missing_ok=True)  # only now: a training must not be lost between two files
     return report
 
 
 def _digest(*tensors: Tensor) -> str:
     """Return a digest of values that is the same in single and double precision."""
     return digest(*(tensor.detach().cpu().double() for tensor in tensors))
-
-
-def check_training_set(model: HomogeneousNetwork, images: Tensor, labels: Tensor) -> None:
-    """Check a training set.
-
-    Raises:
-        SharedDataError: naming what does not fit.
-    """
-    if len(images) == 0:
-        raise SharedDataError("n=0 images: there is nothing to train on; valid: 1 or more.")
-    if tuple(images.shape[1:]) != model.shape or labels.shape != (len(images),):
-        raise SharedDataError(
-            f"Images {tuple(images.shape)} with labels {tuple(labels.shape)} do not fit the network; valid: "
-            f"(n, {', '.join(map(str, model.shape))}) and (n,)."
-        )
-    if not bool(images.isfinite().all()):
-        raise SharedDataError("The images are not finite; nothing can be trained on them.")
-    low, high = float(images.min()), float(images.max())
-    if low < -1e-6 or high > 1 + 1e-6:
-        log.warning(
-            "The images lie in %.3g to %.3g: the attack keeps its candidates near pixels of 0 to 1 "
-            "(attack.extraction.box_weight=0 does not), and SSIM supposes them.",
-            *(low, high),
-        )
-    wrong = sorted(set(labels.tolist()) - {-1, 1})
-    if wrong:
-        raise SharedDataError(f"Labels {wrong} are not valid for the logistic loss; valid: -1 and +1.")
 
 
 def _check_gradient(descent: Descent) -> None:
@@ -228,11 +203,17 @@ def _check(descent: Descent, recipe: Recipe, report: TrainingReport, steps: int,
 
 
 def _save(descent: Descent, checkpoint: Path, key: str, steps: int) -> None:
-    state = {"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}
+    _written({"key": key, "step": steps, "tensors": [t.detach() for t in descent.tensors()]}, checkpoint, "checkpoint")
+
+
+def _written(content: dict[str, Any], path: Path, what: str) -> bool:
+    """Write a file, and return whether it could be: a full disk does not end a training, nor lose what it gave."""
     try:
-        write_atomically(checkpoint, lambda target: torch.save(state, target))
-    except (OSError, RuntimeError) as error:  # a full disk does not end a training
-        log.error("The checkpoint %s could not be written (%s); the training goes on.", checkpoint, error)
+        write_atomically(path, lambda target: torch.save(content, target))
+    except (OSError, RuntimeError) as error:
+        log.error("The %s %s could not be written (%s); the run goes on.", what, path, error)
+        return False
+    return True
 
 
 def _resume(descent: Descent, checkpoint: Path | None, key: str) -> int:

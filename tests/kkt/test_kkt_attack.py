@@ -43,7 +43,7 @@ from breaching_ext.kkt.models import is_plain_mlp
 from breaching_ext.kkt.problem import build_problem
 from breaching_ext.kkt.recipe import initialise
 from breaching_ext.kkt.span import span_of
-from breaching_ext.kkt.training import check_training_set
+from breaching_ext.kkt.training_set import check_training_set
 from breaching_ext.run import run
 
 SHAPE = (1, 6, 6)
@@ -124,8 +124,6 @@ def test_a_start_can_be_given_and_the_span_can_be_switched_off(victim):
     warm, warm_stats = attacker.reconstruct(*release(victim, 4), initial_data=ordered)
     assert warm_stats["engine"] == "kkt, all pixels"
     assert float(nearest(warm["pool"], images, victim.mean).ncc.mean()) > 0.85
-    with pytest.raises(SharedDataError, match="initial_data"):
-        attacker.reconstruct(*release(victim, 4), initial_data=ordered[:2])
 
 
 def test_a_small_convolution_goes_through(victim):
@@ -218,12 +216,6 @@ def test_what_is_said_of_the_span_is_so(victim, caplog, overrides, says):
         KKTAttacker(victim, None, config("optim.max_iterations=2", *overrides)).reconstruct(*release(victim, 4))
     assert says in caplog.text
     assert ("The data span only" in caplog.text) is (not overrides)  # nobody looked where it is set
-
-
-def test_half_precision_weights_are_searched_over_all_pixels(victim):
-    setup = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
-    attacker = KKTAttacker(victim, None, config("extraction.span=full", "optim.max_iterations=2"), setup)
-    assert attacker.reconstruct(*release(victim, 4))[0]["data"].shape == (4, *SHAPE)
 
 
 def test_bad_releases(victim):
@@ -418,7 +410,7 @@ def test_with_checkpoints_a_killed_extraction_does_not_train_again(folder, tmp_p
         return composed(folder, "attack.impl.checkpoint_every=2", "case.user.provide_labels=true")
 
     whole = run(composition()).record
-    assert whole["labels_known"] is False  # the attack does not use them
+    assert whole["labels_known"]  # and used
 
     class Killed(BaseException):
         pass
@@ -453,6 +445,20 @@ def test_what_the_client_and_its_control_hold(folder):
     initialise(start, Recipe(first_layer_std=0.05, seed=3))
     for mine, released in zip(start.parameters(), shared["parameters"], strict=True):
         torch.testing.assert_close(released, mine.detach())
+
+
+def test_what_a_client_releases(folder):
+    """Its dataset's mean image with the weights, its labels if it says so; every client has a control of its own."""
+    cfg = composed(folder, "case.training.untrained=true", "case.user.provide_labels=true")
+    setup = {"device": torch.device("cpu"), "dtype": torch.float}
+    user, server, *_ = breaching.cases.construct_case(cfg.case, setup)
+    (shared, *_), _, truth = server.run_protocol(user)
+    torch.testing.assert_close(shared["buffers"][0], BinaryFashionMNIST(folder=folder).mean_image())
+    assert shared["metadata"]["labels"].tolist() == sorted(truth["labels"].tolist())
+    cfg.case.user.update(user_idx=1, provide_labels=False)
+    second, server, *_ = breaching.cases.construct_case(cfg.case, setup)
+    assert not any(torch.equal(image, other) for image in second.unseen() for other in user.unseen())
+    assert server.run_protocol(second)[0][0]["metadata"]["labels"] is None
 
 
 def test_restarts_start_from_seeds_that_follow_each_other(victim):

@@ -104,6 +104,19 @@ def test_explicit_form_is_the_distance_of_the_parameters_from_the_sum_of_gradien
         assert float(found[restart]) == pytest.approx(float(distance.detach()))
 
 
+def test_a_convolution_sees_images_with_the_mean_that_it_subtracts():
+    torch.manual_seed(0)
+    model = SmallConv((1, 8, 8), (2, 3)).double()
+    model.mean.copy_(torch.rand(1, 8, 8))
+    images, c = torch.rand(1, 3, 1, 8, 8, dtype=torch.double), torch.randn(1, 3, dtype=torch.double)
+    problem = build_problem(model, float("inf"))
+    found = problem.residual(problem.coordinates_of(images), c, ())
+    gradients = torch.autograd.grad((c[0] * model(images[0])[:, 0]).sum(), list(model.parameters()))
+    distance = sum((p - g).square().sum() for p, g in zip(model.parameters(), gradients, strict=True))
+    assert float(found) == pytest.approx(float(distance.detach()))
+    torch.testing.assert_close(problem.pixels(problem.coordinates_of(images)), images)
+
+
 def test_gradients_against_finite_differences():
     """Multipliers and slacks with smooth slopes; images with the plain ReLU, where ours is the derivative."""
     model = network((5, 4))
@@ -221,9 +234,12 @@ def test_ctrl_c_keeps_what_there_is():
     [
         ({"optimizer": "lion"}, "optim.optimizer"),
         ({"steps": 0}, "optim.max_iterations=0"),
-        ({"slack": -1.0}, "slack=-1.0"),
+        *(({name: 0.0}, f"extraction.{name}=0.0") for name in ("lr", "lr_lambda", "init_scale", "lambda_init")),
+        *(
+            ({name: -1.0}, f"extraction.{name}=-1.0")
+            for name in ("lr_slack", "slack", "box_weight", "lambda_weight", "lambda_min")
+        ),
     ],
-    ids=["optimizer", "steps", "slack"],
 )
 def test_impossible_options(values, words):
     with pytest.raises(ValueError, match=words):

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breaching_ext.errors import ConfigError, SharedDataError
-from breaching_ext.kkt import MLP, Recipe, SmallConv, build_network, descent, singular_values_in_span, train, training
+from breaching_ext.kkt import (
+    MLP,
+    Recipe,
+    SmallConv,
+    build_network,
+    descent,
+    multipliers,
+    singular_values_in_span,
+    train,
+    training,
+)
 from breaching_ext.kkt.extraction import Extraction
 from breaching_ext.kkt.models import SmoothBackwardReLU
 from breaching_ext.kkt.multipliers import kkt_residual
@@ -109,10 +119,55 @@ def test_noise_is_told_from_signal_for_any_aspect(rows, columns, rank, seed):
     assert span_of(strong, "auto", candidates=1).rank == 1
 
 
+@pytest.mark.parametrize(("units", "full"), [(12, True), (18, True), (20, False), (30, False)])
+def test_a_part_of_the_data_is_not_taken_for_all(units, full):
+    """Ten directions among so few singular values: where their median is data itself, the smaller look like noise."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 10, generator=generator))[0] for n in (units, 200))
+    weight = left @ torch.logspace(1, 0, 10).diag() @ right.T + 1e-3 * torch.randn(units, 200, generator=generator)
+    found = span_of(weight, "auto", candidates=20, images=10)
+    assert found.full is full
+    assert found.rank == (200 if full else 10)
+    assert span_of(weight, "auto", candidates=20).rank < 10 or not full  # which is why
+
+
 @pytest.mark.parametrize("rank", ["some", 0, True, 99])
 def test_impossible_span(rank):
     with pytest.raises(ConfigError, match="span="):
         span_of(torch.randn(5, 4), rank)
+
+
+@pytest.mark.parametrize(
+    ("changed", "residual", "steps", "converged"),
+    [
+        ({"target_loss": 10.0}, 0.001, 2, True),  # both targets are met at the first look
+        ({"target_loss": 10.0}, 0.5, 5, False),
+        ({"target_loss": 1e-30}, 0.001, 5, False),
+        ({"target_loss": 1e-30, "weight_decay": 0.01}, 0.001, 2, True),  # it has a finite loss
+    ],
+)
+def test_when_a_training_ends(monkeypatch, changed, residual, steps, converged):
+    """A look every second step, and at the fifth, the last."""
+    monkeypatch.setattr(training, "kkt_residual", lambda *_: residual)
+    recipe = replace(RECIPE, max_steps=5, check_every=2, **changed)
+    report = train(network(), *data(), recipe, progress=False)
+    assert (report.steps, report.residual, report.converged) == (steps, residual, converged)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("auto", 64), ("double", 64), ("float64", 64), ("float32", 32)])
+def test_the_precision_of_a_training(monkeypatch, name, dtype):
+    seen = []
+    monkeypatch.setattr(training, "kkt_residual", lambda model, *_: seen.append(model.mean.dtype) or 1.0)
+    model = network()
+    train(model, *data(), replace(RECIPE, max_steps=1, dtype=name), progress=False)
+    assert seen == [getattr(torch, f"float{dtype}")]
+    assert model.mean.dtype == torch.float
+
+
+def test_a_training_that_diverges_is_named(monkeypatch):
+    monkeypatch.setattr(training, "kkt_residual", lambda *_: 1.0)
+    with pytest.raises(ConfigError, match=r"Training diverged after 4 steps .*lower case.training.lr=1e\+300"):
+        train(network(), *data(), replace(RECIPE, max_steps=4, lr=1e300), progress=False)
 
 
 def test_an_interrupted_residual_is_none(monkeypatch):
@@ -279,7 +334,8 @@ def test_weight_decay_ends_at_a_finite_loss_near_a_kkt_point():
     assert not report.converged
 
 
-def test_a_small_convolution_trains_in_float32():
+def test_a_small_convolution_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(multipliers, "_STEPS", 40)  # of the residual, which takes longer than the training
     images, labels = data()
     recipe = replace(
         RECIPE,

@@ -26,12 +26,15 @@ from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization
 from . import checks
+from .augmentation_checks import check_augmentations
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
+from .config_keys import JOINT_KEYS, ConfigKeys
 from .inferred_labels import infer_labels, labels_of_steps
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
+from .output_checks import check_direction, check_labels_of_output, output_of
 from .sequential_trials import SequentialTrials
 from .shared_data_checks import check_initial_data, check_shared_data
 
@@ -53,6 +56,8 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         ConfigError: for a config value that cannot work, before anything is computed.
     """
 
+    #: Names of the config's keys, which are checked; a subclass that does not say its own may have any.
+    config_keys: ConfigKeys | None = JOINT_KEYS
     cfg: Any
     augmentations: torch.nn.Sequential
     regularizers: list[Any]
@@ -64,7 +69,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         cfg_attack: Any,
         setup: dict[str, Any] = _DEFAULT_SETUP,
     ) -> None:
-        checks.check_config(cfg_attack)
+        checks.check_config(cfg_attack, vars(type(self)).get("config_keys"))
         # Breaching builds regularizers from its lookup, which knows ours only after register(); build them here, so
         # that an attack imported into a project works either way.
         without = copy.deepcopy(cfg_attack)
@@ -72,6 +77,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
             without.regularization = None
         super().__init__(model, loss_fn, without, setup)
         self.cfg = cfg_attack
+        self.augmentations.to(**self.setup)  # Breaching leaves them in the case's type
         self.regularizers = [self._build_regularizer(key, value) for key, value in _switched_on(cfg_attack)]
 
     @property
@@ -129,9 +135,10 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         target = Target(rec_models, shared, labels, shape)
         checks.check_local_steps(self.regularizers, target.local_hyperparams)
         checks.check_total_variation(self.regularizers, self.cfg.restarts.scoring, self.data_shape)
+        jointly = self.cfg.restarts.get("parallel_candidates", True)
+        self._check_evaluation(target, self.group if jointly else None, modality)
         checks.warn_of_repeated_labels(self.cfg.restarts, target.labels, self.group)
         checks.warn_of_scoring(self.cfg.restarts)
-        jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)
         reconstruction = self._conclude(candidates, target, stats)
         if modality == "text":
@@ -148,6 +155,18 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
             of_a_point = (1, -1, *[1] * (len(self.data_shape) - 1))
             self.dm, self.ds = self.dm.reshape(of_a_point), self.ds.reshape(of_a_point)
         return prepared
+
+    def _check_evaluation(self, target: Target, group: GroupRegularization | None, modality: str) -> None:
+        """Check that augmentations, model, loss, labels and gradients fit each other."""
+        start = torch.zeros(target.shape, **self.setup)
+        augmented = check_augmentations(
+            self.augmentations, self.cfg.augmentations or {}, start, self.cfg.differentiable_augmentations, group
+        )
+        for model, data in zip(target.models, target.shared_data, strict=True):
+            check_direction(data["gradients"], self.cfg.objective.type, self.cfg.restarts.scoring)
+            if modality == "vision":
+                output = output_of(model, augmented)
+                check_labels_of_output(self.loss_fn, output, target.labels, target.local_hyperparams)
 
     def _recover_label_information(self, user_data: list[dict], server_payload: list[dict], rec_models: Any) -> Any:
         """Infer labels as Breaching does, unless the client said them with its local steps; the number is checked."""
@@ -168,8 +187,6 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
         match_only_trainable(self.objective, target.models, self.loss_fn, target.shared_data)
         ranks, trials = ranks_of_run(), self.cfg.restarts.num_trials
-        start = torch.zeros(target.shape, **self.setup)
-        checks.check_augmentations(self.augmentations, start, self.cfg.differentiable_augmentations, self.group)
         own = ranks.share(trials)
         streams = self._streams(own)
         if initial_data is not None:

@@ -65,7 +65,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     try:
         user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
         attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
-    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, NameError, OSError, TypeError, ValueError) as error:
         if isinstance(error, BreachingExtError):
             raise
         log.debug("Where it happened:", exc_info=error)

@@ -11,7 +11,7 @@ from breaching_ext.attacks import JointCandidateAttacker, MagiaAttacker, observe
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.environment import resolve_device
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
-from breaching_ext.registration import register
+from breaching_ext.registration import register, unregister
 from breaching_ext.run import run
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -277,6 +277,31 @@ def test_pretrained_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     ) as error:
         breaching.cases.models.model_preparation.construct_model("resnet18", cfg, pretrained=True)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "weights.pth"), r"cannot build.*PermissionError: .*weights\.pth"),
+        (ConnectionResetError("reset by peer"), r"pretrained weights.*ConnectionResetError"),
+    ],
+    ids=["file", "network"],
+)
+def test_only_a_download_that_fails_is_taken_for_missing_weights(monkeypatch, error, words):
+    import breaching
+
+    def fail(*args, **kwargs):
+        raise error
+
+    unregister()
+    with monkeypatch.context() as patch, initialize_config_module("breaching.config", version_base="1.3"):
+        patch.setattr(breaching.cases.models.model_preparation, "_construct_vision_model", fail)
+        register()  # around that one
+        with pytest.raises(BreachingExtError, match=words) as found:
+            run(compose("breaching_ext", overrides=["device=cpu"]))
+        unregister()
+    register()
+    assert len(str(found.value).splitlines()) == 1
 
 
 def without_labels(bias_gradient=None, **more):

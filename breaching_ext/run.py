@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf, open_dict
 
+from .attacks.evaluation_count import evaluations_counted
 from .candidate_sheet import save_candidate_sheet
 from .environment import choose_kernels, describe_device, overrides, resolve_device, seed_everything, versions
 from .errors import BreachingExtError
@@ -80,8 +81,9 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     start = time.perf_counter()
     # Breaching's own attacks end with their best so far, and do not tell
     noting: AbstractContextManager[list[int]] = interrupts() if ranks_of_run().size == 1 else nullcontext([])
-    with noting as noted:
+    with noting as noted, evaluations_counted(attacker) as count:
         reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
+    stats.setdefault("gradient_evaluations", count.number if count else None)
     stats["interrupted"] = bool(stats.get("interrupted") or noted)
     seconds = time.perf_counter() - start + getattr(attacker, "seconds_before", 0.0)
     if output_dir is not None:  # before the evaluation, which may fail

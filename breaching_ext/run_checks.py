@@ -90,6 +90,10 @@ def check_case(cfg: Any, user: Any, attacker: Any) -> None:
         raise ConfigError(
             "case.user.provide_num_data_points=false: attack=kkt must be told how many images to suspect; valid: true."
         )
+    if cfg.attack.attack_type == "joint-optimization" and cfg.case.user.provide_labels:
+        raise ConfigError(
+            f"case.user.provide_labels=true: attack={cfg.attack.type} optimises labels and takes none; valid: false."
+        )
     images = cfg.case.user.num_data_points
     data: Any = getattr(getattr(user, "dataloader", None), "dataset", None)  # a user of users has none of its own
     owned = len(data) if hasattr(data, "__len__") else images

@@ -293,8 +293,8 @@ def test_only_a_download_that_fails_is_taken_for_missing_weights(monkeypatch, er
     def fail(*args, **kwargs):
         raise error
 
-    unregister()
     with monkeypatch.context() as patch, initialize_config_module("breaching.config", version_base="1.3"):
+        unregister()  # what finding the configs has registered
         patch.setattr(breaching.cases.models.model_preparation, "_construct_vision_model", fail)
         register()  # around that one
         with pytest.raises(BreachingExtError, match=words) as found:
@@ -394,6 +394,7 @@ def test_observing_incomplete_or_training(caplog):
         (["attack.attack_type=foo"], ["cannot build", "attack.attack_type=foo"]),
         (["case/user=trained_model"], ["case.training", "case=kkt_fashion_mnist"]),
         (["case.user.num_data_points=4.0"], ["num_data_points", "4.0"]),
+        (["attack=deepleakage"], ["case.user.provide_labels=true", "deep-leakage", "valid: false"]),
         (["case/user=local_updates", "case.user.provide_local_hyperparams=false"], ["provide_local_hyperparams"]),
         (["case/user=multiuser_aggregate", "case.user.user_range=[0,3]"], ["multiuser_aggregate", "local_update"]),
     ],

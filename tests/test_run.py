@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_module
 
 from breaching_ext import candidate_sheet, cli
 from breaching_ext import run as run_module
+from breaching_ext.attacks.evaluation_count import evaluations_counted
 from breaching_ext.collect import read_runs
 from breaching_ext.registration import register
 from breaching_ext.run import run
@@ -21,7 +22,7 @@ from breaching_ext.run import run
 
 def configured(*overrides: str):
     register()
-    small = ["case.model=cnn6", "case.user.num_data_points=2", "attack.optim.max_iterations=2", "device=cpu"]
+    small = ["case.model=cnn6", "case.user.num_data_points=2", "++attack.optim.max_iterations=2", "device=cpu"]
     with initialize_config_module("breaching.config", version_base="1.3"):
         return compose("breaching_ext", [*small, *overrides])
 
@@ -68,6 +69,33 @@ def test_an_interrupted_attack_of_breachings_own_says_so(tmp_path, monkeypatch, 
     stopped, whole = read_runs(tmp_path)
     assert "interrupted" in stopped["error"]
     assert whole["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["attack=invertinggradients", "attack.restarts.num_trials=3"], 3 * 2),
+        (["attack=deepleakage", "attack.optim.optimizer=adam", "case.user.provide_labels=false"], 2),
+        (["attack=analytic", "case.model=linear", "~attack.optim"], None),
+    ],
+    ids=["trials", "joint labels", "analytic"],
+)
+def test_evaluations_of_breachings_own_attacks_are_counted(options, expected):
+    assert run(configured(*options)).record["gradient_evaluations"] == expected
+
+
+def test_the_closures_of_an_attack_are_its_own_again():
+    class Attack:
+        def _compute_objective(self, value):
+            return lambda: value
+
+    attack = Attack()
+    with evaluations_counted(attack) as outer, evaluations_counted(attack) as inner:
+        closure = attack._compute_objective(3)
+        assert [closure(), closure()] == [3, 3]
+    attack._compute_objective(3)()
+    assert (outer.number, inner.number) == (2, 2)
+    assert "_compute_objective" not in vars(attack)
 
 
 class NothingFinite:

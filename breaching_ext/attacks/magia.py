@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SharedDataError
-from ..matching.candidate_order import GroupAnyOrder
 from ..matching.client import matched_parameters, twice_differentiable, unscripted
 from ..matching.heap import keeping_freed_memory
 from ..matching.magia_engine import MagiaEngine
@@ -24,6 +23,7 @@ from ..matching.randomness import CandidateStreams
 from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
 from ..regularizers import GroupRegularization
+from ..regularizers.any_order import GroupAnyOrder
 from .candidate_choice import Target
 from .checks import warn_of_scoring
 from .config_keys import MAGIA_KEYS

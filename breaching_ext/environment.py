@@ -32,6 +32,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = local_device(torch.device(name))
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it has shapes and no values")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device={name} cannot be used here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N, mps."

@@ -24,7 +24,7 @@ from .files import write_atomically, write_json
 from .ranks import current as ranks_of_run
 from .ranks import interrupts
 from .registration import clean_data_of, register
-from .run_checks import cannot_be_built, check_case, check_values
+from .run_checks import cannot_be_built, check_case, check_values, failures_named
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     start = time.perf_counter()
     # Breaching's own attacks end with their best so far, and do not tell
     noting: AbstractContextManager[list[int]] = interrupts() if ranks_of_run().size == 1 else nullcontext([])
-    with noting as noted, evaluations_counted(attacker) as count:
+    with noting as noted, evaluations_counted(attacker) as count, failures_named(cfg, attacker):
         reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
     stats.setdefault("gradient_evaluations", count.number if count else None)
     stats["interrupted"] = bool(stats.get("interrupted") or noted)

@@ -33,6 +33,7 @@ def built(kind, name, *overrides):
         ("+optim.inner=3", "optim key='inner'.*inner_iterations"),
         ("+pyramid.factor=[1]", "pyramid key='factor'.*factors"),
         ("image_prior.relative=null", "image_prior.relative=None.*true, false"),
+        ("subset.sel_l_iter=0", r"subset\.sel_l_iter=0 is out of range.*1 or more"),
         ("subset=5", "subset=5 is not possible.*sel_mode"),
     ],
 )

@@ -16,6 +16,7 @@ from breaching_ext import candidate_sheet, cli
 from breaching_ext import run as run_module
 from breaching_ext.attacks.evaluation_count import evaluations_counted
 from breaching_ext.collect import read_runs
+from breaching_ext.errors import BreachingExtError
 from breaching_ext.registration import register
 from breaching_ext.run import run
 
@@ -96,6 +97,36 @@ def test_the_closures_of_an_attack_are_its_own_again():
     attack._compute_objective(3)()
     assert (outer.number, inner.number) == (2, 2)
     assert "_compute_objective" not in vars(attack)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["attack.restarts.num_trials=0"], r"own attack invertinggradients .*IndexError.*hydra\.verbose=true"),
+        (["attack.optim.optimizer=foo"], r"own attack invertinggradients .*Invalid optimizer foo"),
+    ],
+)
+def test_what_breachings_own_attacks_throw_is_one_line(options, words):
+    with pytest.raises(BreachingExtError, match=words) as error:
+        run(configured("attack=invertinggradients", *options))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_other_attacks_errors_and_a_lack_of_memory_stay_what_they_are(monkeypatch):
+    class Failing:
+        def reconstruct(self, *args, **kwargs):
+            raise KeyError("a bug of ours")
+
+    def no_memory(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(breaching.attacks, "prepare_attack", lambda *args: Failing())
+        with pytest.raises(KeyError):
+            run(configured())
+    monkeypatch.setattr(OptimizationBasedAttacker, "_run_trial", no_memory)
+    with pytest.raises(MemoryError):
+        run(configured("attack=invertinggradients"))
 
 
 class NothingFinite:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from breaching.attacks.auxiliaries.regularizers import TotalVariation, regularizer_lookup
-from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import ConfigError, SharedDataError
@@ -26,15 +25,14 @@ from ..ranks import current as ranks_of_run
 from ..registration import REGULARIZERS, load
 from ..regularizers import AnyChannelTotalVariation, GroupRegularization
 from . import checks
-from .augmentation_checks import check_augmentations
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
 from .config_keys import JOINT_KEYS, ConfigKeys
-from .inferred_labels import infer_labels, labels_of_steps
+from .inferred_labels import labels_of_steps
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
-from .output_checks import check_direction, check_labels_of_output, output_of
+from .preparation import Preparation
 from .sequential_trials import SequentialTrials
 from .shared_data_checks import check_initial_data, check_shared_data
 
@@ -43,7 +41,7 @@ log = logging.getLogger(__name__)
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
-class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice, OptimizationBasedAttacker):
+class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice, Preparation):
     """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
 
     Args:
@@ -145,35 +143,6 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
             reconstruction = self._postprocess_text_data(reconstruction, rec_models)
         self._finished(stats["interrupted"])
         return _fill_in_class_attack(reconstruction, server_secrets or {}), stats
-
-    def prepare_attack(self, server_payload: list[dict], shared_data: list[dict]) -> tuple[Any, Any, Any]:
-        """Prepare as Breaching does, but without a mean and deviation that the case names and does not use."""
-        prepared = super().prepare_attack(server_payload, shared_data)
-        if server_payload[0]["metadata"].get("normalize") is False:
-            self.dm, self.ds = torch.tensor(0, **self.setup), torch.tensor(1, **self.setup)
-        elif self.dm.dim():  # Breaching shapes them for images, whatever the data are
-            of_a_point = (1, -1, *[1] * (len(self.data_shape) - 1))
-            self.dm, self.ds = self.dm.reshape(of_a_point), self.ds.reshape(of_a_point)
-        return prepared
-
-    def _check_evaluation(self, target: Target, group: GroupRegularization | None, modality: str) -> None:
-        """Check that augmentations, model, loss, labels and gradients fit each other."""
-        start = torch.zeros(target.shape, **self.setup)
-        augmented = check_augmentations(
-            self.augmentations, self.cfg.augmentations or {}, start, self.cfg.differentiable_augmentations, group
-        )
-        for model, data in zip(target.models, target.shared_data, strict=True):
-            check_direction(data["gradients"], self.cfg.objective.type, self.cfg.restarts.scoring)
-            if modality == "vision":
-                output = output_of(model, augmented)
-                check_labels_of_output(self.loss_fn, output, target.labels, target.local_hyperparams)
-
-    def _recover_label_information(self, user_data: list[dict], server_payload: list[dict], rec_models: Any) -> Any:
-        """Infer labels as Breaching does, unless the client said them with its local steps; the number is checked."""
-        infer = super()._recover_label_information
-        return infer_labels(
-            lambda: infer(user_data, server_payload, rec_models), user_data, server_payload, self.cfg.label_strategy
-        )
 
     # -- the joint loop ------------------------------------------------------------------------------------------
 

@@ -40,6 +40,11 @@ def check_values(cfg: Any) -> None:
     Raises:
         ConfigError: naming the key, its value and the valid ones.
     """
+    for section in ("case", "attack", "attack.impl", *(f"case.{part}" for part in ("data", "impl", "server", "user"))):
+        if not OmegaConf.is_dict(OmegaConf.select(cfg, section)):
+            raise ConfigError(
+                f"{section}={OmegaConf.select(cfg, section)} is not possible; valid: a part with its keys."
+            )
     check_switches(cfg, SWITCHES)
     if cfg.case.data.modality != "vision":
         raise ConfigError(

@@ -85,6 +85,7 @@ def attack(model, payload, shared, *overrides, **more):
         (["+optim.history_size=10"], ["optim key='history_size'", "langevin_noise"]),  # MAGIA's
         (["+restart.num_trials=1"], ["key='restart'", "restarts"]),
         (["+objective.foo=1"], ["objective key='foo'", "task_regularization"]),
+        (["impl.checkpoint_path=7"], ["impl.checkpoint_path=7", "a file's name"]),
         (["restarts=null"], ["restarts=None", "num_trials"]),
         (["impl=fast"], ["impl=fast", "dtype"]),
         (["+augmentations.flip.q=1"], ["augmentations.flip key='q'", "p"]),
@@ -401,6 +402,8 @@ def test_observing_incomplete_or_training(caplog):
         (["case.data.mean=[0.1,0.2]"], ["case.data.mean=[0.1, 0.2]", "one number a channel"]),
         (["case.data.shape=[3,17,17]"], ["case.model=cnn6", "case.data.shape=[3, 17, 17]", "RuntimeError"]),
         (["attack.impl.JIT=script", "case.model=lenet_zhu"], ["impl.JIT=script", "valid: empty"]),
+        (["case.user=null"], ["case.user=None", "a part with its keys"]),
+        (["case.data=7"], ["case.data=7", "a part with its keys"]),
         (["case.server.num_queries=0"], ["case.server.num_queries=0", "1, 2"]),
         (["case.user.local_diff_privacy.gradient_noise=-1"], ["gradient_noise=-1", "from 0"]),
         (["case.user.local_diff_privacy.per_example_clipping=null"], ["per_example_clipping=None", "from 0"]),

@@ -20,9 +20,10 @@ from breaching_ext.errors import BreachingExtError
 from breaching_ext.registration import register
 from breaching_ext.run import run
 
+register()  # before a test puts something in the place of what is wrapped
+
 
 def configured(*overrides: str):
-    register()
     small = ["case.model=cnn6", "case.user.num_data_points=2", "++attack.optim.max_iterations=2", "device=cpu"]
     with initialize_config_module("breaching.config", version_base="1.3"):
         return compose("breaching_ext", [*small, *overrides])

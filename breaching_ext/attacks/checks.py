@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,8 +133,11 @@ def _check_names(cfg: Any) -> None:
 
 
 def check_impl(impl: Any) -> None:
-    """Raise ConfigError where checkpoints are due at no whole number, or the type is none."""
+    """Raise ConfigError where checkpoints are due at no whole number or go to no file, or the type is none."""
     check_whole("impl.checkpoint_every", impl.get("checkpoint_every"), 1, may_be_empty=True)
+    path = impl.get("checkpoint_path")
+    if path is not None and not isinstance(path, (str, Path)):
+        raise ConfigError(f"impl.checkpoint_path={path} is not possible; valid: empty, or a file's name.")
     check_dtype("impl.dtype", impl.dtype)
     progress = impl.get("progress", "auto")
     check_option("impl.progress", progress if isinstance(progress, bool) else str(progress), ("auto", True, False))

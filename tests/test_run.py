@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_module
 from breaching_ext import candidate_sheet, cli
 from breaching_ext import run as run_module
 from breaching_ext.attacks.evaluation_count import evaluations_counted
-from breaching_ext.collect import read_runs
 from breaching_ext.errors import BreachingExtError
 from breaching_ext.registration import register
 from breaching_ext.run import run
+from breaching_ext.run_rows import read_runs
 
 register()  # before a test puts something in the place of what is wrapped
 

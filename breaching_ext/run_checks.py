@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SWITCHES = (
     "dryrun",
     *(f"case.user.provide_{what}" for what in ("labels", "buffers", "num_data_points", "local_hyperparams")),
-    *("case.server.provide_public_buffers", "case.data.normalize", "case.training.untrained"),
+    *("case.server.provide_public_buffers", "case.server.pretrained", "case.data.normalize", "case.training.untrained"),
     *("case.impl.deterministic", "case.impl.benchmark"),
 )
 #: What Breaching's case and attack are built from by name.

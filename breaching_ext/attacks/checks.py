@@ -89,6 +89,8 @@ def _check_optim(optim: Any, has_own_step_size: bool) -> None:
 
 
 def _check_objective(objective: Any) -> None:
+    if not is_section(objective):
+        raise ConfigError(f"objective={objective} is not possible; valid: such as objective.type=euclidean.")
     # Breaching's pearlmutter-* change leaf parameters in place, which torch refuses in the first iteration.
     valid = [key for key in objective_lookup if not key.startswith("pearlmutter")]
     check_option("objective.type", objective.type, valid)

@@ -14,8 +14,9 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 
-from .errors import BreachingExtError, ConfigError
+from .errors import BreachingExtError, ConfigError, first_line
 from .files import write_json
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,10 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
             result = run(cfg, folder)
         except Exception as error:
             _note_failure(folder, error, cfg.get("seed"))
-            if not isinstance(error, BreachingExtError) or sweep:
+            if not isinstance(error, (BreachingExtError, OmegaConfBaseException)) or sweep:
                 raise
-            log.error("%s", error)
+            log.debug("Where it happened:", exc_info=error)
+            log.error("%s", error if isinstance(error, BreachingExtError) else _about_the_config(error))
             sys.exit(1)
     print(summary(result.record))
     from .run import PICTURES
@@ -73,6 +75,11 @@ def _run_and_tell(cfg: Any, run: Any) -> float | None:
     if interrupted:
         raise KeyboardInterrupt  # the jobs that follow would each have to be interrupted, too
     return result.record["psnr"]
+
+
+def _about_the_config(error: OmegaConfBaseException) -> str:
+    """Return one line for a value that is missing (`???`), or refers to nothing, or a key that was taken out."""
+    return f"{error.full_key or 'The config'}: {first_line(error)}; hydra.verbose=true shows where."
 
 
 def _note_failure(folder: Path, error: Exception, seed: Any) -> None:

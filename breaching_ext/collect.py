@@ -15,7 +15,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import sys
 import textwrap
 from collections import defaultdict
@@ -29,110 +28,7 @@ from matplotlib.figure import Figure
 from .errors import first_line
 from .files import write_atomically
 from .intervals import mean_interval, plus_minus
-
-COLUMNS = (
-    "folder", "attack", "case", "model", "num_data_points", "labels_known", "seed", "candidate_seed", "user_idx",
-    "psnr", "worst_psnr", "ssim", "lpips", "mse", "label_acc", "opt_value", "seconds", "gradient_evaluations", "engine",
-    "device", "overrides", "error",
-)  # fmt: skip
-CONFIG_NAME = "breaching_ext"  # of the application, see cli.py
-_REPEATED = ("seed", "candidate_seed", "user_idx")
-_REPEATS = (
-    "seed", "case.user.user_idx", "attack.restarts.seed", "name", "base_dir", "launch", "attack.impl.progress",
-    "attack.impl.checkpoint_every", "attack.impl.checkpoint_path", "case.training.checkpoint_path",
-    "case.training.cache_path",
-)  # fmt: skip
-
-
-def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return one row a run found below `folder`, in path order, with the keys of :data:`COLUMNS`."""
-    homes = {path.parent for path in folder.rglob("metrics.json")}
-    homes |= {path.parent for path in folder.rglob(".hydra") if _is_of_a_run(path)}
-    rows = (_row(home, folder) for home in sorted(homes))
-    return [row for row in rows if row is not None]
-
-
-def _is_of_a_run(hydra: Path) -> bool:
-    """Whether Hydra made a folder for a run of ours; studies and other programs write no metrics.json."""
-    try:
-        text = (hydra / "hydra.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return True  # killed before it was written, or damaged
-    return f"config_name: {CONFIG_NAME}\n" in text or "config_name:" not in text  # killed while it was
-
-
-def _row(home: Path, root: Path) -> dict[str, Any] | None:
-    """Return a run's row; None for a metrics.json of another program."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row["folder"] = str(home.relative_to(root))
-    row["overrides"] = _what_was_changed(_overrides(home))
-    failure = home / "error.json"
-    file = failure if failure.exists() else home / "metrics.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {**row, "error": "no metrics.json: the run was killed or is still running"}
-    except (OSError, ValueError, RecursionError) as error:  # a folder, other bytes, other text, without end
-        return {**row, "error": f"{file.name} is damaged: {first_line(error)}"}
-    if not isinstance(record, dict) or not {"error", "attack"} & set(record):
-        return None
-    try:
-        return _filled(dict(row), record)
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:  # text where there should be a number
-        return {**row, "error": f"{file.name} is damaged: {first_line(error)}"}
-
-
-def _filled(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Put what a metrics.json says into its row."""
-    row.update({key: record[key] for key in COLUMNS if key in record})
-    if "overrides" in record:  # the file beside it may be that of a later run in this folder
-        row["overrides"] = _what_was_changed(record["overrides"])
-    config = record.get("config") or {}
-    row["candidate_seed"] = ((config.get("attack") or {}).get("restarts") or {}).get("seed")
-    values = flattened(config).items()
-    row["settings"] = {key: value for key, value in values if value is not None and not _says_nothing(key)}
-    if record.get("interrupted"):
-        why = "out of memory" if record.get("out_of_memory") else "interrupted"
-        row["error"] = f"{why}: its files hold the best so far"
-    if record.get("no_reconstruction"):
-        row["error"] = row["error"] or "no candidate stayed finite: the result is zeros"
-    if "error" not in record and not _finite(record.get("psnr")):
-        row["error"] = row["error"] or "its PSNR is not finite"
-    elif record.get("per_image", {}).get("psnr"):
-        row["worst_psnr"] = min(record["per_image"]["psnr"])
-    return row
-
-
-def _overrides(home: Path) -> list[str]:
-    """Return the overrides of the last run in a folder, as Hydra wrote them."""
-    try:
-        text = (home / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):  # not there, or damaged
-        return []
-    return [line[2:].strip() for line in text.splitlines() if line.startswith("- ")]
-
-
-def _finite(psnr: float | None) -> bool:
-    return psnr is not None and math.isfinite(psnr)
-
-
-def _what_was_changed(overrides: list[str]) -> str:
-    """Return overrides as one text, without what only repeats a run (seed, client)."""
-    return " ".join(sorted(line for line in overrides if not _says_nothing(line.lstrip("+").split("=")[0])))
-
-
-def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a config's values by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = isinstance(value, dict) and value
-        flat.update(flattened(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
-    return flat
-
-
-def _says_nothing(key: str) -> bool:
-    """Whether a key decides nothing, or only repeats a run (seed, client), so that runs that differ in it compare."""
-    return key in _REPEATS or key.startswith(("hydra.", "hydra/"))
+from .run_rows import COLUMNS, REPEATED, read_runs
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -144,7 +40,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, dict[tuple, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         if row["error"] is None:
-            found[_experiment(row)][tuple(row.get(key) for key in _REPEATED)] = row
+            found[_experiment(row)][tuple(row.get(key) for key in REPEATED)] = row
     members = [list(runs.values()) for runs in found.values()]
     alike: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     for group in members:
@@ -197,7 +93,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for metric, places in digits.items():
             values = independent(members, metric)
             cells.append(plus_minus(values, places) if values else "-")
-        lines.append(f"| {name} | {len(members)} | {' | '.join(cells)} |")
+        lines.append(f"| {_in_a_cell(name)} | {len(members)} | {' | '.join(cells)} |")
     failed = [row for row in rows if row["error"] is not None]
     again = len(rows) - len(failed) - sum(map(len, groups(rows).values()))
     lines += [f"\n{again} runs repeat another (same seeds and client) and do not count again."] if again else []
@@ -206,10 +102,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _in_a_cell(text: str) -> str:
+    """Return text as a cell of a markdown table holds it: in one line, without its mark between cells."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the PSNR of every run and each group's mean with its 95 % interval."""
     found = groups(rows)
-    names = [textwrap.fill(name, 60) for name in found]
+    names = [textwrap.fill(name, 60).replace("$", r"\$") for name in found]
     lines = sum(max(2, 1 + name.count("\n")) for name in names)
     figure = Figure(figsize=(9, 1.2 + 0.25 * max(2, lines)), layout="constrained")
     axis = figure.subplots()
@@ -246,7 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs"), help="default: outputs")
     folder = parser.parse_args(arguments).folder
-    rows = collect(folder)
+    try:
+        rows = collect(folder)
+    except OSError as error:
+        print(f"{folder}: the files could not be written ({first_line(error)}).", file=sys.stderr)
+        return 1
     if not rows:
         print(f"No runs below {folder}: nothing there has a metrics.json or a .hydra folder.", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from .errors import ConfigError, first_line
 from .ranks import local_device, local_processes
@@ -32,6 +33,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = local_device(torch.device(name))
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it has shapes and no values")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device={name} cannot be used here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N, mps."
@@ -90,5 +93,9 @@ def describe_device(device: torch.device) -> str:
 
 
 def overrides() -> list[str]:
-    """Return what was changed on the command line of this Hydra job; nothing outside of one."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    """Return what was changed on the command line of this Hydra job, as it was written; nothing outside of one."""
+    if not HydraConfig.initialized():
+        return []
+    # unresolved: `seed=${attack.restarts.num_trials}` refers to the run's config, not to Hydra's own
+    task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return [str(override) for override in task or ()]

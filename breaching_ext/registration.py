@@ -183,13 +183,21 @@ def clean_data_of(user: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _with_our_models(original: Callable) -> Callable:
+    import ssl
+    from http.client import HTTPException
+    from urllib.error import URLError
+
     from .errors import unavailable_weights
+
+    no_download = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
     def construct_vision_model(cfg_model: Any, cfg_data: Any, *args: Any, **kwargs: Any) -> Any:
         if not str(cfg_model).startswith("kkt-"):
             try:
                 return original(cfg_model, cfg_data, *args, **kwargs)
-            except OSError as error:  # URLError is one
+            except (
+                no_download
+            ) as error:  # and no other OSError: a full disk or a file of another owner speak for themselves
                 raise unavailable_weights(cfg_model, error) from error
         from .kkt.models import build_network
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf, open_dict
 
+from .attacks.evaluation_count import evaluations_counted
 from .candidate_sheet import save_candidate_sheet
 from .environment import choose_kernels, describe_device, overrides, resolve_device, seed_everything, versions
 from .errors import BreachingExtError
@@ -23,7 +24,7 @@ from .files import write_atomically, write_json
 from .ranks import current as ranks_of_run
 from .ranks import interrupts
 from .registration import clean_data_of, register
-from .run_checks import cannot_be_built, check_case, check_values
+from .run_checks import cannot_be_built, check_case, check_values, failures_named
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     try:
         user, server, model, loss_fn = breaching.cases.construct_case(cfg.case, setup)
         attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg.attack, setup)
-    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, NameError, OSError, TypeError, ValueError) as error:
         if isinstance(error, BreachingExtError):
             raise
         log.debug("Where it happened:", exc_info=error)
@@ -80,8 +81,9 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     start = time.perf_counter()
     # Breaching's own attacks end with their best so far, and do not tell
     noting: AbstractContextManager[list[int]] = interrupts() if ranks_of_run().size == 1 else nullcontext([])
-    with noting as noted:
+    with noting as noted, evaluations_counted(attacker) as count, failures_named(cfg, attacker):
         reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
+    stats.setdefault("gradient_evaluations", count.number if count else None)
     stats["interrupted"] = bool(stats.get("interrupted") or noted)
     seconds = time.perf_counter() - start + getattr(attacker, "seconds_before", 0.0)
     if output_dir is not None:  # before the evaluation, which may fail

@@ -50,18 +50,21 @@ def check_number(
         raise ConfigError(f"{key}={value} is not possible; valid: {empty}a number{where}.")
 
 
-def check_switches(cfg: Any, keys: Iterable[str], prefix: str = "") -> None:
+def check_switch(key: str, value: Any) -> None:
+    """Raise ConfigError, which names the key and its value, for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value} is not possible; valid: true, false.")
+
+
+def check_switches(cfg: Any, keys: Iterable[str]) -> None:
     """Check switches: Hydra reads `no`, `off` and every slip of the pen as text, which would count as true.
 
     Args:
         cfg: a config.
-        keys: dotted keys; those that are not there, or empty, are left alone.
-        prefix: what the error puts before the key.
+        keys: dotted keys; those that are not there are left alone.
 
     Raises:
-        ConfigError: for the first that is neither true nor false.
+        ConfigError: for the first that is neither true nor false; empty is neither.
     """
     for key in keys:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{prefix}{key}={value} is not possible; valid: true, false.")
+        check_switch(key, OmegaConf.select(cfg, key, default=False))

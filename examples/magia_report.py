@@ -12,10 +12,10 @@ from typing import Any
 from magia_arms import ARMS, INNER, SHORT
 from matplotlib.figure import Figure
 
-from breaching_ext.collect import flattened
 from breaching_ext.evaluation.schedules import save_schedules
 from breaching_ext.files import write_atomically, write_json
 from breaching_ext.intervals import mean_interval
+from breaching_ext.run_rows import flattened
 
 #: an image counts as recovered from this SSIM on
 RECOVERED = 0.6

@@ -7,11 +7,11 @@ import torch
 from cases import attack_config, build_model, loss, observed
 from hydra import compose, initialize_config_module
 
-from breaching_ext.attacks import JointCandidateAttacker, observe
+from breaching_ext.attacks import JointCandidateAttacker, MagiaAttacker, observe
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.environment import resolve_device
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
-from breaching_ext.registration import register
+from breaching_ext.registration import register, unregister
 from breaching_ext.run import run
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -75,6 +75,26 @@ def attack(model, payload, shared, *overrides, **more):
         (["regularization.total_variation.inner_exp=abc"], ["total_variation.inner_exp", "abc"]),
         (["+regularization.total_variation.double_opponents=no"], ["double_opponents=no", "true, false"]),
         (["+regularization.total_variation.foo=1"], ["total_variation key", "foo", "outer_exp"]),
+        (["regularization=0.1"], ["regularization=0.1 ", "total_variation.scale"]),
+        (["regularization.total_variation=0.1"], ["regularization.total_variation=0.1", "total_variation.scale"]),
+        (["optim.boxed=null"], ["optim.boxed=None", "true, false"]),
+        (["restarts.parallel_candidates=null"], ["restarts.parallel_candidates=None", "true, false"]),
+        (["+regularization.total_variation.double_opponents=null"], ["double_opponents=None", "true, false"]),
+        (["+restarts.nonsense=1"], ["restarts key='nonsense'", "num_trials"]),
+        (["+impl.foo=1"], ["impl key='foo'", "memory_budget"]),
+        (["+optim.history_size=10"], ["optim key='history_size'", "langevin_noise"]),  # MAGIA's
+        (["+restart.num_trials=1"], ["key='restart'", "restarts"]),
+        (["+objective.foo=1"], ["objective key='foo'", "task_regularization"]),
+        (["impl.checkpoint_path=7"], ["impl.checkpoint_path=7", "a file's name"]),
+        (["objective=l1"], ["objective=l1", "objective.type=euclidean"]),
+        (["restarts=null"], ["restarts=None", "num_trials"]),
+        (["impl=fast"], ["impl=fast", "dtype"]),
+        (["+augmentations.flip.q=1"], ["augmentations.flip key='q'", "p"]),
+        (["+augmentations.flip.p=often"], ["augmentations.flip.p=often", "a number"]),
+        (["+augmentations.colorjitter.shuffle_every=yes"], ["colorjitter.shuffle_every=yes", "true, false"]),
+        (["augmentations=[flip]"], ["augmentations=['flip']", "augmentations.flip.p"]),
+        (["+augmentations.flip=null"], ["augmentations.flip=None", "{}"]),
+        (["+augmentations.antialias.width=9"], ["augmentations.antialias={'width': 9}", "KeyError: 9"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -82,6 +102,23 @@ def test_configs(overrides, words):
     with pytest.raises(ConfigError) as error:
         JointCandidateAttacker(build_model("own"), loss(), attack_config("joint_candidates", overrides), SETUP)
     assert all(word in str(error.value) for word in words)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("jointly", [True, False])
+@pytest.mark.parametrize(
+    ("augmentation", "words"),
+    [
+        ("discrete_shift.lim=0", r"augmentations\.discrete_shift=\{'lim': 0\} does not take images of \(3, 32, 32\)"),
+        ("antialias.channels=2", r"augmentations\.antialias=\{'channels': 2\} does not take images of \(3, 32, 32\)"),
+        ("focus.size=24", r"\(3, 24, 24\) from \(3, 32, 32\)"),
+    ],
+)
+def test_augmentations_that_cannot_be_applied(augmentation, words, jointly):
+    model = build_model("own")
+    options = (f"+augmentations.{augmentation}", f"restarts.parallel_candidates={jointly}")
+    with pytest.raises(ConfigError, match=words) as error:
+        attack(model, *observed(model)[:2], *options)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -113,10 +150,20 @@ def broken(what: str):
         data["metadata"]["labels"] = torch.tensor([0])
     elif what == "soft labels of another number":
         data["metadata"]["labels"] = torch.rand(3, 8)
+    elif what == "labels beyond the model's outputs":
+        payload[0]["metadata"]["classes"] = 10
+        data["metadata"]["labels"] = torch.tensor([0, 8])
+    elif what == "soft labels of another number of classes":
+        data["metadata"]["labels"] = torch.rand(2, 10, dtype=torch.float64)
+    elif what == "images of another size":
+        payload[0]["metadata"]["shape"] = [3, 8, 8]
+    elif what in ("zeros", "nearly zeros"):
+        data["gradients"] = [(0.0 if what == "zeros" else 1e-200) * g for g in data["gradients"]]
     elif what.startswith("local steps"):
-        labels = [torch.tensor([0, 12 if "range" in what else 3]), torch.tensor([1, 2])]
+        labels = [torch.tensor([0, 12 if "range" in what or "outputs" in what else 3]), torch.tensor([1, 2])]
         labels = labels[: 1 if "too few" in what else 2]
         labels[-1] = labels[-1][: 1 if "wrong number" in what else 2]
+        payload[0]["metadata"]["classes"] = 13 if "outputs" in what else 8
         data["metadata"]["local_hyperparams"] = {"labels": labels, "steps": 2, "data_per_step": 2, "lr": 0.1}
     elif what == "unknown number of data points":
         data["metadata"]["num_data_points"] = None
@@ -152,6 +199,12 @@ def broken(what: str):
         ("a negative label of unknown classes", ["[0, -1]", "0 or more"]),
         ("soft labels that are not finite", ["not finite", "probabilities"]),
         ("gradients of NumPy", ["conv.weight", "ndarray"]),
+        ("labels beyond the model's outputs", ["[0, 8]", "8 outputs", "0 to 7"]),
+        ("soft labels of another number of classes", ["CrossEntropyLoss", "(2, 8)", "(2, 10)"]),
+        ("local steps with labels beyond the outputs", ["[0, 12]", "8 outputs", "0 to 7"]),
+        ("images of another size", ["does not take data of shape (2, 3, 8, 8)"]),
+        ("zeros", ["0 in float64", "objective.type=cosine-similarity", "euclidean"]),
+        ("nearly zeros", ["0 in float64", "objective.type=cosine-similarity", "euclidean"]),
         ("nothing to match", ["No parameter of the model requires a gradient"]),
     ],
 )
@@ -161,6 +214,23 @@ def test_shared_data(what, words):
         attack(model, payload, shared, **more)
     assert all(word in str(error.value) for word in words)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("objective", "scoring"), [("euclidean", "cosine-similarity"), ("angular", "euclidean")])
+def test_a_gradient_of_zeros_has_no_direction(objective, scoring):
+    model, payload, shared, _ = broken("zeros")
+    key = f"restarts.scoring={scoring}" if objective == "euclidean" else f"objective.type={objective}"
+    with pytest.raises(SharedDataError, match=key):
+        attack(model, payload, shared, f"objective.type={objective}", f"restarts.scoring={scoring}")
+    with pytest.raises(AssertionError, match="the loop was entered"):
+        attack(model, payload, shared, "objective.type=euclidean", "restarts.scoring=euclidean")
+
+
+def test_magia_cannot_score_a_gradient_of_zeros_by_its_direction():
+    model, payload, shared, _ = broken("zeros")
+    cfg = attack_config("magia", ["restarts.scoring=cosine-similarity"])
+    with pytest.raises(SharedDataError, match=r"restarts\.scoring=cosine-similarity"):
+        MagiaAttacker(model, torch.nn.CrossEntropyLoss(), cfg, SETUP).reconstruct(payload, shared)
 
 
 def test_no_labels_at_all():
@@ -209,6 +279,31 @@ def test_pretrained_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     ) as error:
         breaching.cases.models.model_preparation.construct_model("resnet18", cfg, pretrained=True)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "weights.pth"), r"cannot build.*PermissionError: .*weights\.pth"),
+        (ConnectionResetError("reset by peer"), r"pretrained weights.*ConnectionResetError"),
+    ],
+    ids=["file", "network"],
+)
+def test_only_a_download_that_fails_is_taken_for_missing_weights(monkeypatch, error, words):
+    import breaching
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, initialize_config_module("breaching.config", version_base="1.3"):
+        unregister()  # what finding the configs has registered
+        patch.setattr(breaching.cases.models.model_preparation, "_construct_vision_model", fail)
+        register()  # around that one
+        with pytest.raises(BreachingExtError, match=words) as found:
+            run(compose("breaching_ext", overrides=["device=cpu"]))
+        unregister()
+    register()
+    assert len(str(found.value).splitlines()) == 1
 
 
 def without_labels(bias_gradient=None, **more):
@@ -290,6 +385,7 @@ def test_observing_incomplete_or_training(caplog):
         (["seed=99999999999999999999"], ["seed", "99999999999999999999"]),
         (["device=null"], ["device", "None", "auto"]),
         (["dryrun=no"], ["dryrun=no", "true, false"]),
+        (["case.user.provide_labels=null"], ["case.user.provide_labels=None", "true, false"]),
         (["case.user.provide_labels=no"], ["case.user.provide_labels=no", "true, false"]),
         (["case.user.user_idx=1.5"], ["case.user.user_idx", "1.5"]),
         (["case.model=foo"], ["cannot build", "case.model=foo"]),
@@ -300,6 +396,23 @@ def test_observing_incomplete_or_training(caplog):
         (["attack.attack_type=foo"], ["cannot build", "attack.attack_type=foo"]),
         (["case/user=trained_model"], ["case.training", "case=kkt_fashion_mnist"]),
         (["case.user.num_data_points=4.0"], ["num_data_points", "4.0"]),
+        (["device=meta"], ["device=meta", "no values", "auto"]),
+        (["case.data.default_clients=0"], ["case.data.default_clients=0", "1, 2"]),
+        (["case.data.std=[0.1,0,0.1]"], ["case.data.std=0", "above 0"]),
+        (["case.data.std=null"], ["case.data.std=None", "one number a channel"]),
+        (["case.data.mean=[0.1,0.2]"], ["case.data.mean=[0.1, 0.2]", "one number a channel"]),
+        (["case.data.shape=[3,17,17]"], ["case.model=cnn6", "case.data.shape=[3, 17, 17]", "RuntimeError"]),
+        (["attack.impl.JIT=script", "case.model=lenet_zhu"], ["impl.JIT=script", "valid: empty"]),
+        (["case.server.pretrained=no"], ["case.server.pretrained=no", "true, false"]),
+        (["case.user=null"], ["case.user=None", "a part with its keys"]),
+        (["case.data=7"], ["case.data=7", "a part with its keys"]),
+        (["case.server.num_queries=0"], ["case.server.num_queries=0", "1, 2"]),
+        (["case.user.local_diff_privacy.gradient_noise=-1"], ["gradient_noise=-1", "from 0"]),
+        (["case.user.local_diff_privacy.per_example_clipping=null"], ["per_example_clipping=None", "from 0"]),
+        (["case/user=local_updates", "case.user.num_local_updates=0"], ["num_local_updates=0", "1, 2"]),
+        (["case/user=local_updates", "case.user.num_data_per_local_update_step=0"], ["local_update_step=0", "1, 2"]),
+        (["case/user=local_updates", "case.user.local_learning_rate=-1"], ["local_learning_rate=-1", "above 0"]),
+        (["attack=deepleakage"], ["case.user.provide_labels=true", "deep-leakage", "valid: false"]),
         (["case/user=local_updates", "case.user.provide_local_hyperparams=false"], ["provide_local_hyperparams"]),
         (["case/user=multiuser_aggregate", "case.user.user_range=[0,3]"], ["multiuser_aggregate", "local_update"]),
     ],

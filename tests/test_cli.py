@@ -13,11 +13,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from breaching_ext import cli
 from breaching_ext.candidate_sheet import save_candidate_sheet
+from breaching_ext.environment import overrides
 from breaching_ext.registration import register
 from breaching_ext.run import _buffers_known, _labels_known, run
 
@@ -155,6 +157,33 @@ def test_an_error_is_one_line_and_is_recorded(monkeypatch, caplog, tmp_path, ove
     for text in (said.getMessage(), error):
         assert "\n" not in text
         assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"case.data.shape": "???"}, "case.data.shape: Missing mandatory value: case.data.shape"),
+        ({"case.user.num_data_points": "${foo}"}, "case.user.num_data_points: Interpolation key 'foo' not found"),
+    ],
+)
+def test_a_value_that_is_missing_or_refers_to_nothing(monkeypatch, caplog, tmp_path, changes, words):
+    in_folder(monkeypatch, tmp_path)
+    cfg = configured()
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value)
+    with pytest.raises(SystemExit):
+        cli._run_and_tell(cfg, run)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said.startswith(words)
+    assert "\n" not in said
+
+
+def test_an_override_that_refers_to_another_value_is_recorded_as_it_was_written(monkeypatch):
+    """Hydra's own config, which holds the overrides, does not know the values."""
+    task = OmegaConf.create({"overrides": {"task": ["seed=${attack.restarts.num_trials}"]}})
+    monkeypatch.setattr(cli.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: task)
+    assert overrides() == ["seed=${attack.restarts.num_trials}"]
 
 
 def test_a_user_sees_one_line_of_an_error(root, tmp_path):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from breaching_ext.collect import collect, groups, independent, main, read_runs, table
+from breaching_ext.collect import collect, groups, independent, main, table
 from breaching_ext.intervals import mean_interval, plus_minus
+from breaching_ext.run_rows import read_runs
 
 
 def make_run(folder, overrides=(), **content):
@@ -64,9 +66,17 @@ def test_every_run_is_a_row_and_failures_say_why(sweep):
         json.dumps({**finished(1.0, 0), "psnr": "twenty"}).encode(),
         json.dumps(finished(1.0, 0, config="text")).encode(),
         json.dumps({**finished(1.0, 0), "psnr": math.nan}).encode(),
+        json.dumps(finished(1.0, 0, per_image={"psnr": ["one"]})).encode(),
+        json.dumps(finished(1.0, 0, ssim="good")).encode(),
+        json.dumps(finished(True, 0)).encode(),
+        json.dumps(finished(1.0, [0])).encode(),
+        json.dumps(finished(1.0, 0, config={"attack": {"restarts": {"seed": {"a": 1}}}})).encode(),
         None,  # a folder
     ],
-    ids=["bytes", "deep", "long", "no images", "an image", "text", "config", "nan", "folder"],
+    ids=[
+        *("bytes", "deep", "long", "no images", "an image", "text", "config", "nan"),
+        *("image text", "ssim", "switch", "seeds", "candidate seed", "folder"),
+    ],
 )
 def test_a_damaged_file_is_a_row_and_the_others_count(sweep, content):
     make_run(sweep / "6")
@@ -88,6 +98,25 @@ def test_a_run_that_was_killed_while_hydra_began_is_a_row(tmp_path, content):
     (tmp_path / "1" / ".hydra" / "hydra.yaml").write_bytes(content)
     (tmp_path / "1" / ".hydra" / "overrides.yaml").write_bytes(b"\xff\xfe")
     assert "killed" in collect(tmp_path)[1]["error"]
+
+
+def test_names_stay_in_their_cell_of_the_table_and_are_no_formulas_in_the_plot(tmp_path):
+    make_run(tmp_path / "0", **finished(20.0, 0, model="$m_{x|y", overrides=["case.model=$m_{x|y"]))
+    make_run(tmp_path / "1", error="first\nsecond", seed=1)
+    make_run(tmp_path / "2", error=None, attack="joint", seed=2)
+    rows = collect(tmp_path)
+    assert [row["error"] for row in rows] == [None, "first second", "None"]
+    (line,) = [line for line in table(rows).splitlines() if "photos" in line]
+    assert r"$m_{x\|y" in line
+    assert len(re.split(r"(?<!\\)\|", line)) == 8 + 2
+
+
+def test_a_folder_that_cannot_be_written(sweep, capsys):
+    (sweep / "table.md").mkdir()
+    assert main([str(sweep)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "could not be written" in said
+    assert "\n" not in said
 
 
 def test_repeats_do_not_count_and_values_that_are_not_finite_are_failures(tmp_path):

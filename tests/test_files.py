@@ -9,8 +9,8 @@ import stat
 import pytest
 
 from breaching_ext import cli
-from breaching_ext.collect import read_runs
 from breaching_ext.files import write_atomically, write_json
+from breaching_ext.run_rows import read_runs
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,41 @@ def test_stock_entry_points_find_us_as_an_installed_package(tmp_path):
         pytest.skip("breaching_ext is not installed in this environment, only on the path")
     done = python(STOCK, tmp_path, None)
     assert done.returncode == 0, done.stderr
+
+
+EDITABLE = """
+import site, sys
+sys.path += sys.argv[1:]  # as they are: this environment's own .pth files may install the package, too
+site.addsitedir(sys.argv[1])
+import breaching
+cfg = breaching.get_config(overrides=["case=sample_photos", "attack=magia", "case/user=trained_model"])
+from breaching_ext import registration
+print(registration.__file__, registration.config_root())
+"""
+
+
+def test_stock_entry_points_find_us_in_an_editable_install(root, tmp_path):
+    """As pip makes one: a finder that maps names to folders, so that config/ becomes breaching_ext.config."""
+    pytest.importorskip("setuptools", minversion="68")
+    installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    if any((Path(path) / "breaching_ext").exists() for path in installed):
+        pytest.skip("breaching_ext is installed as a wheel in this environment, which would be found first")
+    source, folder = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "breaching_ext", "config", "hydra_plugins"):
+        (source / name).symlink_to(root / name)  # what is built writes beside these
+    build = "import sys, setuptools.build_meta; print(setuptools.build_meta.build_editable(sys.argv[1]))"
+    done = python(build, source, None, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
+        wheel.extractall(folder)
+    command = [sys.executable, "-S", "-W", "ignore", "-c", EDITABLE, str(folder), *installed]
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, configs = done.stdout.split()[-2:]
+    assert Path(found).is_relative_to(root)  # links are followed
+    assert configs == "pkg://breaching_ext.config"
 
 
 def test_configs_of_a_wheel_are_complete(root):

@@ -15,15 +15,18 @@ from omegaconf import OmegaConf
 
 from breaching_ext import candidate_sheet, cli
 from breaching_ext import run as run_module
-from breaching_ext.collect import read_runs
+from breaching_ext.attacks.evaluation_count import evaluations_counted
 from breaching_ext.environment import choose_kernels
+from breaching_ext.errors import BreachingExtError
 from breaching_ext.registration import register
 from breaching_ext.run import run
+from breaching_ext.run_rows import read_runs
+
+register()  # before a test puts something in the place of what is wrapped
 
 
 def configured(*overrides: str):
-    register()
-    small = ["case.model=cnn6", "case.user.num_data_points=2", "attack.optim.max_iterations=2", "device=cpu"]
+    small = ["case.model=cnn6", "case.user.num_data_points=2", "++attack.optim.max_iterations=2", "device=cpu"]
     with initialize_config_module("breaching.config", version_base="1.3"):
         return compose("breaching_ext", [*small, *overrides])
 
@@ -70,6 +73,63 @@ def test_an_interrupted_attack_of_breachings_own_says_so(tmp_path, monkeypatch, 
     stopped, whole = read_runs(tmp_path)
     assert "interrupted" in stopped["error"]
     assert whole["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["attack=invertinggradients", "attack.restarts.num_trials=3"], 3 * 2),
+        (["attack=deepleakage", "attack.optim.optimizer=adam", "case.user.provide_labels=false"], 2),
+        (["attack=analytic", "case.model=linear", "~attack.optim"], None),
+    ],
+    ids=["trials", "joint labels", "analytic"],
+)
+def test_evaluations_of_breachings_own_attacks_are_counted(options, expected):
+    assert run(configured(*options)).record["gradient_evaluations"] == expected
+
+
+def test_the_closures_of_an_attack_are_its_own_again():
+    class Attack:
+        def _compute_objective(self, value):
+            return lambda: value
+
+    attack = Attack()
+    with evaluations_counted(attack) as outer, evaluations_counted(attack) as inner:
+        closure = attack._compute_objective(3)
+        assert [closure(), closure()] == [3, 3]
+    attack._compute_objective(3)()
+    assert (outer.number, inner.number) == (2, 2)
+    assert "_compute_objective" not in vars(attack)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["attack.restarts.num_trials=0"], r"own attack invertinggradients .*IndexError.*hydra\.verbose=true"),
+        (["attack.optim.optimizer=foo"], r"own attack invertinggradients .*Invalid optimizer foo"),
+    ],
+)
+def test_what_breachings_own_attacks_throw_is_one_line(options, words):
+    with pytest.raises(BreachingExtError, match=words) as error:
+        run(configured("attack=invertinggradients", *options))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_other_attacks_errors_and_a_lack_of_memory_stay_what_they_are(monkeypatch):
+    class Failing:
+        def reconstruct(self, *args, **kwargs):
+            raise KeyError("a bug of ours")
+
+    def no_memory(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(breaching.attacks, "prepare_attack", lambda *args: Failing())
+        with pytest.raises(KeyError):
+            run(configured())
+    monkeypatch.setattr(OptimizationBasedAttacker, "_run_trial", no_memory)
+    with pytest.raises(MemoryError):
+        run(configured("attack=invertinggradients"))
 
 
 class NothingFinite:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from breaching.attacks.auxiliaries.augmentations import augmentation_lookup
 from breaching.attacks.auxiliaries.objectives import objective_lookup
 from breaching.attacks.auxiliaries.regularizers import (
     DeepInversion,
@@ -23,7 +22,9 @@ from ..matching import BATCHING_MODES
 from ..matching.memory import parse_bytes
 from ..registration import REGULARIZERS
 from ..regularizers import GroupRegularization
-from ..values import check_number, check_seed, check_switches, check_whole, is_number
+from ..values import check_number, check_seed, check_switches, check_whole
+from .augmentation_checks import check_augmentation_options
+from .config_keys import ConfigKeys, check_arguments, check_keys, check_option, is_section, keys_of_breaching
 
 log = logging.getLogger(__name__)
 
@@ -44,30 +45,35 @@ LABEL_STRATEGIES = (
 )
 
 
-def check_config(cfg: Any) -> None:
+def check_config(cfg: Any, keys: ConfigKeys | None = None) -> None:
     """Check an attack configuration.
+
+    Args:
+        cfg: the attack's config.
+        keys: names of its keys; None: any, of which only those that the joint attack reads are checked.
 
     Raises:
         ConfigError: naming the key, its value and the valid ones.
     """
+    if keys is not None:
+        check_keys(cfg, keys)
     check_switches(cfg, SWITCHES)
-    _check_option("impl.JIT", cfg.impl.get("JIT") or "none", ("none", "script", "trace"))
+    check_option("impl.JIT", cfg.impl.get("JIT") or "none", ("none", "script", "trace"))
     check_impl(cfg.impl)
     parse_bytes(cfg.impl.get("memory_budget"))
     _check_names(cfg)
     _check_restarts(cfg.restarts)
     _check_optim(cfg.optim, has_own_step_size=cfg.get("attack_type") == "magia")
     _check_objective(cfg.objective)
-    for key in cfg.regularization or ():
-        _check_regularizer(key, cfg.regularization[key])
+    _check_regularizers(cfg.regularization)
 
 
 def _check_restarts(restarts: Any) -> None:
     check_whole("restarts.num_trials", restarts.num_trials, 1)
     check_seed("restarts.seed", restarts.get("seed"))
-    _check_option("restarts.scoring", restarts.scoring, SCORINGS)
-    _check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
-    _check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)
+    check_option("restarts.scoring", restarts.scoring, SCORINGS)
+    check_option("restarts.output", restarts.get("output", "best"), OUTPUTS)
+    check_option("restarts.candidate_batching", restarts.get("candidate_batching", "auto"), BATCHING_MODES)
 
 
 def _check_optim(optim: Any, has_own_step_size: bool) -> None:
@@ -77,36 +83,49 @@ def _check_optim(optim: Any, has_own_step_size: bool) -> None:
         check_number(f"optim.{name}", optim.get(name, 0), least=0)
     check_number("optim.step_size", optim.get("step_size"), above=0, may_be_empty=has_own_step_size)
     check_number("optim.grad_clip", optim.get("grad_clip"), above=0, may_be_empty=True)
-    _check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
-    _check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
-    _check_option("optim.signed", optim.signed or "none", SIGNS)
+    check_option("optim.optimizer", str(optim.optimizer).lower(), OPTIMIZERS)
+    check_option("optim.step_size_decay", optim.step_size_decay or "none", SCHEDULES)
+    check_option("optim.signed", optim.signed or "none", SIGNS)
 
 
 def _check_objective(objective: Any) -> None:
+    if not is_section(objective):
+        raise ConfigError(f"objective={objective} is not possible; valid: such as objective.type=euclidean.")
     # Breaching's pearlmutter-* change leaf parameters in place, which torch refuses in the first iteration.
     valid = [key for key in objective_lookup if not key.startswith("pearlmutter")]
-    _check_option("objective.type", objective.type, valid)
-    for name in ("scale", "task_regularization"):
-        check_number(f"objective.{name}", objective.get(name, 0.0))
+    check_option("objective.type", objective.type, valid)
+    kind, others = objective_lookup[objective.type], {"type"}
+    others |= keys_of_breaching("objective") - set(inspect.signature(kind.__init__).parameters)  # another one's
+    check_arguments("objective", kind, {key: value for key, value in objective.items() if key not in others})
+
+
+def _check_regularizers(regularization: Any) -> None:
+    if regularization is not None and not is_section(regularization):
+        raise ConfigError(
+            f"regularization={regularization} is not possible; valid: such as regularization.total_variation.scale=0.1."
+        )
+    for key in regularization or ():
+        _check_regularizer(key, regularization[key])
 
 
 def _check_regularizer(key: str, options: Any) -> None:
-    _check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
-    if not options:
+    check_option("regularization key", key, {**regularizer_lookup, **REGULARIZERS})
+    if options is None or options == {}:
         return
+    if not is_section(options):
+        raise ConfigError(f"regularization.{key}={options} is not possible; valid: regularization.{key}.scale=0.1.")
     check_number(f"regularization.{key}.scale", options.get("scale"), least=0)  # 0 switches it off
     if key == "group_regularization":
         GroupRegularization({}, **options)  # where it is off, choosing reads its aligner
     else:
-        _check_options(f"regularization.{key}", regularizer_lookup[key], options)
+        check_arguments(f"regularization.{key}", regularizer_lookup[key], options)
 
 
 def _check_names(cfg: Any) -> None:
     """Check names that Breaching looks up, or compares, only when it needs them."""
-    for key in cfg.get("augmentations") or ():
-        _check_option("augmentations key", key, augmentation_lookup)
+    check_augmentation_options(cfg.get("augmentations"))
     strategy = cfg.get("label_strategy") or "none"  # some configs of Breaching's say "None"
-    _check_option("label_strategy", "none" if strategy == "None" else strategy, LABEL_STRATEGIES)
+    check_option("label_strategy", "none" if strategy == "None" else strategy, LABEL_STRATEGIES)
     start = str(cfg.init)
     side = "".join(filter(str.isdigit, start))  # what Breaching reads of it: the side of a square
     pattern = any(word in start for word in ("patterned", "wei")) and bool(side) and int(side) > 0
@@ -116,11 +135,14 @@ def _check_names(cfg: Any) -> None:
 
 
 def check_impl(impl: Any) -> None:
-    """Raise ConfigError where checkpoints are due at no whole number, or the type is none."""
+    """Raise ConfigError where checkpoints are due at no whole number or go to no file, or the type is none."""
     check_whole("impl.checkpoint_every", impl.get("checkpoint_every"), 1, may_be_empty=True)
+    path = impl.get("checkpoint_path")
+    if path is not None and not isinstance(path, (str, Path)):
+        raise ConfigError(f"impl.checkpoint_path={path} is not possible; valid: empty, or a file's name.")
     check_dtype("impl.dtype", impl.dtype)
     progress = impl.get("progress", "auto")
-    _check_option("impl.progress", progress if isinstance(progress, bool) else str(progress), ("auto", True, False))
+    check_option("impl.progress", progress if isinstance(progress, bool) else str(progress), ("auto", True, False))
 
 
 def check_dtype(key: str, name: Any) -> None:
@@ -128,23 +150,6 @@ def check_dtype(key: str, name: Any) -> None:
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"{key}={name} is not possible; valid: float, double, float32, ...")
-
-
-def _check_options(name: str, kind: Any, options: Mapping[str, Any]) -> None:
-    """Check a part of the config that one of Breaching's classes takes as its keyword arguments, by their defaults."""
-    known = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
-    valid = {key: default for key, default in known.items() if key not in ("self", "setup")}
-    for key, value in options.items():
-        _check_option(f"{name} key", key, valid)
-        if isinstance(valid[key], bool):
-            check_switches(options, [str(key)], f"{name}.")
-        elif is_number(valid[key]):
-            check_number(f"{name}.{key}", value)
-
-
-def _check_option(key: str, value: Any, valid: Iterable[Any]) -> None:
-    if value not in valid:
-        raise unknown(key, value, valid)
 
 
 def check_total_variation(regularizers: Sequence[Any], scoring: str, data_shape: Sequence[int]) -> None:
@@ -160,38 +165,6 @@ def check_total_variation(regularizers: Sequence[Any], scoring: str, data_shape:
         raise ConfigError(f"regularization.total_variation: {what}; valid: regularization.total_variation.scale=0.")
     if scoring in ("TV", "total-variation"):
         raise ConfigError(f"restarts.scoring={scoring}: {what}; valid: euclidean, cosine-similarity.")
-
-
-def check_augmentations(
-    augmentations: torch.nn.Sequential, start: torch.Tensor, differentiable: bool, group: Any
-) -> None:
-    """Check augmentations that change the images' size, with which not everything works; warn of doubtful company.
-
-    Args:
-        augmentations: Breaching's, in a row; they may be none.
-        start: images (B, C, H, W) of the size that is reconstructed.
-        differentiable: whether the gradient flows through them; if not, they change the candidates themselves.
-        group: the group term, or None.
-
-    Raises:
-        ConfigError: naming what can be done.
-    """
-    with torch.random.fork_rng(devices=[]):
-        size = copy.deepcopy(augmentations)(start).shape  # a copy: some keep what they drew first
-    if size == start.shape:
-        if differentiable and group is not None and len(augmentations):
-            log.warning(
-                "differentiable_augmentations=true: the group term compares augmented images with a consensus of "
-                "images that are not; regularization.group_regularization.scale=0 leaves it out."
-            )
-        return
-    sizes = f"augmentations make images of {tuple(size[1:])} from {tuple(start.shape[1:])}"
-    if not differentiable:
-        raise ConfigError(f"{sizes}, which cannot take a candidate's place; valid: differentiable_augmentations=true.")
-    if group is not None:
-        raise ConfigError(
-            f"{sizes}, which cannot be compared with the consensus; valid: regularization.group_regularization.scale=0."
-        )
 
 
 def check_local_steps(regularizers: Sequence[Any], local_hyperparams: Any) -> None:

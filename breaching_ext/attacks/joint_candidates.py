@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from breaching.attacks.auxiliaries.regularizers import TotalVariation, regularizer_lookup
-from breaching.attacks.optimization_based_attack import OptimizationBasedAttacker
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import ConfigError, SharedDataError
@@ -29,9 +28,11 @@ from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
-from .inferred_labels import infer_labels, labels_of_steps
+from .config_keys import JOINT_KEYS, ConfigKeys
+from .inferred_labels import labels_of_steps
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
+from .preparation import Preparation
 from .sequential_trials import SequentialTrials
 from .shared_data_checks import check_initial_data, check_shared_data
 
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 _DEFAULT_SETUP = {"dtype": torch.float, "device": torch.device("cpu")}
 
 
-class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice, OptimizationBasedAttacker):
+class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice, Preparation):
     """Optimise N candidates jointly; everything else is Breaching's OptimizationBasedAttacker.
 
     Args:
@@ -53,6 +54,8 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         ConfigError: for a config value that cannot work, before anything is computed.
     """
 
+    #: Names of the config's keys, which are checked; a subclass that does not say its own may have any.
+    config_keys: ConfigKeys | None = JOINT_KEYS
     cfg: Any
     augmentations: torch.nn.Sequential
     regularizers: list[Any]
@@ -64,7 +67,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         cfg_attack: Any,
         setup: dict[str, Any] = _DEFAULT_SETUP,
     ) -> None:
-        checks.check_config(cfg_attack)
+        checks.check_config(cfg_attack, vars(type(self)).get("config_keys"))
         # Breaching builds regularizers from its lookup, which knows ours only after register(); build them here, so
         # that an attack imported into a project works either way.
         without = copy.deepcopy(cfg_attack)
@@ -72,6 +75,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
             without.regularization = None
         super().__init__(model, loss_fn, without, setup)
         self.cfg = cfg_attack
+        self.augmentations.to(**self.setup)  # Breaching leaves them in the case's type
         self.regularizers = [self._build_regularizer(key, value) for key, value in _switched_on(cfg_attack)]
 
     @property
@@ -129,32 +133,16 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         target = Target(rec_models, shared, labels, shape)
         checks.check_local_steps(self.regularizers, target.local_hyperparams)
         checks.check_total_variation(self.regularizers, self.cfg.restarts.scoring, self.data_shape)
+        jointly = self.cfg.restarts.get("parallel_candidates", True)
+        self._check_evaluation(target, self.group if jointly else None, modality)
         checks.warn_of_repeated_labels(self.cfg.restarts, target.labels, self.group)
         checks.warn_of_scoring(self.cfg.restarts)
-        jointly = self.cfg.restarts.get("parallel_candidates", True)
         candidates = (self._run_jointly if jointly else self._run_sequentially)(target, stats, initial_data, dryrun)
         reconstruction = self._conclude(candidates, target, stats)
         if modality == "text":
             reconstruction = self._postprocess_text_data(reconstruction, rec_models)
         self._finished(stats["interrupted"])
         return _fill_in_class_attack(reconstruction, server_secrets or {}), stats
-
-    def prepare_attack(self, server_payload: list[dict], shared_data: list[dict]) -> tuple[Any, Any, Any]:
-        """Prepare as Breaching does, but without a mean and deviation that the case names and does not use."""
-        prepared = super().prepare_attack(server_payload, shared_data)
-        if server_payload[0]["metadata"].get("normalize") is False:
-            self.dm, self.ds = torch.tensor(0, **self.setup), torch.tensor(1, **self.setup)
-        elif self.dm.dim():  # Breaching shapes them for images, whatever the data are
-            of_a_point = (1, -1, *[1] * (len(self.data_shape) - 1))
-            self.dm, self.ds = self.dm.reshape(of_a_point), self.ds.reshape(of_a_point)
-        return prepared
-
-    def _recover_label_information(self, user_data: list[dict], server_payload: list[dict], rec_models: Any) -> Any:
-        """Infer labels as Breaching does, unless the client said them with its local steps; the number is checked."""
-        infer = super()._recover_label_information
-        return infer_labels(
-            lambda: infer(user_data, server_payload, rec_models), user_data, server_payload, self.cfg.label_strategy
-        )
 
     # -- the joint loop ------------------------------------------------------------------------------------------
 
@@ -168,8 +156,6 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         self.objective.initialize(self.loss_fn, self.cfg.impl, target.local_hyperparams)
         match_only_trainable(self.objective, target.models, self.loss_fn, target.shared_data)
         ranks, trials = ranks_of_run(), self.cfg.restarts.num_trials
-        start = torch.zeros(target.shape, **self.setup)
-        checks.check_augmentations(self.augmentations, start, self.cfg.differentiable_augmentations, self.group)
         own = ranks.share(trials)
         streams = self._streams(own)
         if initial_data is not None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SharedDataError
-from ..matching.candidate_order import GroupAnyOrder
 from ..matching.client import matched_parameters, twice_differentiable, unscripted
 from ..matching.heap import keeping_freed_memory
 from ..matching.magia_engine import MagiaEngine
@@ -24,14 +23,17 @@ from ..matching.randomness import CandidateStreams
 from ..matching.subset_matching import SubsetMatching
 from ..matching.subset_matching import Target as MatchingTarget
 from ..regularizers import GroupRegularization
+from ..regularizers.any_order import GroupAnyOrder
 from .candidate_choice import Target
 from .checks import warn_of_scoring
+from .config_keys import MAGIA_KEYS
 from .joint_candidates import JointCandidateAttacker
 from .joint_loop import JointLoop, LoopResult
 from .magia_checks import check_loss, check_output, warn_of_grid, warn_of_sizes
 from .magia_choice import MagiaChoice
 from .magia_options import MagiaOptions
 from .observation import own_copy
+from .output_checks import check_direction, output_of
 from .shared_data_checks import check_initial_data, check_shared_data
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         ConfigError: for a config value that cannot work, before anything is computed.
     """
 
+    config_keys = MAGIA_KEYS
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -60,9 +64,9 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         cfg_attack: Any,
         setup: dict[str, Any] | None = None,
     ) -> None:
-        self.options = MagiaOptions.from_config(cfg_attack)
         given = {"dtype": torch.float, "device": torch.device("cpu")} if setup is None else setup
         super().__init__(model, loss_fn, cfg_attack, given)
+        self.options = MagiaOptions.from_config(cfg_attack)
         unused = [r for r in self.regularizers if not isinstance(r, GroupRegularization)]
         if unused:
             raise ConfigError(
@@ -147,12 +151,14 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         size = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         device_shared = self._cast_shared_data(shared)
         labels = torch.zeros(size[0], dtype=torch.long, device=self.setup["device"])
-        with torch.no_grad(), CandidateStreams([self._seed()], labels.device).use(0):  # dropout that is on draws
-            output = models[0](torch.zeros(size, **self.setup))  # as many as there are: batch norm may need several
+        output = output_of(
+            models[0], torch.zeros(size, **self.setup)
+        )  # as many as there are: batch norm may need several
         check_output(output)
         check_loss(self.loss_fn, output)
         if self.options.relative and not any(bool(g.any()) for g in device_shared[0]["gradients"]):
             raise SharedDataError("The shared gradient is zero: image_prior.relative=true has nothing to go by.")
+        check_direction(device_shared[0]["gradients"], self.cfg.objective.type, self.cfg.restarts.scoring)
         warn_of_scoring(self.cfg.restarts)
         return Target(models, device_shared, labels, size), stats, output.shape[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,8 +152,10 @@ def _several(part: Mapping[str, Any], name: str, default: tuple) -> tuple:
     return tuple(value)
 
 
-def _whole(part: Mapping[str, Any], name: str, default: int) -> int:
+def _whole(part: Mapping[str, Any], name: str, default: int, least: float = -math.inf) -> int:
     value = _number(part, name, default)
+    if value < least:
+        raise ConfigError(f"{name}={value:g} is out of range; valid: {least} or more.")
     if not value.is_integer():
         raise ConfigError(f"{name}={value} is not possible; valid: a whole number.")
     return int(value)
@@ -168,7 +171,7 @@ def _schedule(subset: Mapping[str, Any]) -> Schedule:
     return Schedule(
         mode=str(subset.get("sel_mode", "constk")),
         k=_whole(subset, "subset.sel_k", 2),
-        l_iter=_whole(subset, "subset.sel_l_iter", 100),
+        l_iter=_whole(subset, "subset.sel_l_iter", 100, least=1),
         a=_number(subset, "subset.sig_a", -0.1),
         b=_number(subset, "subset.sig_b", 200.0),
         redraw=str(subset.get("redraw", "step")),

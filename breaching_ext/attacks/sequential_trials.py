@@ -16,6 +16,7 @@ from ..regularizers import GroupRegularization
 from .candidate_choice import Target
 from .candidate_engines import forget_first_draws
 from .candidate_objective import match_only_trainable
+from .evaluation_count import evaluations_counted
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ class SequentialTrials(OptimizationBasedAttacker):
     _streams: Callable[..., CandidateStreams]
     _say_no_checkpoint: Callable[[], None]
     augmentations: torch.nn.Sequential
-    _closure_calls = 0
 
     def _run_sequentially(
         self, target: Target, stats: dict, initial_data: torch.Tensor | None, dryrun: bool
@@ -39,12 +39,14 @@ class SequentialTrials(OptimizationBasedAttacker):
         if self.group is not None:
             log.warning("restarts.parallel_candidates=False: there is no group, so the group term is 0.")
         self._say_no_checkpoint()
-        self._closure_calls = 0
         forget_first_draws(self.augmentations)  # the first trial draws them
         streams, trials = self._streams(), self.cfg.restarts.num_trials
         starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
         candidates: list[torch.Tensor] = []
-        with interrupts() as interrupted:  # Breaching's trial ends with its best so far, and does not tell
+        with (
+            evaluations_counted(self) as count,
+            interrupts() as interrupted,
+        ):  # Breaching's trial ends with its best so far, and does not tell
             try:
                 for trial, start in enumerate(starts):
                     with streams.use(trial):
@@ -57,7 +59,8 @@ class SequentialTrials(OptimizationBasedAttacker):
                 interrupted.append(signal.SIGINT)
         if interrupted:
             log.warning("Interrupted in candidate %d of %d: the others were not run.", len(candidates), trials)
-        stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=self._closure_calls)
+        assert count is not None
+        stats.update(engine="sequential", seed=self._seed(), gradient_evaluations=count.number)
         stats["interrupted"] = bool(interrupted)
         never = [n for n in range(len(candidates)) if not stats.get(f"Trial_{n}_Val")]  # not finite at their start
         stats["candidate_failures"] = dict.fromkeys(never, 0)
@@ -76,13 +79,3 @@ class SequentialTrials(OptimizationBasedAttacker):
             return super()._run_trial(rec_model, shared_data, labels, stats, *args, **kwargs)
         finally:
             del self.objective.initialize
-
-    def _compute_objective(self, *args: Any, **kwargs: Any) -> Callable[[], torch.Tensor]:
-        """Return Breaching's closure, counted: an optimizer may call it more than once a step."""
-        closure = super()._compute_objective(*args, **kwargs)
-
-        def counted() -> torch.Tensor:
-            self._closure_calls += 1
-            return closure()
-
-        return counted

@@ -11,9 +11,10 @@ from breaching_ext.attacks import MagiaAttacker, magia, observe
 from breaching_ext.attacks.joint_loop import JointLoop
 from breaching_ext.errors import BreachingExtError, ConfigError, SharedDataError
 from breaching_ext.evaluation import evaluate, to_images
-from breaching_ext.matching.candidate_order import GroupAnyOrder, aligned_to
+from breaching_ext.matching.candidate_order import aligned_to
 from breaching_ext.matching.magia_engine import MagiaEngine
 from breaching_ext.registration import register
+from breaching_ext.regularizers.any_order import GroupAnyOrder
 from breaching_ext.regularizers.color_tv import anisotropic_total_variation, color_total_variation
 
 

@@ -68,10 +68,9 @@ def check_augmentations(
     images = start
     own = len(options) != len(augmentations)  # a subclass's, of which the config tells nothing
     keys = [type(module).__name__ for module in augmentations] if own else list(options)
+    tried = copy.deepcopy(augmentations)  # some keep what they drew first
     with torch.random.fork_rng(devices=[]):
-        for module, key in zip(
-            copy.deepcopy(augmentations), keys, strict=True
-        ):  # a copy: some keep what they drew first
+        for module, key in zip(tried, keys, strict=True):
             try:
                 images = module(images)
             except Exception as error:  # whatever is thrown there

@@ -151,9 +151,8 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         size = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         device_shared = self._cast_shared_data(shared)
         labels = torch.zeros(size[0], dtype=torch.long, device=self.setup["device"])
-        output = output_of(
-            models[0], torch.zeros(size, **self.setup)
-        )  # as many as there are: batch norm may need several
+        images = torch.zeros(size, **self.setup)  # as many as there are: batch norm may need several
+        output = output_of(models[0], images)
         check_output(output)
         check_loss(self.loss_fn, output)
         if self.options.relative and not any(bool(g.any()) for g in device_shared[0]["gradients"]):

@@ -43,10 +43,8 @@ class SequentialTrials(OptimizationBasedAttacker):
         streams, trials = self._streams(), self.cfg.restarts.num_trials
         starts = [None] * trials if initial_data is None else list(initial_data.expand(trials, *target.shape))
         candidates: list[torch.Tensor] = []
-        with (
-            evaluations_counted(self) as count,
-            interrupts() as interrupted,
-        ):  # Breaching's trial ends with its best so far, and does not tell
+        # Breaching's trial ends a Ctrl-C with its best so far, and does not tell
+        with evaluations_counted(self) as count, interrupts() as interrupted:
             try:
                 for trial, start in enumerate(starts):
                     with streams.use(trial):

@@ -191,6 +191,30 @@ def test_a_turned_copy_is_aligned_by_what_knows_more_than_shifts(aligner, follow
     assert bool(np.median(error) < 0.5) is follows
 
 
+@pytest.mark.parametrize(
+    ("aligner", "follows"), [("phase_correlation", False), ("optical_flow", True), ("ransac_flow", True)]
+)
+def test_a_bent_copy_is_aligned_by_dense_flow(aligner, follows):
+    """Rows and columns bent into waves of two pixels, and shifted: flow goes on from where the shift ends."""
+    import numpy as np
+
+    shift = np.array([3.0, -2.0])[:, None, None]
+    reference = large_photo(0).permute(1, 2, 0).numpy()
+    pixels = np.stack(np.mgrid[:64, :64]).astype(float)
+
+    def bend(points):
+        return shift + 2 * np.sin(2 * np.pi * points[::-1] / 64)
+
+    moving = aligners.resample(reference, pixels - bend(pixels))  # moving(x) = reference(x - bend(x))
+    expected = pixels
+    for _ in range(30):  # x = y - bend(y), solved for y
+        expected = pixels + bend(expected)
+    coordinates = ALIGNERS[aligner](moving, reference)
+    assert coordinates is not None
+    error = np.hypot(*(coordinates - expected))[12:-12, 12:-12]
+    assert bool(np.median(error) < 0.5) is follows
+
+
 @pytest.mark.parametrize("aligner", list(ALIGNERS))
 def test_a_hopeless_image_stays_and_is_counted(aligner):
     candidates = torch.zeros(2, 1, 3, 32, 32, dtype=torch.float64)

@@ -172,9 +172,7 @@ def optical_flow(moving: np.ndarray, reference: np.ndarray) -> Coordinates | Non
     shifted = resample(moving, start)
     if np.square(shifted - reference).mean() > np.square(moving - reference).mean():
         start, shifted = _identity(shape), moving
-    flow = registration.optical_flow_tvl1(
-        scaled(reference), scaled(shifted), attachment=10.0
-    )  # rows, columns: (2, H, W)
+    flow = registration.optical_flow_tvl1(scaled(reference), scaled(shifted), attachment=10.0)  # (2, H, W)
     found = start + flow
     if not np.isfinite(found).all() or np.abs(found - _identity(shape)).max() > _LARGEST_SHIFT * min(shape):
         return None

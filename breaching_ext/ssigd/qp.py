@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from breaching_ext.ssigd.active_set import WarmStartedSides
+from breaching_ext.ssigd.arguments import check_number, real_array
 from breaching_ext.ssigd.checks import check_condition, check_gap, check_matrices, unsolved_error
 from breaching_ext.ssigd.errors import (
     DegenerateError,
@@ -56,6 +57,8 @@ class ParametricQP:
     def __init__(self, Q: ArrayLike, G: ArrayLike, *, min_margin: float | None = None) -> None:
         """See the class."""
         self.Q, self.G = check_matrices(Q, G)
+        if min_margin is not None:
+            check_number("min_margin", min_margin, least=0)
         self.min_margin = min_margin
         check_condition(self.Q)
         self.rows = pair_rows(self.G)
@@ -80,12 +83,14 @@ class ParametricQP:
         """Number of rows of G."""
         return self.G.shape[0]
 
-    def solve(self, c: ArrayLike, h: ArrayLike) -> QPSolution:
+    def solve(self, c: ArrayLike, h: ArrayLike, *, degenerate: bool = False) -> QPSolution:
         """Solve for one linear term and right-hand side and certify the result.
 
         Args:
             c: linear term, (n,).
             h: right-hand side, (m,).
+            degenerate: take a solution at a kink, or where multipliers are not unique, for what its y is worth;
+                False (default) raises the DegenerateErrors.
 
         Returns:
             The solution with active set, margin and residual.
@@ -97,6 +102,8 @@ class ParametricQP:
         lower, upper = self._sides(h)
         point, side = self._minimiser(c * self.scaling.variables, lower, upper)
         margin = self._margin(point)
+        if not degenerate:
+            self._check_degenerate(point, margin)
         self._last_side = side
         index, sides = point.index, point.sides
         multipliers = np.maximum(point.force, 0.0) * self.scaling.rows[index]
@@ -204,12 +211,15 @@ class ParametricQP:
         return float(np.abs(self.kkt.R.take(index, 0) @ a).max(initial=0.0))
 
     def _margin(self, point: KKTPoint) -> float:
-        """Return the strict-complementarity margin in the caller's units, and act on a degenerate one."""
+        """Return the strict-complementarity margin in the caller's units."""
         index = point.index
         slack = point.slack / self.margin_units
         slack[index] = self._width[index]  # the opposite side of an active row is a constraint too
         force = point.force * self.margin_units[index]
-        margin = max(float(min(force.min(initial=np.inf), slack.min(initial=np.inf))), 0.0)
+        return max(float(min(force.min(initial=np.inf), slack.min(initial=np.inf))), 0.0)
+
+    def _check_degenerate(self, point: KKTPoint, margin: float) -> None:
+        """Raise LICQError where the rows that hold are dependent, DegenerateError below `min_margin`."""
         if point.kink:
             self.kkt.check_licq(point.binding)
         if self.min_margin is not None and margin < self.min_margin:
@@ -217,7 +227,6 @@ class ParametricQP:
                 f"strict-complementarity margin {margin:.3g} is below min_margin={self.min_margin:g}: a "
                 "constraint is weakly active and y* has a kink here; perturb the linear term (q)"
             )
-        return margin
 
     def warn_kink(self, kink: bool, margin: float) -> None:
         """Log, once for each solver, that a gradient is taken at a kink, where y* has none."""
@@ -230,7 +239,10 @@ class ParametricQP:
             )
 
     def _check_vectors(self, c: ArrayLike, h: ArrayLike) -> tuple[Array, Array]:
-        c, h = np.ascontiguousarray(c, dtype=float), np.ascontiguousarray(h, dtype=float)
+        try:
+            c, h = np.ascontiguousarray(c, dtype=float), np.ascontiguousarray(h, dtype=float)
+        except (TypeError, ValueError, RuntimeError):  # the last: a tensor that requires a gradient
+            c, h = real_array("c", c), real_array("h", h)
         if c.shape != (self.n,) or h.shape != (self.m,):
             raise SSIGDError(f"c has shape {c.shape} and h {h.shape}; expected ({self.n},) and ({self.m},)")
         if not np.isfinite(c).all():

@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -194,12 +195,14 @@ def test_at_a_vertex_nothing_moves():
     assert bool((batched.adjoint(found, torch.from_numpy(v)[None])[0] == 0).all())
 
 
-def test_tolerances_bound_the_error_of_a_refined_point():
-    """Row by row, against 60 digits where the rows are 1e8 apart in size."""
-    mpmath = pytest.importorskip("mpmath")
+@pytest.mark.parametrize("tilt", [1.0, 1e-4, 1e-7])
+def test_tolerances_bound_the_error_of_a_refined_point(tilt):
+    """Row by row, against 60 digits, where bounds are 1e9 apart in size and the active rows nearly parallel."""
     rng = np.random.default_rng(3)
-    kkt = ParametricQP(random_spd(rng, 4, 20.0), rng.standard_normal((5, 4))).kkt
-    c, upper = np.array([1e8, -1.0, 2.0, 0.3]), np.array([1.0, 1e-3, 1e6, 1e7, 1e7])
+    G = rng.standard_normal((5, 4))
+    G[1] = G[0] + tilt * G[1]
+    kkt = ParametricQP(random_spd(rng, 4, 20.0), G).kkt
+    c, upper = np.array([1e8, -1.0, 2.0, 0.3]), np.array([1.0, 1.0 + 1e-3 * tilt, 1e6, 1e7, 1e7])
     side = np.array([1.0, 1.0, 0.0, 0.0, 0.0])
     point = KKTPoint(kkt, side, c, np.full(5, -np.inf), upper)
     point.settled()
@@ -213,3 +216,34 @@ def test_tolerances_bound_the_error_of_a_refined_point():
         slack = [float(upper[i] - sum(mpmath.mpf(kkt.R[i, j]) * exact[j] for j in range(4))) for i in range(2, 5)]
     assert (np.abs(point.slack[2:] - slack) <= point._slack_zero[2:]).all()
     assert (np.abs(point.force - [float(value) for value in exact[4:]]) <= point._force_zero).all()
+    assert (point._slack_zero[2:] <= 1e-3 * np.abs(slack)).all()  # and they are no larger than they must be
+    assert (point._force_zero <= 1e-3 * np.abs(point.force).max()).all()
+
+
+EIGHTHS = np.array([[2.0, 0.625, -0.25], [0.625, 1.5, 0.375], [-0.25, 0.375, 1.0]])
+
+
+@pytest.mark.parametrize("large", [2.0**10, 2.0**20, 2.0**27])
+def test_entries_without_a_row_are_exact_beside_a_large_force(large):
+    """All data are small multiples of a power of two, so y = (1, 3/8, −1/4) is the exact minimiser."""
+    y = np.array([1.0, 0.375, -0.25])
+    c = -EIGHTHS @ y - large * np.eye(3)[0]
+    solver = ParametricQP(EIGHTHS, np.vstack([np.eye(3), -np.eye(3)]))
+    np.testing.assert_allclose(solver.solve(c, np.ones(6)).y, y, rtol=0, atol=1e-15)
+    found = BatchedQP(solver).solve(torch.from_numpy(c)[None], torch.ones(1, 6, dtype=torch.float64))
+    np.testing.assert_allclose(found.y[0].numpy(), y, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("large", [0.0, 1.0, 2.0**10, 2.0**27])
+@pytest.mark.parametrize("weak", [1.0, -1.0])
+def test_a_kink_is_a_kink_beside_a_large_force(large, weak, caplog):
+    """y₂ is on its bound and not pushed; rounding at the size of the largest entry would make that a clear sign."""
+    y = np.array([1.0, weak, -0.25])
+    c = -EIGHTHS @ y - large * np.eye(3)[0]
+    for solve in (alone, in_a_batch):
+        found, _, margin, kink, _, _ = solve(EIGHTHS, np.vstack([np.eye(3), -np.eye(3)]), c, np.ones(6), np.ones(3))
+        np.testing.assert_allclose(found, y, rtol=0, atol=1e-15)
+        assert margin <= 1e-15
+        assert kink
+        assert caplog.text.count("weakly active") == 1
+        caplog.clear()

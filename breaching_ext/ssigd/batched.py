@@ -14,6 +14,7 @@ from torch import Tensor
 
 from breaching_ext.ssigd.active_factor import ActiveFactor
 from breaching_ext.ssigd.admm_guess import ADMMGuess
+from breaching_ext.ssigd.arguments import check_tensor, check_whole
 from breaching_ext.ssigd.batched_kkt import BatchedKKT
 from breaching_ext.ssigd.errors import DegenerateError, NonFiniteError, SSIGDError
 from breaching_ext.ssigd.kkt_point import CLEAR, TINY
@@ -68,6 +69,8 @@ class BatchedQP:
     ) -> None:
         """See the class."""
         self.single, self.device = single, torch.device(device)
+        check_whole("admm_steps", admm_steps, 0)
+        check_whole("polish_steps", polish_steps, 0)
         self.polish_steps = polish_steps
         self.kkt = BatchedKKT(single.kkt, self.device)
         rows, scaling = single.rows, single.scaling
@@ -82,13 +85,14 @@ class BatchedQP:
         """Solve and certify all members.
 
         Args:
-            c: linear terms, (N, n), float64.
-            h: right-hand sides, (N, m), float64.
+            c: linear terms, (N, n).
+            h: right-hand sides, (N, m).
 
         Raises:
             SSIGDError and its subclasses: see errors.py; the message names the first member at fault.
         """
         self._check(c, h)
+        c, h = c.to(torch.float64), h.to(torch.float64)
         lower, upper = self._sides(h)
         self._check_gaps(c, h, lower, upper)
         scaled = c * self._variables
@@ -132,6 +136,8 @@ class BatchedQP:
 
     def _check(self, c: Tensor, h: Tensor) -> None:
         n, m = self.single.n, self.single.m
+        check_tensor("c", c, finite=False)
+        check_tensor("h", h, finite=False)
         if c.ndim != 2 or c.shape[1] != n or h.shape != (c.shape[0], m):
             raise SSIGDError(f"c has shape {tuple(c.shape)} and h {tuple(h.shape)}; expected (N, {n}) and (N, {m})")
         for name, value in (("c", c), ("h", h)):

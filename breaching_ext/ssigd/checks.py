@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 from scipy.optimize import linprog
 
+from breaching_ext.ssigd.arguments import real_array
 from breaching_ext.ssigd.errors import (
     InfeasibleError,
     LICQError,
@@ -23,9 +24,9 @@ MAX_CONDITION = 1e14
 
 def check_matrices(Q: ArrayLike, G: ArrayLike) -> tuple[Array, Array]:
     """Return float64 copies of the symmetric part of Q (n, n) and of G (m, n), or raise what is wrong."""
-    Q, G = np.array(Q, dtype=float), np.array(G, dtype=float)
-    if Q.ndim != 2 or Q.shape[0] != Q.shape[1] or G.ndim != 2 or G.shape[1] != Q.shape[0]:
-        raise SSIGDError(f"Q has shape {Q.shape} and G {G.shape}; expected (n, n) and (m, n)")
+    Q, G = real_array("Q", Q), real_array("G", G)
+    if Q.ndim != 2 or Q.shape[0] != Q.shape[1] or not Q.size or G.ndim != 2 or G.shape[1] != Q.shape[0]:
+        raise SSIGDError(f"Q has shape {Q.shape} and G {G.shape}; expected (n, n) and (m, n) with n of at least 1")
     if not (np.isfinite(Q).all() and np.isfinite(G).all()):
         raise NonFiniteError("Q or G holds NaN or infinity")
     zero = np.flatnonzero(~G.any(axis=1))

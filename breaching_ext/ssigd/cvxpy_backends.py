@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_number
 from breaching_ext.ssigd.errors import InfeasibleError, NotCertifiedError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
@@ -117,6 +118,7 @@ def fd_gradient(
         step: difference step, default 1e-4.
         **options: passed to `cvxpy_lower_level`.
     """
+    check_number("step", step, above=0)
     gradient = torch.empty(problem.dim, dtype=torch.float64)
     for i in range(problem.dim):
         values = []

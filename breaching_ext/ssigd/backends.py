@@ -40,7 +40,8 @@ def implicit_gradient(
         q: linear perturbation of the lower level, (p,), or None for none.
         backend: "kkt" (default) solves by daqp and differentiates exactly by one adjoint KKT solve;
             "cvxpylayers" differentiates CVXPY's cone program by autograd; "fd" takes central differences of
-            CVXPY re-solves. The last two need the extra [ssigd].
+            CVXPY re-solves. The last two need the extra [ssigd]; they are cross-checks, and not certified: they return
+            what the libraries return, also at kinks, below `min_margin` and where multipliers are not unique.
         **options: of the backend: solver_args (cvxpylayers); step, solver and the solver's options (fd).
 
     Returns:

@@ -92,6 +92,7 @@ def test_step_sizes_are_those_of_the_theorems():
     values = torch.linalg.eigvalsh(problem.Q_upper)
     default = SSIGD(problem)
     assert (default.mu, default.lipschitz) == pytest.approx((float(values[0]), float(values[-1])))
+    assert SSIGD(problem, regime="convex").step == pytest.approx(1.0 / float(values[-1]))
 
 
 @pytest.mark.parametrize("make", [

@@ -55,16 +55,22 @@ def test_every_series_is_what_it_says(name, drawn, monkeypatch):
     x, momentum = problem.project(start).numpy(), drawn[0][2].gradient
     expected = {series: [] for series in SERIES}
     iterates = []
-    for r, (at, _, found) in enumerate(drawn[first:]):
+    rng = np.random.default_rng(4)
+    q = 0.3 * rng.standard_normal(5)
+    np.testing.assert_array_equal(drawn[0][1], q)
+    for r, (at, perturbation, found) in enumerate(drawn[first:]):
         if name == "DS-BLO":
             step = 1.0 / (0.2 * np.linalg.norm(momentum) + 0.5)
-            x = problem.project(torch.from_numpy(x - step * momentum)).numpy()
+            moved = problem.project(torch.from_numpy(x - step * momentum)).numpy()
+            np.testing.assert_allclose(at, x + rng.uniform() * (moved - x), rtol=1e-12, atol=1e-14)
+            x, q = moved, 0.3 * rng.standard_normal(5)
             momentum = 0.6 * momentum + 0.4 * found.gradient
         else:
             np.testing.assert_array_equal(at, x)
             step = min(1.0 / (0.5 * (r + 1)), 0.5) if name == "strongly convex" else 1.5 / 12**0.5
             x = problem.project(torch.from_numpy(x - step * found.gradient)).numpy()
             momentum = found.gradient
+        np.testing.assert_array_equal(perturbation, q)
         active = set(found.solution.active.tolist())
         before = set(drawn[first + r - 1][2].solution.active.tolist()) if r else active
         excess = problem.A.numpy() @ at + problem.B.numpy() @ found.solution.y - problem.b.numpy()

@@ -344,6 +344,8 @@ def test_a_certified_point_is_no_worse_than_the_run():
     """With few gradients left the finish may end above the best iterate."""
     for dim, left in ((20, 5), (50, 8)):
         result, found = SSIGD(convex_instance(dim, 0)).solve_certified(100, finish_gradients=left)
+        assert len(result.history["step"]) == 100 - left
+        assert found.gradients <= left
         assert found.objective <= result.objectives["best"]
         assert found.lower_bound <= found.objective
 

@@ -68,6 +68,10 @@ CASES = {
     "x0 shape": (lambda: DSBLO(PROBLEM).solve(2, X[None]), "x0 has shape (1, 2); expected (2,)"),
     "certified iterations": (lambda: SSIGD(PROBLEM).solve_certified("100"), "iterations='100'"),
     "finish_gradients": (lambda: SSIGD(PROBLEM).solve_certified(9, finish_gradients=2.5), "finish_gradients=2.5"),
+    "finish": (
+        lambda: SSIGD(StronglyConvexBilevelProblem(2, upper_y_weight=0.5)).solve_certified(9, finish_gradients=4),
+        "expected f linear in y",
+    ),
     "T": (lambda: EnhancedSSIGD(PROBLEM, False).solve(T=0), "T=0"),
     "T float": (lambda: EnhancedSSIGD(PROBLEM, False).solve(T=1.5), "T=1.5"),
     "enhanced beta": (lambda: EnhancedSSIGD(PROBLEM, False).solve(beta=-1), "beta=-1"),

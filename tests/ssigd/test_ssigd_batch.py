@@ -148,3 +148,19 @@ def test_the_opposite_side_of_a_thin_pair_counts_in_the_margin():
     batched = BatchedQP(ParametricQP(np.eye(2), 2.0 * np.array([[1.0, 0], [-1, 0]])))
     c, h = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), torch.tensor([[2e-3, 0.0]] * 2, dtype=torch.float64)
     np.testing.assert_allclose(batched.solve(c, h).margin.numpy(), 1e-3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tilt", [1e-6, 3e-8])
+def test_a_gradient_that_leaves_nearly_opposite_rows_is_solved_alone(tilt):
+    """They fix y₁ and y₂, so a is zero there; another entry is free, so that a is not small beside the cotangent."""
+    n = 100
+    pair = np.array([[1.0, 0.0], [-1.0, tilt]])
+    G = np.vstack([np.eye(n), -np.eye(n), np.r_[pair[1], np.zeros(n - 2)]])
+    h, c, v = np.r_[1.0, np.full(2 * n - 1, 10.0), -1.0 + 0.5 * tilt], np.zeros(n), np.zeros(n)
+    c[:2], v[:2], v[50] = -3.0, (0.3, 1.0), 1.0
+    batched = BatchedQP(ParametricQP(np.eye(n), G))
+    many = batched.solve(torch.from_numpy(c)[None], torch.from_numpy(h)[None])
+    a, b = batched.adjoint(many, torch.from_numpy(v)[None])
+    np.testing.assert_allclose(a[0].numpy(), np.eye(n)[50], rtol=0, atol=1e-13)
+    rows = batched.row_values(b, many.side)[0][[0, 2 * n]]
+    np.testing.assert_allclose(rows, np.linalg.solve(pair.T, v[:2]), rtol=1e-9)

@@ -48,8 +48,8 @@ RUNS = {
 def test_every_series_is_what_it_says(name, drawn, monkeypatch):
     clock = count()
     monkeypatch.setattr(descent.time, "perf_counter", lambda: float(next(clock)))
-    problem = StronglyConvexBilevelProblem(5, seed=1, constraints="coupled")
-    start = torch.tensor([1.5, -1.0, 0.5, 3.0, -1.5], dtype=torch.float64)  # the fourth is outside of X
+    problem = StronglyConvexBilevelProblem(5, seed=1, constraints="coupled", x_bound=0.7)
+    start = torch.tensor([1.5, -1.0, 0.5, 3.0, -1.5], dtype=torch.float64)
     result = RUNS[name](problem).solve(12, start)
     first = 1 if name == "DS-BLO" else 0  # its first draw starts the momentum
     x, momentum = problem.project(start).numpy(), drawn[0][2].gradient
@@ -86,6 +86,8 @@ def test_every_series_is_what_it_says(name, drawn, monkeypatch):
     for series in SERIES:
         np.testing.assert_allclose(result.history[series], expected[series], rtol=1e-10, err_msg=series)
     assert max(expected["active_changes"]) > 0
+    assert (np.abs(iterates[1:]) == 0.7).any()  # X is left, and projected onto
+    assert (np.abs(iterates) < 0.7).any()
     assert max(expected["violation"]) > 0.1
     weights = np.arange(1, 13) if name == "strongly convex" else np.ones(12)
     points = {

@@ -81,6 +81,8 @@ CASES = {
     "point nan": (lambda: certified_finish(convex_instance(2), [X * NAN]), "a point holds NaN"),
     "epsilon": (lambda: theorem_parameters(INF, 1.0, 1.0, 1.0), "epsilon=inf"),
     "radius": (lambda: theorem_parameters(0.1, 0.0, 1.0, 1.0), "radius=0.0"),
+    "large epsilon": (lambda: theorem_parameters(1e3, 1.0, 1.0, 1.0), "epsilon=1000.0 makes beta="),
+    "small epsilon": (lambda: theorem_parameters(1e-9, 1.0, 1.0, 1.0), "epsilon=1e-09 makes beta=1.0"),
     "variance": (lambda: theorem_parameters(0.1, 1.0, -1.0, 1.0), "variance=-1.0"),
     "theorem's lipschitz": (lambda: theorem_parameters(0.1, 1.0, 1.0, "1"), "lipschitz='1'"),
     "x list": (lambda: implicit_gradient(PROBLEM, [0.0, 0.0]), "x is a list"),

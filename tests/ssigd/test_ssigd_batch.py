@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from breaching_ext.ssigd import BatchedQP, DegenerateError, ParametricQP
+from breaching_ext.ssigd import (
+    BatchedQP,
+    DegenerateError,
+    ParametricQP,
+    StronglyConvexBilevelProblem,
+    batched_implicit_gradient,
+    implicit_gradient,
+)
 from breaching_ext.ssigd.reference import random_spd
 
 BOX = np.vstack([np.eye(3), -np.eye(3)])
@@ -46,13 +53,24 @@ def test_a_certified_batch_is_the_loop(batch):
 
 
 def test_members_that_are_solved_alone_are_the_loop_too(batch, monkeypatch):
-    """No active-set step settles anything."""
+    """The guess is that nothing is active, and no active-set step mends it."""
     batched, c, h = batch
+    monkeypatch.setattr(batched._guess, "sides", lambda c, free, lower, upper: torch.zeros_like(free))
     batched.polish_steps = 0
     solution = batched.solve(c, h)
     assert solution.fallbacks == 6
-    assert float(solution.residual.max()) > 0.0
+    alone = [batched.single.solve(ci, hi).residual for ci, hi in zip(c.numpy(), h.numpy(), strict=True)]
+    assert solution.residual.tolist() == alone
     assert_is_the_loop(batched, solution, c, h)
+
+
+@pytest.mark.parametrize("kind", ["box", "coupled"])
+def test_gradients_of_an_ill_conditioned_batch_are_refined(kind):
+    problem = StronglyConvexBilevelProblem(8, seed=1, constraints=kind, condition=1e8)
+    x = torch.from_numpy(np.random.default_rng(0).uniform(-2.0, 2.0, (16, 8)))
+    each = torch.stack([implicit_gradient(problem, point) for point in x])
+    difference = (batched_implicit_gradient(problem, x) - each).norm(dim=1) / each.norm(dim=1)
+    assert float(difference.max()) <= 1e-9
 
 
 @pytest.mark.parametrize("member", [0, 3])

@@ -145,6 +145,25 @@ def test_checkpoints_are_written_when_asked_and_at_the_end(tmp_path, monkeypatch
     assert again.objectives == result.objectives
 
 
+@pytest.mark.parametrize("make", [SSIGD, DSBLO])
+def test_a_run_that_stops_in_its_first_iteration_resumes(make, tmp_path, monkeypatch):
+    """No objective is known by then: the best is infinite."""
+    problem, path = StronglyConvexBilevelProblem(3, seed=1), tmp_path / "run.json"
+    whole = make(problem, q_std=0.1).solve(5)
+
+    def stopped(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(problem, q_std=0.1).solve(5, checkpoint=path)
+    assert json.loads(path.read_text())["snapshot"]["iteration"] == 0
+    resumed = make(problem, q_std=0.1).solve(5, checkpoint=path)
+    assert resumed.history["objective"] == whole.history["objective"]
+    assert torch.equal(resumed.x_best, whole.x_best)
+
+
 @pytest.mark.parametrize("text", ["not JSON", "[1, 2]", '{"settings": {}}', "3"])
 def test_other_files_are_no_checkpoints(tmp_path, text):
     path = tmp_path / "run.json"

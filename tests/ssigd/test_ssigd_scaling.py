@@ -247,3 +247,12 @@ def test_a_kink_is_a_kink_beside_a_large_force(large, weak, caplog):
         assert kink
         assert caplog.text.count("weakly active") == 1
         caplog.clear()
+
+
+@pytest.mark.parametrize(("large", "coupling"), [(36625021.0, 0.7), (46796953.0, 0.8)])
+def test_cancelled_entries_are_refined_where_all_signs_are_clear(large, coupling):
+    """y₁ = 1 is exact, and y₂ = 1/10 − coupling is left off by 1e-9 by one solve."""
+    Q = np.array([[2.0, coupling], [coupling, 1.0]])
+    for solve in (alone, in_a_batch):
+        y = solve(Q, BOX, np.array([-large, -0.1]), np.ones(4), np.ones(2))[0]
+        np.testing.assert_allclose(y, [1.0, 0.1 - coupling], rtol=0, atol=1e-13)

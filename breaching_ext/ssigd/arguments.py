@@ -67,8 +67,15 @@ def check_tensor(name: str, value: Any, *shapes: tuple[int | str, ...], finite: 
     if shapes and not any(_fits(shape, possible) for possible in shapes):
         expected = " or ".join(f"({', '.join(map(str, s))}{',' if len(s) == 1 else ''})" for s in shapes)
         raise SSIGDError(f"{name} has shape {shape}; expected {expected}")
-    if finite and not bool(torch.isfinite(value).all()):
+    if finite and not _all_finite(value):
         raise NonFiniteError(f"{name} holds NaN or infinity")
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; NumPy is several times as fast for few of them."""
+    if value.device.type == "cpu" and value.numel() < 1000 and value.dtype != torch.bfloat16:
+        return bool(np.isfinite(value.detach().numpy()).all())
+    return bool(torch.isfinite(value).all())
 
 
 def _fits(shape: tuple[int, ...], possible: tuple[int | str, ...]) -> bool:

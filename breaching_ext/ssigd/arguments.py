@@ -64,7 +64,7 @@ def check_tensor(name: str, value: Any, *shapes: tuple[int | str, ...], finite: 
         kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise SSIGDError(f"{name} is {kind}; expected a tensor of real numbers")
     shape = tuple(value.shape)
-    if shapes and not any(_fits(shape, possible) for possible in shapes):
+    if shapes and shape not in shapes and not any(_fits(shape, possible) for possible in shapes):
         expected = " or ".join(f"({', '.join(map(str, s))}{',' if len(s) == 1 else ''})" for s in shapes)
         raise SSIGDError(f"{name} has shape {shape}; expected {expected}")
     if finite and not _all_finite(value):

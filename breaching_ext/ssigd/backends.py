@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from breaching_ext.ssigd import cvxpy_backends
-from breaching_ext.ssigd.errors import NonFiniteError, SSIGDError
+from breaching_ext.ssigd.arguments import check_tensor
+from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.gradients import kkt_gradient
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 
@@ -39,7 +40,8 @@ def implicit_gradient(
         q: linear perturbation of the lower level, (p,), or None for none.
         backend: "kkt" (default) solves by daqp and differentiates exactly by one adjoint KKT solve;
             "cvxpylayers" differentiates CVXPY's cone program by autograd; "fd" takes central differences of
-            CVXPY re-solves. The last two need the extra [ssigd].
+            CVXPY re-solves. The last two need the extra [ssigd]; they are cross-checks, and not certified: they return
+            what the libraries return, also at kinks, below `min_margin` and where multipliers are not unique.
         **options: of the backend: solver_args (cvxpylayers); step, solver and the solver's options (fd).
 
     Returns:
@@ -49,17 +51,22 @@ def implicit_gradient(
         SSIGDError and its subclasses: see errors.py. ImportError: the extra is missing.
     """
     gradient = GRADIENTS[check_backend(backend)]
+    if options:  # reading a signature takes as long as a small gradient
+        _check_options(backend, options)
+    check_tensor("x", x, (problem.dim,))
+    if q is not None:
+        check_tensor("q", q, (problem.dim_lower,))
     x = x.detach().to("cpu", torch.float64)
     q = None if q is None else q.detach().to("cpu", torch.float64)
-    _check_point(problem, x, q)
     return gradient(problem, x, q, **options)
 
 
-def _check_point(problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None) -> None:
-    if x.shape != (problem.dim,):
-        raise SSIGDError(f"x has shape {tuple(x.shape)}; expected ({problem.dim},)")
-    if q is not None and q.shape != (problem.dim_lower,):
-        raise SSIGDError(f"q has shape {tuple(q.shape)}; expected ({problem.dim_lower},)")
-    for name, value in (("x", x), ("q", q)):
-        if value is not None and not np.isfinite(value.numpy()).all():
-            raise NonFiniteError(f"{name} holds NaN or infinity")
+def _check_options(backend: str, options: dict[str, Any]) -> None:
+    """Refuse options that the backend does not have; those of fd's solvers are the solvers' own."""
+    parameters = inspect.signature(GRADIENTS[backend]).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise SSIGDError(f"{name} is no option of backend={backend!r}; valid: {', '.join(known) or 'none'}")

@@ -1,9 +1,8 @@
 """The certified QP for a batch of (c, h) with Q and G shared: many x, or many perturbations q, at once.
 
-Pure torch, on any device: a short ADMM run guesses the active sets (see `admm_guess`), a primal-dual
-active-set method (Hintermüller, Ito, Kunisch, SIAM J. Optim. 2002) settles them with exact KKT solves, and
-members that are not certified after that are solved one by one by `ParametricQP`, which raises the named
-error where a member has no solution.
+Pure torch, on any device: a short ADMM run guesses the active sets (see `admm_guess`), active-set steps settle them
+with exact KKT solves (see `batched_kkt`), and members that are not certified after that are solved one by one by
+`ParametricQP`, which raises the named error where a member has no solution.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from breaching_ext.ssigd.active_factor import ActiveFactor
 from breaching_ext.ssigd.admm_guess import ADMMGuess
-from breaching_ext.ssigd.checks import SIGN_TOLERANCE
+from breaching_ext.ssigd.arguments import check_tensor, check_whole
+from breaching_ext.ssigd.batched_kkt import BatchedKKT
 from breaching_ext.ssigd.errors import DegenerateError, NonFiniteError, SSIGDError
-from breaching_ext.ssigd.kkt_system import CANCELLED, EPS, REFINE_ABOVE
+from breaching_ext.ssigd.kkt_point import CLEAR, TINY
+from breaching_ext.ssigd.kkt_system import EPS, SIGN_TOLERANCE, cancels
 from breaching_ext.ssigd.qp import ParametricQP
 from breaching_ext.ssigd.rows import Array
 from breaching_ext.ssigd.solution import QPSolution
@@ -33,8 +34,9 @@ class BatchedSolution:
         signed: multipliers, positive on the upper side, (N, p).
         margin: strict-complementarity margins, (N,).
         residual: relative KKT residuals, (N,).
+        kink: as in QPSolution, (N,).
         fallbacks: number of members that were solved one by one.
-        factor: factors of the active Schur complements.
+        factor: factors of the active Schur complements, of scaled rows.
     """
 
     y: Tensor
@@ -42,6 +44,7 @@ class BatchedSolution:
     signed: Tensor
     margin: Tensor
     residual: Tensor
+    kink: Tensor
     fallbacks: int
     factor: ActiveFactor
 
@@ -66,40 +69,38 @@ class BatchedQP:
     ) -> None:
         """See the class."""
         self.single, self.device = single, torch.device(device)
+        check_whole("admm_steps", admm_steps, 0)
+        check_whole("polish_steps", polish_steps, 0)
         self.polish_steps = polish_steps
-        for name in ("Q", "Q_inverse", "R", "T", "K"):
-            setattr(self, name, torch.from_numpy(getattr(single.kkt, name)).to(self.device))
-        self.Q: Tensor
-        self.Q_inverse: Tensor
-        self.R: Tensor
-        self.T: Tensor
-        self.K: Tensor
-        self.norms = torch.linalg.vector_norm(self.R, dim=1)
-        rows = single.rows
+        self.kkt = BatchedKKT(single.kkt, self.device)
+        rows, scaling = single.rows, single.scaling
+        self._variables, self._rows = self._to(scaling.variables), self._to(scaling.rows)
+        self._units = self._to(single.margin_units)
         self.upper_of = torch.from_numpy(rows.upper_of).to(self.device)
         self.lower_of = torch.from_numpy(rows.lower_of).to(self.device)
         self.pairs = torch.from_numpy(rows.paired.nonzero()[0]).to(self.device)
-        self._inverse_size = float(self.Q_inverse.abs().sum(dim=1).max())
-        self._guess = ADMMGuess(self.Q, self.R, self.K, admm_steps)
+        self._guess = ADMMGuess(self.kkt.Q, self.kkt.R, self.kkt.K, admm_steps)
 
     def solve(self, c: Tensor, h: Tensor) -> BatchedSolution:
         """Solve and certify all members.
 
         Args:
-            c: linear terms, (N, n), float64.
-            h: right-hand sides, (N, m), float64.
+            c: linear terms, (N, n).
+            h: right-hand sides, (N, m).
 
         Raises:
             SSIGDError and its subclasses: see errors.py; the message names the first member at fault.
         """
         self._check(c, h)
+        c, h = c.to(torch.float64), h.to(torch.float64)
         lower, upper = self._sides(h)
         self._check_gaps(c, h, lower, upper)
-        free = -(c @ self.T)  # R y without constraints, (N, p)
-        side = self._guess.sides(c, free, lower, upper)
-        side, factor, settled = self._settle(free, lower, upper, side, c)
-        solution = self._assemble(c, lower, upper, side, factor)
-        certified = settled & self._certified(c, solution)
+        scaled = c * self._variables
+        free = -(scaled @ self.kkt.T)  # R y without constraints, (N, p)
+        side = self._guess.sides(scaled, free, lower, upper)
+        side, factor, settled = self.kkt.settle(free, lower, upper, side, scaled, self.polish_steps)
+        solution, sound = self._assemble(scaled, lower, upper, side, factor)
+        certified = settled & sound
         if not bool(certified.all()):
             solution = self._repair(c, h, solution, (~certified).nonzero()[:, 0].tolist())
         self._check_margin(solution.margin)
@@ -111,18 +112,20 @@ class BatchedQP:
         As ParametricQP.adjoint, but b is signed like `solution.signed`: it is the derivative with respect
         to the active bound of R y.
         """
-        if len(solution.margin):
-            tolerance = SIGN_TOLERANCE * (1.0 + float(solution.y.abs().max()))
-            self.single.warn_kink(float(solution.margin.min()), tolerance)
-        a, b = self._kkt(solution.factor, v, torch.zeros_like(solution.signed))
-        off = _most((a @ self.R.T).abs().div(self.norms).masked_fill(solution.side == 0, 0.0))
-        reach = (v @ self.Q_inverse).abs().amax(dim=1)  # of a where nothing is active
-        sound = off <= SIGN_TOLERANCE * reach  # not so with a failed factor, whose numbers are not finite
+        if bool(solution.kink.any()):
+            self.single.warn_kink(True, float(solution.margin[solution.kink].min()))
+        v = v * self._variables
+        a, b = self.kkt.solve(solution.factor, v, torch.zeros_like(solution.signed))
+        off = _most((a @ self.kkt.R.T).abs().masked_fill(solution.side == 0, 0.0))
+        reach = (v @ self.kkt.Q_inverse).abs().amax(dim=1)  # of a where nothing is active
+        vertex = (solution.side != 0).sum(dim=1) == self.single.n  # a is zero there, whatever rounding says
+        small = ~vertex & cancels(1.0, reach, a.abs().amax(dim=1))
+        sound = (off <= SIGN_TOLERANCE * reach) & ~small  # not so with a failed factor, whose numbers are not finite
         for member in (~sound).nonzero()[:, 0].tolist():
             index = solution.side[member].nonzero()[:, 0]
             one, other = self.single.adjoint_on(index.cpu().numpy(), v[member].cpu().numpy())
             a[member], b[member] = self._to(one), torch.zeros_like(b[member]).index_copy(0, index, self._to(other))
-        return a, b
+        return (a * self._variables).masked_fill(vertex[:, None], 0.0), b * self._rows
 
     def row_values(self, signed: Tensor, side: Tensor) -> Tensor:
         """Spread values b over two-sided rows (N, p) over the rows of G, in the orientation of G: (N, m)."""
@@ -133,6 +136,8 @@ class BatchedQP:
 
     def _check(self, c: Tensor, h: Tensor) -> None:
         n, m = self.single.n, self.single.m
+        check_tensor("c", c, finite=False)
+        check_tensor("h", h, finite=False)
         if c.ndim != 2 or c.shape[1] != n or h.shape != (c.shape[0], m):
             raise SSIGDError(f"c has shape {tuple(c.shape)} and h {tuple(h.shape)}; expected (N, {n}) and (N, {m})")
         for name, value in (("c", c), ("h", h)):
@@ -141,103 +146,62 @@ class BatchedQP:
                 raise NonFiniteError(f"member {int(bad.nonzero()[0, 0])}: {name} holds NaN or infinity")
 
     def _sides(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scaled bounds of the two-sided rows."""
         upper = h[:, self.upper_of]
         lower = torch.full_like(upper, -torch.inf)
         lower[:, self.pairs] = -h[:, self.lower_of[self.pairs]]
-        return lower, upper
+        return lower * self._rows, upper * self._rows
 
     def _check_gaps(self, c: Tensor, h: Tensor, lower: Tensor, upper: Tensor) -> None:
         """Let the single solver raise its error where opposite rows cross or leave no room."""
-        narrow = ((upper - lower) / self.norms <= SIGN_TOLERANCE).any(dim=1)
+        if not len(self.pairs):
+            return
+        lower, upper = lower[:, self.pairs], upper[:, self.pairs]
+        narrow = (upper - lower <= SIGN_TOLERANCE * (lower.abs() + upper.abs())).any(dim=1)
         if bool(narrow.any()):
             member = int(narrow.nonzero()[0, 0])
             self._solve_one(member, c, h)
 
-    def _settle(
-        self, free: Tensor, lower: Tensor, upper: Tensor, side: Tensor, c: Tensor
-    ) -> tuple[Tensor, ActiveFactor, Tensor]:
-        """Take active-set steps on the members whose set still changes; return sets, factor, who settled."""
-        tolerance = SIGN_TOLERANCE * (1.0 + c.abs().amax(dim=1, keepdim=True))
-        todo = torch.arange(len(side), device=side.device)
-        factor: ActiveFactor | None = None
-        for step in range(self.polish_steps):
-            part = ActiveFactor.of(self.K, side[todo] != 0)
-            new = self._next_sides(part, free[todo], lower[todo], upper[todo], side[todo], tolerance[todo])
-            changed = (new != side[todo]).any(dim=1)
-            if step == 0:
-                factor = part
-            todo = todo[changed]
-            if not len(todo):
-                break
-            side = side.index_copy(0, todo, new[changed])
-        settled = torch.ones(len(side), dtype=torch.bool, device=side.device).index_fill(0, todo, False)
-        if factor is None or step:  # the first factor holds only where no set changed after it
-            factor = ActiveFactor.of(self.K, side != 0)
-        return side, factor, settled
+    def _assemble(
+        self, c: Tensor, lower: Tensor, upper: Tensor, side: Tensor, factor: ActiveFactor
+    ) -> tuple[BatchedSolution, Tensor]:
+        """Return the solution on these sides, in the caller's units, and which members hold up, (N,).
 
-    def _next_sides(
-        self,
-        factor: ActiveFactor,
-        free: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        side: Tensor,
-        tolerance: Tensor,
-    ) -> Tensor:
-        """Drop rows whose multiplier has the wrong sign and add rows that are violated."""
-        bound = torch.where(side > 0, upper, lower)
-        signed = factor.solve(free - bound)
-        Ry = free - signed @ self.K
-        added = (Ry > upper + tolerance).double() - (Ry < lower - tolerance).double()
-        return torch.where(side == 0, added, torch.where(signed * side >= -tolerance, side, 0.0))
-
-    def _kkt(self, factor: ActiveFactor, r: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """Solve Q y + R_Wᵀ λ = r, R_W y = e for every member, refined where Q is ill-conditioned."""
-        y, signed = self._kkt_once(factor, r, e)
-        if self.single.condition > REFINE_ABOVE:
-            for _ in range(2):
-                dy, ds = self._kkt_once(factor, r - y @ self.Q - signed @ self.R, e - y @ self.R.T)
-                y, signed = y + dy, signed + ds
-        return y, signed
-
-    def _kkt_once(self, factor: ActiveFactor, r: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        signed = factor.solve(r @ self.T - e)
-        return r @ self.Q_inverse - signed @ self.T.T, signed
-
-    def _assemble(self, c: Tensor, lower: Tensor, upper: Tensor, side: Tensor, factor: ActiveFactor) -> BatchedSolution:
+        These have a sound factor, a small residual, and signs that are far from zero (`KKTPoint.clear`).
+        """
         mask = side != 0
         bound = torch.where(side > 0, upper, lower).masked_fill(~mask, 0.0)
-        y, signed = self._kkt(factor, -c, bound)
+        y, signed = self.kkt.solve(factor, -c, bound)
         Ry, off = self._off_bounds(y, bound, mask)
-        size = y.abs().amax(dim=1)
-        rough = off > SIGN_TOLERANCE * (1.0 + size)
-        rough |= EPS * self._inverse_size * c.abs().amax(dim=1) > CANCELLED * size
+        c_size, y_size = c.abs().amax(dim=1), y.abs().amax(dim=1)
+        size = torch.maximum(c_size, y_size)
+        bound_size = _most(bound.abs())
+        reach = torch.maximum(y_size, torch.where(bound_size > 0, bound_size, EPS * size))
+        rough = (off > SIGN_TOLERANCE * reach) | cancels(self.kkt.inverse_size, c_size, y_size)
         if bool(rough.any()):  # y is a small difference of large numbers there
-            dy, ds = self._kkt_once(factor, -c - y @ self.Q - signed @ self.R, bound - Ry)
+            dy, ds = self.kkt.once(factor, -c - y @ self.kkt.Q - signed @ self.kkt.R, bound - Ry)
             y, signed = torch.where(rough[:, None], y + dy, y), torch.where(rough[:, None], signed + ds, signed)
             Ry, off = self._off_bounds(y, bound, mask)
-        slack = torch.minimum(upper - Ry, Ry - lower) / self.norms
-        opposite = (upper - lower) / self.norms
-        gaps = torch.where(mask, torch.minimum(signed * side * self.norms, opposite), slack)
-        lag = (y @ self.Q + c + signed @ self.R).abs().amax(dim=1)
-        residual = lag / (1.0 + c.abs().amax(dim=1) + _most(signed.abs()))
-        residual = torch.maximum(residual, off / (1.0 + y.abs().amax(dim=1)))
-        margin = gaps.amin(dim=1) if gaps.shape[1] else torch.full_like(residual, torch.inf)
-        return BatchedSolution(y, side, signed, margin, residual, 0, factor)
+        force, slack = signed * side, torch.minimum(upper - Ry, Ry - lower)
+        least = _least(torch.where(mask, force, slack))
+        opposite = torch.minimum(force * self._units, (upper - lower) / self._units)
+        margin = _least(torch.where(mask, opposite, slack / self._units))
+        lag = (y @ self.kkt.Q + c + signed @ self.kkt.R).abs().amax(dim=1)
+        scale = torch.maximum(size, _most(signed.abs())).clamp_min(TINY)
+        residual = torch.maximum(lag / scale, off / reach.clamp_min(TINY))
+        sound = factor.sound(self.kkt.K) & (least > CLEAR * size) & (residual <= 1e-12)
+        kink = torch.zeros_like(sound)  # signs that are clear are far from zero
+        y, signed = y * self._variables, signed * self._rows
+        return BatchedSolution(y, side, signed, margin, residual, kink, 0, factor), sound
 
     def _off_bounds(self, y: Tensor, bound: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return R y (N, p), and how far active rows are from their bounds at most, (N,)."""
-        Ry = y @ self.R.T
-        return Ry, _most((Ry - bound).abs().div(self.norms).masked_fill(~mask, 0.0))
-
-    def _certified(self, c: Tensor, solution: BatchedSolution) -> Tensor:
-        """Return which members hold up: KKT signs with room to spare, small residual, sound factor, (N,)."""
-        tolerance = SIGN_TOLERANCE * (1.0 + c.abs().amax(dim=1) + solution.y.abs().amax(dim=1))
-        return solution.factor.sound(self.K) & (solution.margin > tolerance) & (solution.residual <= 1e-12)
+        Ry = y @ self.kkt.R.T
+        return Ry, _most((Ry - bound).abs().masked_fill(~mask, 0.0))
 
     def _repair(self, c: Tensor, h: Tensor, solution: BatchedSolution, members: list[int]) -> BatchedSolution:
         """Replace the members that are not certified by what the single solver finds."""
-        names = ("y", "side", "signed", "margin", "residual")
+        names = ("y", "side", "signed", "margin", "residual", "kink")
         parts = {name: getattr(solution, name).clone() for name in names}
         for i in members:
             single = self._solve_one(i, c, h)
@@ -247,8 +211,8 @@ class BatchedQP:
             strengths = self._to(sides * single.active_multipliers)
             parts["signed"][i] = torch.zeros_like(parts["signed"][i]).index_copy(0, rows, strengths)
             parts["y"][i] = self._to(single.y)
-            parts["margin"][i], parts["residual"][i] = single.margin, single.residual
-        factor = ActiveFactor.of(self.K, parts["side"] != 0)
+            parts["margin"][i], parts["residual"][i], parts["kink"][i] = single.margin, single.residual, single.kink
+        factor = ActiveFactor.of(self.kkt.K, parts["side"] != 0)
         return BatchedSolution(**parts, fallbacks=len(members), factor=factor)
 
     def _to(self, array: Array) -> Tensor:
@@ -273,3 +237,7 @@ class BatchedQP:
 
 def _most(values: Tensor) -> Tensor:
     return values.amax(dim=1) if values.shape[1] else values.new_zeros(len(values))
+
+
+def _least(values: Tensor) -> Tensor:
+    return values.amin(dim=1) if values.shape[1] else values.new_full((len(values),), torch.inf)

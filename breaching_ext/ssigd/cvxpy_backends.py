@@ -2,6 +2,10 @@
 
 Both need the extra: pip install "breaching-ext[ssigd]". The lower level is compiled once for each problem as
 a DPP program whose parameters are the linear term c_l + Pᵀx + q and the right-hand side b − A x.
+
+They are cross-checks of the backend "kkt" and share none of its code, so nothing is certified here: beyond what the
+solver itself reports, there is no check of KKT signs, margin (`min_margin`) or LICQ, and a one-sided gradient, or one
+of several, comes back without a word.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from breaching_ext.ssigd.errors import InfeasibleError, NotCertifiedError
+from breaching_ext.errors import first_line
+from breaching_ext.ssigd.arguments import check_number
+from breaching_ext.ssigd.errors import InfeasibleError, NotCertifiedError, SSIGDError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
 
@@ -79,9 +85,12 @@ def cvxpy_lower_level(
         y, (p,).
 
     Raises:
-        ImportError: cvxpy is not installed. InfeasibleError, NotCertifiedError: CVXPY reports no optimum.
+        ImportError: cvxpy is not installed. InfeasibleError, NotCertifiedError: CVXPY reports no optimum, or does not
+            know the solver or its options.
     """
     _require("cvxpy", "fd")
+    import cvxpy as cp
+
     program, y, linear, right = _program(problem)
     linear.value = problem.linear_term(x, q).numpy()
     right.value = problem.right_hand_side(x).numpy()
@@ -89,7 +98,10 @@ def cvxpy_lower_level(
         options = ACCURATE_RESOLVE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "solution may be inaccurate" comes back as the status below
-        program.solve(solver=solver, **options)
+        try:
+            program.solve(solver=solver, **options)
+        except (cp.SolverError, TypeError) as error:
+            raise NotCertifiedError(f"CVXPY fails with solver={solver!r}: {first_line(error)}") from error
     if program.status in ("infeasible", "infeasible_inaccurate"):
         raise InfeasibleError(f"no y satisfies A x + B y ≤ b at this x: CVXPY reports {program.status}")
     if y.value is None or program.status not in ("optimal", "optimal_inaccurate"):
@@ -117,6 +129,7 @@ def fd_gradient(
         step: difference step, default 1e-4.
         **options: passed to `cvxpy_lower_level`.
     """
+    check_number("step", step, above=0)
     gradient = torch.empty(problem.dim, dtype=torch.float64)
     for i in range(problem.dim):
         values = []
@@ -144,8 +157,14 @@ def cvxpylayers_solve(
         q: perturbation, (p,), or None.
         solver_args: passed to the layer; default SCS at 1e-12 with a dense derivative. {} gives cvxpylayers'
             own defaults (SCS at 1e-4, LSQR).
+
+    Raises:
+        ImportError: cvxpylayers is not installed. InfeasibleError, NotCertifiedError: SCS reports no optimum, or does
+            not know an argument. SSIGDError: there are no constraints, which cvxpylayers does not take.
     """
     _require("cvxpylayers", "cvxpylayers")
+    if not len(problem.b):
+        raise SSIGDError('backend="cvxpylayers" needs at least one constraint; use backend="kkt"')
     if "layer" not in problem.cache:
         from cvxpylayers.torch import CvxpyLayer
 
@@ -155,7 +174,14 @@ def cvxpylayers_solve(
     arguments = dict(ACCURATE_LAYER if solver_args is None else solver_args)
     if not (torch.is_grad_enabled() and (linear_term.requires_grad or right_hand_side.requires_grad)):
         arguments.pop("mode", None)  # of the derivative; without one the layer passes it on to SCS, which fails
-    (solution,) = problem.cache["layer"](linear_term, right_hand_side, solver_args=arguments)
+    try:
+        (solution,) = problem.cache["layer"](linear_term, right_hand_side, solver_args=arguments)
+    except Exception as error:
+        if type(error).__name__ not in ("SolverError", "TypeError"):  # the first is diffcp's, which may be missing
+            raise
+        if "infeasible" in str(error):
+            raise InfeasibleError("no y satisfies A x + B y ≤ b at this x: SCS reports infeasible") from error
+        raise NotCertifiedError(f"cvxpylayers fails with {arguments}: {first_line(error)}") from error
     return solution
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from breaching_ext.ssigd.arguments import check_number, check_tensor, check_whole
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.history import (
     SERIES,
@@ -78,8 +79,10 @@ class BilevelDescent(ABC):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        if not q_std >= 0:
-            raise SSIGDError(f"q_std={q_std} must be at least 0")
+        if not isinstance(problem, QuadraticBilevelProblem):
+            raise SSIGDError(f"problem is a {type(problem).__name__}; expected a QuadraticBilevelProblem")
+        check_number("q_std", q_std, least=0)
+        check_whole("seed", seed, 0)
         self.problem, self.q_std, self.seed = problem, q_std, seed
         self.oracle = GradientOracle(problem, backend=backend, noise_std=noise_std, inexactness=inexactness)
 
@@ -117,10 +120,10 @@ class BilevelDescent(ABC):
         Raises:
             SSIGDError and its subclasses: see errors.py. ValueError: the checkpoint belongs to another run.
         """
-        if iterations < 1:
-            raise SSIGDError(f"iterations={iterations} must be at least 1")
-        if checkpoint_every < 1:
-            raise SSIGDError(f"checkpoint_every={checkpoint_every} must be at least 1")
+        check_whole("iterations", iterations, 1)
+        check_whole("checkpoint_every", checkpoint_every, 1)
+        if x0 is not None:
+            check_tensor("x0", x0, (self.problem.dim,))
         settings = {**self.settings(iterations), "x0": None if x0 is None else x0.tolist()}
         rng = np.random.default_rng(self.seed)
         resumed = None if checkpoint is None else load_checkpoint(checkpoint, settings)
@@ -167,8 +170,6 @@ class BilevelDescent(ABC):
 
     def _start(self, x0: Tensor | None, rng: np.random.Generator) -> Snapshot:
         start = torch.zeros(self.problem.dim) if x0 is None else x0.detach().cpu()
-        if start.shape != (self.problem.dim,):
-            raise SSIGDError(f"x0 has shape {tuple(start.shape)}; expected ({self.problem.dim},)")
         x = self.problem.project(start.to(torch.float64)).numpy()
         vectors = self._prepare(x, rng)
         return Snapshot(0, x, vectors, 0.0 * x, 0.0, x, np.inf, [], 0.0, dict(rng.bit_generator.state))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from breaching_ext.ssigd.arguments import check_number
 from breaching_ext.ssigd.descent import BilevelDescent, Update
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.history import Snapshot
@@ -63,10 +64,9 @@ class DSBLO(BilevelDescent):
             raise SSIGDError(f"option={option!r} is unknown; expected one of {OPTIONS}")
         if (option == "II") != (noise_std > 0):
             raise SSIGDError(f"noise_std={noise_std} does not fit option={option!r}: I is exact, II is sampled")
-        if not 0 <= beta < 1:
-            raise SSIGDError(f"beta={beta} must be in [0, 1)")
-        if not (gamma1 > 0 and gamma2 > 0):
-            raise SSIGDError(f"gamma1={gamma1} and gamma2={gamma2} must be positive")
+        check_number("beta", beta, least=0, below=1)
+        check_number("gamma1", gamma1, above=0)
+        check_number("gamma2", gamma2, above=0)
         self.beta, self.gamma1, self.gamma2, self.option = beta, gamma1, gamma2, option
 
     def parameters(self) -> dict[str, Any]:
@@ -102,11 +102,9 @@ def theorem_parameters(epsilon: float, radius: float, variance: float, lipschitz
         SSIGDError: a value that is not positive (the variance may be 0), or an ε so small or large that β is not in
             (0, 1).
     """
-    if not (epsilon > 0 and radius > 0 and lipschitz > 0 and variance >= 0):
-        raise SSIGDError(
-            f"epsilon={epsilon}, radius={radius}, lipschitz={lipschitz} must be positive and variance={variance} not "
-            "negative"
-        )
+    for name, value in (("epsilon", epsilon), ("radius", radius), ("lipschitz", lipschitz)):
+        check_number(name, value, above=0)
+    check_number("variance", variance, least=0)
     scale = math.sqrt(variance) + 2.0 * lipschitz
     beta = 1.0 - epsilon**2 / (960.0 * (variance + 2.0 * lipschitz**2))
     if not 0.0 < beta < 1.0:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_number, check_whole
 from breaching_ext.ssigd.backends import implicit_gradient
 from breaching_ext.ssigd.cvxpy_backends import available
-from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.ssigd import SSIGD
 
@@ -87,10 +87,8 @@ class EnhancedSSIGD:
             A dict with x_final, losses, grad_norms, final_loss, final_grad_norm, final_gradient_norm,
             iterations, method, and the full `result`.
         """
-        if T < 1:
-            raise SSIGDError(f"T={T} must be at least 1")
-        if not beta > 0:
-            raise SSIGDError(f"beta={beta} must be positive")
+        check_whole("T", T, 1)
+        check_number("beta", beta, above=0)
         if diminishing:
             algorithm = self._algorithm("strongly_convex", lipschitz=1.0 / beta, mu=mu_F)
         else:

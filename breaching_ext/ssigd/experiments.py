@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from breaching_ext.ssigd.arguments import check_whole
 from breaching_ext.ssigd.dsblo import DSBLO
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.history import BilevelResult, versions
@@ -62,6 +63,7 @@ def nonconvex(
     dim: int, seeds: list[int], starts: int, iterations: int, ssigd: dict[str, Any], dsblo: dict[str, Any]
 ) -> Report:
     """Run both algorithms from random starts; report each start's gap to the brute force over active sets."""
+    check_whole("starts", starts, 1)
     rows, runs, reference = [], {}, {}
     for seed in _progress(seeds, "nonconvex"):
         problem = StronglyConvexBilevelProblem(dim, seed=seed)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_number, check_tensor, check_whole
 from breaching_ext.ssigd.errors import NotCertifiedError, SSIGDError
 from breaching_ext.ssigd.gradients import adjoint_gradient
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
@@ -74,8 +75,13 @@ def certified_finish(
             model; or the lower level cannot be solved at one of `points`.
     """
     check_finish(problem)
+    check_number("tolerance", tolerance, least=0)
+    check_whole("max_gradients", max_gradients, 2)
     planes: dict[tuple[int, ...], tuple[Array, float]] = {}
-    starts = [x.detach().to("cpu", torch.float64).numpy() for x in points]
+    given = list(points)
+    for point in given:
+        check_tensor("a point", point, (problem.dim,))
+    starts = [point.detach().to("cpu", torch.float64).numpy() for point in given]
     if not starts:
         raise SSIGDError("expected at least one point")
     if not len(starts) < max_gradients:

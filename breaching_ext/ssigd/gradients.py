@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_tensor
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
@@ -94,8 +95,7 @@ def _check_shapes(problem: QuadraticBilevelProblem, x: Tensor, q: Tensor | None)
     for name, value, width in (("x", x, problem.dim), ("q", q, problem.dim_lower)):
         if value is None:
             continue
-        if value.ndim not in (1, 2) or value.shape[-1] != width:
-            raise SSIGDError(f"{name} has shape {tuple(value.shape)}; expected ({width},) or (N, {width})")
+        check_tensor(name, value, (width,), ("N", width))
         counts.update(value.shape[:-1])
     if len(counts) > 1:
         raise SSIGDError(f"there are {x.shape[0]} points x and {len(q) if q is not None else 0} perturbations q")
@@ -109,6 +109,7 @@ def smoothed_gradient(
     Raises:
         SSIGDError: fewer than two perturbations.
     """
+    check_tensor("q", q, (problem.dim_lower,), ("N", problem.dim_lower))
     if q.ndim != 2 or len(q) < 2:
         raise SSIGDError(f"q has shape {tuple(q.shape)}; expected (N, {problem.dim_lower}) with N of at least 2")
     gradients = batched_implicit_gradient(problem, x, q, device=device)

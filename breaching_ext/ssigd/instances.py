@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_number, check_whole
 from breaching_ext.ssigd.errors import InfeasibleError, NotCertifiedError, SSIGDError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.reference import random_spd
@@ -37,6 +38,8 @@ def convex_instance(dim: int, seed: int = 0) -> QuadraticBilevelProblem:
         dim: number of variables of either level.
         seed: seed of the data.
     """
+    check_whole("dim", dim, 1)
+    check_whole("seed", seed, 0)
     rng = np.random.default_rng(seed)
     return QuadraticBilevelProblem(
         Q_upper=random_spd(rng, dim, 4.0), x_target=rng.uniform(-1.0, 1.0, dim),
@@ -168,6 +171,14 @@ def dsblo_example(upper: int, lower: int, constraints: int, seed: int = 0, low: 
         seed: seed of the data.
         low: entries of Q₁, Q₂, A and B are uniform on [low, 1], default 0; those of b on [0, 1].
     """
+    for name, value, least in (
+        ("upper", upper, 1),
+        ("lower", lower, 1),
+        ("constraints", constraints, 0),
+        ("seed", seed, 0),
+    ):
+        check_whole(name, value, least)
+    check_number("low", low, below=1)
     rng = np.random.default_rng(seed)
     Q1, Q2 = rng.uniform(low, 1.0, (upper, lower)), rng.uniform(low, 1.0, (upper, lower))
     B, A = rng.uniform(low, 1.0, (constraints, lower)), rng.uniform(low, 1.0, (constraints, upper))

@@ -7,51 +7,68 @@ Cholesky factor of its Schur complement R_W Q⁻¹ R_Wᵀ.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.linalg import lapack
 
 from breaching_ext.ssigd.errors import LICQError, NotCertifiedError
-from breaching_ext.ssigd.rows import Array, PairedRows
+from breaching_ext.ssigd.rows import Array
 from breaching_ext.ssigd.solution import Index
 
 # Condition number of Q from which KKT solves are refined with residuals in extended precision. Where long
 # double is no wider than double (macOS on ARM, Windows), the refinement is an ordinary one and the error
 # grows to about 1e-16 times the condition number.
 REFINE_ABOVE = 1e3
-#: Rounding errors of y, in float64 and relative to its largest entry, from which on it is refined.
-EPS, CANCELLED = float(np.finfo(float).eps), 1e-13
+#: Share of its scale below which a sign counts as zero.
+SIGN_TOLERANCE = 1e-12
+#: Rounding errors of y, relative to its largest entry, from which on it is refined.
+CANCELLED = 1e-13
+EPS = float(np.finfo(float).eps)
 #: Steps of a refinement at most; it ends where they no longer halve.
 MOST_REFINEMENTS = 10
+
+
+def cancels(inverse_size: float, c: Any, y: Any) -> Any:
+    """Whether y may be so small a difference of large numbers that one solve leaves it inexact.
+
+    The active rows need not show it: they may be met exactly while other entries are off.
+
+    Args:
+        inverse_size: ‖Q⁻¹‖∞.
+        c, y: their largest entries, numbers or tensors of one shape.
+    """
+    return EPS * inverse_size * c > CANCELLED * y
 
 
 class KKTSystem:
     """Solves the system for one set of rows after another.
 
     Args:
-        Q: symmetric positive definite, (n, n).
-        rows: the rows of G in two-sided form; their R has shape (p, n).
-        condition: condition number of Q.
+        Q: symmetric positive definite, (n, n); best with a diagonal near one.
+        R: rows, (p, n); best of length near one.
+        names: what error messages call the rows, (p,).
 
     Attributes:
+        condition: condition number of Q.
         Q_inverse: Q⁻¹, (n, n).
         T: Q⁻¹Rᵀ, (n, p).
         K: R Q⁻¹Rᵀ, (p, p).
-        norms: of the rows of R, (p,).
+        inverse_size: ‖Q⁻¹‖∞.
     """
 
-    def __init__(self, Q: Array, rows: PairedRows, condition: float) -> None:
+    def __init__(self, Q: Array, R: Array, names: Index) -> None:
         """See the class."""
-        self.Q, self.R, self._rows = Q, rows.R, rows
+        self.Q, self.R, self._names = Q, R, names
+        values = np.linalg.eigvalsh(Q)
+        self.condition = float(values[-1] / values[0])
         factor, _ = lapack.dpotrf(Q, lower=1)
         inverse, _ = lapack.dpotri(factor, lower=1)
         self.Q_inverse = np.tril(inverse) + np.tril(inverse, -1).T
         self.T = self.Q_inverse @ self.R.T
         self._T_rows = np.ascontiguousarray(self.T.T)
         self.K = self.R @ self.T
-        self.norms = np.linalg.norm(self.R, axis=1)
-        self._refine = condition > REFINE_ABOVE
-        self._inverse_size = float(np.abs(self.Q_inverse).sum(axis=1).max())
+        self.inverse_size = float(np.abs(self.Q_inverse).sum(axis=1).max(initial=0.0))
 
     @cached_property
     def _long(self) -> tuple[Array, Array]:
@@ -76,7 +93,7 @@ class KKTSystem:
         if factor is None and len(index):
             factor = self._schur(index)
         y, signed = self._once(index, r, e, factor)
-        if self._refine:
+        if self.condition > REFINE_ABOVE:
             y, signed = self.refined(index, r, e, y, signed, factor)
         return y, signed, factor
 
@@ -97,22 +114,15 @@ class KKTSystem:
             last = size
         return y, signed
 
-    def cancels(self, c: Array, y: Array) -> bool:
-        """Whether y may be so small a difference of large numbers that one solve leaves it inexact.
-
-        The active rows need not show it: they may be met exactly while other entries are off.
-        """
-        return bool(EPS * self._inverse_size * np.abs(c).max() > CANCELLED * np.abs(y).max())
-
     def stationarity(self, c: Array, y: Array, index: Index, signed: Array) -> float:
         """Return ‖Qy + c + R_Wᵀλ‖∞."""
         return float(np.abs(self.Q @ y + c + signed @ self.R.take(index, 0)).max())
 
     def check_licq(self, index: Index) -> None:
         """Raise LICQError where the rows `index` are linearly dependent."""
-        unit = self.R[index] / self.norms[index, None]
+        unit = self.R[index] / np.linalg.norm(self.R[index], axis=1)[:, None]
         if len(index) > len(self.Q) or np.linalg.svd(unit, compute_uv=False)[-1] < 1e-10:
-            names = self._rows.upper_of[index].tolist()
+            names = self._names[index].tolist()
             raise LICQError(
                 f"LICQ fails: the active rows {names[:8]} of G (or their opposites) are linearly dependent: "
                 "the multipliers and the gradient are not unique; remove duplicate or redundant rows"

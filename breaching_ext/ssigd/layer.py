@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from breaching_ext.ssigd.arguments import check_tensor, real_array
 from breaching_ext.ssigd.batched import BatchedQP, BatchedSolution
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.qp import ParametricQP
@@ -144,7 +145,9 @@ class QPLayer(nn.Module):
         self.Q: Tensor
         self.G: Tensor
         self.min_margin = min_margin
-        for name, value in (("Q", torch.as_tensor(Q)), ("G", torch.as_tensor(G))):
+        for name, given in (("Q", Q), ("G", G)):
+            value = given if isinstance(given, Tensor) else torch.from_numpy(real_array(name, given))
+            check_tensor(name, value, finite=False)
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             elif value.requires_grad:
@@ -182,6 +185,8 @@ class QPLayer(nn.Module):
         Raises:
             SSIGDError and its subclasses: see errors.py; in a batch the message names the member.
         """
+        check_tensor("c", c, finite=False)
+        check_tensor("h", h, finite=False)
         c, h = c.to(torch.float64), h.to(torch.float64)
         if c.ndim == 1 and h.ndim == 1:
             return _SingleQP.apply(self.Q.to(torch.float64), self.G.to(torch.float64), c, h, self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from breaching_ext.ssigd.arguments import check_number
 from breaching_ext.ssigd.backends import check_backend, implicit_gradient
 from breaching_ext.ssigd.errors import NonFiniteError, SSIGDError
 from breaching_ext.ssigd.gradients import adjoint_gradient
@@ -55,8 +56,7 @@ class GradientOracle:
     ) -> None:
         """See the class."""
         for name, value in (("noise_std", noise_std), ("inexactness", inexactness)):
-            if not value >= 0:
-                raise SSIGDError(f"{name}={value} must be at least 0")
+            check_number(name, value, least=0)
             if value and backend != "kkt":
                 raise SSIGDError(f'{name}={value} needs backend="kkt", not {backend!r}')
         self.problem, self.backend = problem, check_backend(backend)

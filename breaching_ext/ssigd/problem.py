@@ -26,6 +26,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_number, real_array
 from breaching_ext.ssigd.errors import NonFiniteError, SSIGDError
 from breaching_ext.ssigd.layer import QPLayer
 from breaching_ext.ssigd.qp import ParametricQP
@@ -36,10 +37,17 @@ Numbers = Any  # a float64 array or tensor; the result of a method is of the kin
 
 
 def _tensor(value: ArrayLike | Tensor, name: str) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.float64).clone()
+    tensor = torch.from_numpy(real_array(name, value))
     if name not in ("x_lower", "x_upper") and not torch.isfinite(tensor).all():
         raise NonFiniteError(f"{name} holds NaN or infinity")
     return tensor
+
+
+def _bound(value: ArrayLike | Tensor, name: str, n: int) -> Tensor:
+    tensor = _tensor(value, name)
+    if tensor.shape not in ((), (n,)):
+        raise SSIGDError(f"{name} has shape {tuple(tensor.shape)}; expected ({n},) or a number")
+    return tensor.expand(n).clone()
 
 
 class QuadraticBilevelProblem:
@@ -52,7 +60,8 @@ class QuadraticBilevelProblem:
         x_lower, x_upper: the box X, (n,) or scalars; default unbounded.
         Q_upper_y: quadratic of f in y, (p, p), default zero. R: bilinear term of f, (n, p), default zero.
         constant: added to f, default 0.
-        min_margin: DegenerateError below this strict-complementarity margin; None (default) only warns.
+        min_margin: solutions and gradients raise DegenerateError below this strict-complementarity margin, values of F
+            do not; None (default) only warns.
 
     Raises:
         SSIGDError: a shape does not match. NonFiniteError, NotStronglyConvexError: see errors.py.
@@ -70,11 +79,14 @@ class QuadraticBilevelProblem:
         self.c_upper, self.Q_lower = _tensor(c_upper, "c_upper"), _tensor(Q_lower, "Q_lower")
         self.c_lower, self.P = _tensor(c_lower, "c_lower"), _tensor(P, "P")
         self.A, self.B, self.b = _tensor(A, "A"), _tensor(B, "B"), _tensor(b, "b")
+        for name in ("x_target", "c_lower", "b"):
+            if getattr(self, name).ndim != 1:
+                raise SSIGDError(f"{name} has shape {tuple(getattr(self, name).shape)}; expected one dimension")
         n, p = len(self.x_target), len(self.c_lower)
         self.Q_upper_y = _tensor(np.zeros((p, p)) if Q_upper_y is None else Q_upper_y, "Q_upper_y")
         self.R = _tensor(np.zeros((n, p)) if R is None else R, "R")
-        self.x_lower = _tensor(x_lower, "x_lower").expand(n).clone()
-        self.x_upper = _tensor(x_upper, "x_upper").expand(n).clone()
+        self.x_lower, self.x_upper = _bound(x_lower, "x_lower", n), _bound(x_upper, "x_upper", n)
+        check_number("constant", constant)
         self.constant, self.min_margin = float(constant), min_margin
         self._check_shapes(n, p, len(self.b))
         self.cache: dict[str, Any] = {}  # what the CVXPY backends compile, once for each problem
@@ -88,8 +100,9 @@ class QuadraticBilevelProblem:
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise SSIGDError(f"{name} has shape {tuple(getattr(self, name).shape)}; expected {shape}")
-        if not (self.x_lower <= self.x_upper).all():
-            raise SSIGDError("x_lower exceeds x_upper; expected a non-empty box")
+        possible = (self.x_lower <= self.x_upper) & (self.x_lower < torch.inf) & (self.x_upper > -torch.inf)
+        if not possible.all():
+            raise SSIGDError("x_lower exceeds x_upper, or one of them holds NaN; expected a non-empty box")
 
     @property
     def dim(self) -> int:
@@ -190,15 +203,18 @@ class QuadraticBilevelProblem:
         x, q = x.to(torch.float64), None if q is None else q.to(torch.float64)
         return self.layer(self.linear_term(x, q), self.right_hand_side(x))
 
-    def certified_solution(self, x: Numbers, q: Numbers | None = None) -> QPSolution:
-        """Return y*(x) with its active set, margin and residual for one x, (n,)."""
+    def certified_solution(self, x: Numbers, q: Numbers | None = None, *, degenerate: bool = False) -> QPSolution:
+        """Return y*(x) with its active set, margin and residual for one x, (n,); `degenerate` as in ParametricQP."""
         x, q = _array(x), None if q is None else _array(q)
-        return self.solver.solve(self.linear_term(x, q), self.right_hand_side(x))
+        return self.solver.solve(self.linear_term(x, q), self.right_hand_side(x), degenerate=degenerate)
 
     def objective(self, x: Numbers, q: Numbers | None = None) -> float:
-        """Return F(x) = f(x, y*(x)) for one x, (n,); without q at the unperturbed y*."""
+        """Return F(x) = f(x, y*(x)) for one x, (n,); without q at the unperturbed y*.
+
+        F has a value where it has no gradient, so neither `min_margin` nor LICQ matters here.
+        """
         x = _array(x)
-        return float(self.upper_objective(x, self.certified_solution(x, q).y))
+        return float(self.upper_objective(x, self.certified_solution(x, q, degenerate=True).y))
 
     def project(self, x: Tensor) -> Tensor:
         """Project onto the box X."""

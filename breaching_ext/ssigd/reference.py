@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from breaching_ext.ssigd.arguments import check_number, check_whole
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.problem import QuadraticBilevelProblem
 from breaching_ext.ssigd.rows import Array
@@ -45,8 +46,18 @@ class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
         """See the class."""
         if constraints not in CONSTRAINTS:
             raise SSIGDError(f"constraints={constraints!r} is unknown; expected one of {CONSTRAINTS}")
-        if dim < 1:
-            raise SSIGDError(f"dim={dim} must be at least 1")
+        for name, size, least in (
+            ("dim", dim, 1),
+            ("dim_lower", dim_lower, 1),
+            ("num_constraints", num_constraints, 0),
+        ):
+            if size is not None:
+                check_whole(name, size, least)
+        check_whole("seed", seed, 0)
+        check_number("condition", condition, least=1)
+        check_number("coupling", coupling)
+        check_number("upper_y_weight", upper_y_weight, least=0)
+        check_number("x_bound", x_bound, least=0)
         rng = np.random.default_rng(seed)
         p = dim if dim_lower is None else dim_lower
         data = {

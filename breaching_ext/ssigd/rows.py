@@ -7,6 +7,7 @@ products that the solver caches and the systems that the batched solver factoris
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +33,15 @@ class PairedRows:
     lower_of: NDArray[np.intp]
     simple_bounds: bool
 
-    @property
+    @cached_property
     def paired(self) -> NDArray[np.bool_]:
         """Which rows have both sides, (p,)."""
         return self.lower_of >= 0
 
     def sides(self, h: Array) -> tuple[Array, Array]:
-        """Return (lower, upper) of shape (..., p) for right-hand sides h of shape (..., m)."""
+        """Return (lower, upper) of shape (..., p) for h of shape (..., m); a lower that is not there is -inf."""
         upper = h[..., self.upper_of]
-        lower = np.where(self.paired, -h[..., self.lower_of], -UNBOUNDED)
+        lower = np.where(self.paired, -h[..., self.lower_of], -np.inf)
         return lower, upper
 
     def row_of(self, index: NDArray[np.intp], side: Array) -> NDArray[np.intp]:

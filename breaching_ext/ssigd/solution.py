@@ -24,7 +24,8 @@ class QPSolution:
             one-sided.
         residual: largest relative violation of stationarity and feasibility after the polish.
         rows: number of rows of G.
-        work: index and sides of the two-sided active rows and the factor of their Schur complement; private.
+        kink: whether a multiplier or a slack is zero to working precision, on the scale of its own row.
+        work: two-sided active rows, their sides, and the factor of their scaled Schur complement; private.
     """
 
     y: Array
@@ -33,6 +34,7 @@ class QPSolution:
     margin: float
     residual: float
     rows: int
+    kink: bool
     work: tuple[Index, Array, Array | None] = field(repr=False)
 
     @property

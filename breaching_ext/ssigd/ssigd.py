@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from breaching_ext.ssigd.arguments import check_number, check_whole
 from breaching_ext.ssigd.descent import BilevelDescent, Update
 from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.finish import CertifiedPoint, certified_finish, check_finish
@@ -72,15 +73,13 @@ class SSIGD(BilevelDescent):
         self.regime = regime
         self.mu = float(values[0]) if mu is None else mu
         self.lipschitz = float(values[-1]) if lipschitz is None else lipschitz
-        self.step = step if step is not None else 1.0 / max(self.lipschitz, 1e-300)
-        constants = {"step": self.step}
-        if regime == "strongly_convex":
-            constants |= {"mu": self.mu, "lipschitz": self.lipschitz}
-        elif step is None:
-            constants = {"lipschitz": self.lipschitz, **constants}
+        constants = {"mu": self.mu} if regime == "strongly_convex" else {}
+        if constants or step is None:
+            constants["lipschitz"] = self.lipschitz
         for name, value in constants.items():
-            if not value > 0:
-                raise SSIGDError(f"{name}={value} must be positive in the regime {regime!r}")
+            check_number(name, value, above=0, where=f" in the regime {regime!r}")
+        self.step = 1.0 / self.lipschitz if step is None else step
+        check_number("step", self.step, above=0)
 
     def solve_certified(
         self, iterations: int, x0: Tensor | None = None, finish_gradients: int = 50
@@ -102,7 +101,9 @@ class SSIGD(BilevelDescent):
         Raises:
             SSIGDError: the finish would get no gradient or all of them, or does not apply (`check_finish`).
         """
-        if not 2 < finish_gradients < iterations:
+        check_whole("iterations", iterations, 4)
+        check_whole("finish_gradients", finish_gradients, 3)
+        if finish_gradients >= iterations:
             raise SSIGDError(f"finish_gradients={finish_gradients} is out of range; valid: 3 to {iterations - 1}")
         check_finish(self.problem)
         result = self.solve(iterations - finish_gradients, x0)

@@ -92,6 +92,7 @@ def test_step_sizes_are_those_of_the_theorems():
     values = torch.linalg.eigvalsh(problem.Q_upper)
     default = SSIGD(problem)
     assert (default.mu, default.lipschitz) == pytest.approx((float(values[0]), float(values[-1])))
+    assert SSIGD(problem, regime="convex").step == pytest.approx(1.0 / float(values[-1]))
 
 
 @pytest.mark.parametrize("make", [
@@ -300,6 +301,20 @@ def test_ssigd_with_its_finish_reaches_the_optimum_within_the_budget():
         assert finish.gap <= 1e-6
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_dual_value_is_the_least_value_of_a_plane_and_the_quadratic_part(seed):
+    """From any x, and exactly so where the quadratic part is a multiple of ‖x‖²."""
+    rng = np.random.default_rng(seed)
+    eye, target, slope, x = np.eye(4), *rng.uniform(-1.5, 1.5, (3, 4))
+    problem = QuadraticBilevelProblem(
+        Q_upper=2.0 * eye, x_target=target, c_upper=-np.ones(4), Q_lower=eye, c_lower=np.zeros(4), P=eye,
+        A=np.zeros((4, 4)), B=eye, b=np.ones(4), x_lower=-1.0, x_upper=1.0,
+    )  # fmt: skip
+    least = np.clip(target - slope / 2.0, -1.0, 1.0)
+    expected = ((least - target) ** 2).sum() + slope @ least + 0.3
+    assert finish_module._dual_value(problem, slope, 0.3, np.clip(x, -1.0, 1.0)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("solved", [0, 2])
 def test_a_finish_that_fails_on_the_way_returns_what_it_has(monkeypatch, caplog, solved):
     problem, models, minimise = convex_instance(5, 1), [], finish_module._minimise_model
@@ -343,6 +358,8 @@ def test_a_certified_point_is_no_worse_than_the_run():
     """With few gradients left the finish may end above the best iterate."""
     for dim, left in ((20, 5), (50, 8)):
         result, found = SSIGD(convex_instance(dim, 0)).solve_certified(100, finish_gradients=left)
+        assert len(result.history["step"]) == 100 - left
+        assert found.gradients <= left
         assert found.objective <= result.objectives["best"]
         assert found.lower_bound <= found.objective
 

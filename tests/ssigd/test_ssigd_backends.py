@@ -13,6 +13,7 @@ from breaching_ext.ssigd import (
     EnhancedSSIGD,
     InfeasibleError,
     NonFiniteError,
+    NotCertifiedError,
     QuadraticBilevelProblem,
     SSIGDError,
     StronglyConvexBilevelProblem,
@@ -174,11 +175,36 @@ def test_infeasible_lower_level_is_an_error_in_every_backend():
         Q_upper=eye, x_target=[0, 0], c_upper=[1, 1], Q_lower=eye, c_lower=[0, 0], P=eye,
         A=torch.ones(3, 2), B=rows, b=[1.0, 0.0, 0.0],
     )  # fmt: skip
-    for backend in ("kkt", "fd"):
+    for backend in ("kkt", "fd", "cvxpylayers"):
         with pytest.raises(InfeasibleError):
             implicit_gradient(problem, torch.tensor([3.0, 3.0]), backend=backend)
-    with pytest.raises(Exception, match=r"(?i)infeasible"):
-        implicit_gradient(problem, torch.tensor([3.0, 3.0]), backend="cvxpylayers")
+
+
+@extra
+@pytest.mark.parametrize(("options", "message"), [
+    ({"backend": "fd", "solver": "FOO"}, "CVXPY fails with solver='FOO'"),
+    ({"backend": "fd", "max_iter": 3}, "CVXPY reports user_limit"),
+    ({"backend": "cvxpylayers", "solver_args": {"foo": 1}}, "cvxpylayers fails with {'foo': 1}"),
+])  # fmt: skip
+def test_what_a_library_refuses_is_one_line(options, message):
+    problem, x, q = draw(3, 0, "box")
+    with pytest.raises(NotCertifiedError, match=message) as caught:
+        implicit_gradient(problem, x, q, **options)
+    assert "\n" not in str(caught.value)
+
+
+@extra
+def test_without_constraints_cvxpylayers_is_refused_and_the_others_agree():
+    eye = torch.eye(2, dtype=torch.float64)
+    problem = QuadraticBilevelProblem(
+        Q_upper=eye, x_target=[0, 1], c_upper=[1, 1], Q_lower=2 * eye, c_lower=[0, 0], P=eye,
+        A=torch.zeros(0, 2), B=torch.zeros(0, 2), b=[],
+    )  # fmt: skip
+    exact = implicit_gradient(problem, torch.zeros(2))
+    assert exact.tolist() == pytest.approx([-0.5, -1.5])
+    torch.testing.assert_close(implicit_gradient(problem, torch.zeros(2), backend="fd"), exact, atol=1e-7, rtol=0)
+    with pytest.raises(SSIGDError, match="at least one constraint"):
+        implicit_gradient(problem, torch.zeros(2), backend="cvxpylayers")
 
 
 def test_missing_extra_is_said_and_enhanced_falls_back_with_one_warning(monkeypatch, caplog):

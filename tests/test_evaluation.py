@@ -81,7 +81,7 @@ def test_labels_follow_the_assignment():
 
 def test_without_the_backbone_lpips_is_null_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    result = evaluate(images(), images(seed=1)).as_dict()
+    result = evaluate(images(2, 3, 31), images(2, 3, 31, seed=1)).as_dict()
     assert result["lpips"] is None
     assert "alexnet-owt" in result["lpips_reason"]
     assert "lpips" not in result["per_image"]
@@ -105,9 +105,9 @@ def test_lpips_with_the_real_backbone(lpips_backbone, channels):
 
 
 def test_images_too_small_for_the_backbone(lpips_backbone):
-    result = evaluate(images(2, 3, 4), images(2, 3, 4, seed=1)).as_dict()
+    result = evaluate(images(2, 3, 30), images(2, 3, 30, seed=1)).as_dict()
     assert result["lpips"] is None
-    assert result["lpips_reason"]
+    assert "31 pixels each way or more" in result["lpips_reason"]
 
 
 def test_to_images_inverts_the_normalisation():

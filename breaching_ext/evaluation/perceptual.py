@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 _BACKBONE = "alexnet-owt-7be5be79.pth"
+#: Pixels each way below which AlexNet's strides leave nothing.
+_LEAST_SIDE = 31
 _HOW_TO_GET_IT = (
     f"LPIPS needs torchvision's AlexNet weights ({_BACKBONE}) in $TORCH_HOME/hub/checkpoints; once, with a network: "
     "python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\""
@@ -24,6 +26,9 @@ def lpips_distances(reconstructed: torch.Tensor, true: torch.Tensor) -> tuple[li
     """
     if true.shape[1] not in (1, 3):
         return None, f"LPIPS needs 1 or 3 channels, the images have {true.shape[1]}"
+    height, width = true.shape[-2:]
+    if min(height, width) < _LEAST_SIDE:
+        return None, f"LPIPS needs images of {_LEAST_SIDE} pixels each way or more, these have {height} x {width}"
     if not (Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE).exists():
         return None, _HOW_TO_GET_IT
     try:
@@ -31,7 +36,7 @@ def lpips_distances(reconstructed: torch.Tensor, true: torch.Tensor) -> tuple[li
         pair = [x.float().expand(-1, 3, -1, -1) * 2 - 1 for x in (reconstructed, true)]
         with torch.no_grad():
             return scorer(*pair).flatten().double().tolist(), ""
-    except Exception as error:  # a damaged file, images too small for the backbone's strides: the other metrics remain
+    except Exception as error:  # such as a damaged file: the other metrics remain
         return None, f"LPIPS failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 

@@ -37,6 +37,9 @@ MAX_CORRECTIONS = 50
 # not settle.
 PREDICT_FROM = 100
 MAX_PREDICTIONS = 12
+# Change of c, relative to its largest entry, from which on the last solution's sides are further from the new ones than
+# the bounds that the unconstrained minimiser violates (n = 100 and 200: 4.6 to 7 KKT solves against 3.4 to 6.5).
+FAR = 0.5
 
 
 class ParametricQP:
@@ -70,7 +73,7 @@ class ParametricQP:
         self.margin_units = self.scaling.rows * self._lengths
         self._sides_by_daqp = WarmStartedSides(self.kkt.Q, self.kkt.R, self.rows.simple_bounds)
         self._h: Array | None = None  # the last right-hand side that was checked
-        self._last_side: Array | None = None
+        self._last: tuple[Array, Array] | None = None  # scaled c and the sides of its solution
         self._warned = False
 
     @property
@@ -100,11 +103,12 @@ class ParametricQP:
         """
         c, h = self._check_vectors(c, h)
         lower, upper = self._sides(h)
-        point, side = self._minimiser(c * self.scaling.variables, lower, upper)
+        scaled = c * self.scaling.variables
+        point, side = self._minimiser(scaled, lower, upper)
         margin = self._margin(point)
         if not degenerate:
             self._check_degenerate(point, margin)
-        self._last_side = side
+        self._last = scaled, side
         index, sides = point.index, point.sides
         multipliers = np.maximum(point.force, 0.0) * self.scaling.rows[index]
         return QPSolution(
@@ -129,13 +133,13 @@ class ParametricQP:
         return self._sides_by_daqp.guesses(c, lower, upper) if len(upper) else [np.zeros(0)]
 
     def _predicted(self, c: Array, lower: Array, upper: Array) -> tuple[KKTPoint, Array] | None:
-        """Take active-set steps from the last solution's sides; None where they do not lead to clear signs.
+        """Take active-set steps, if c is near the last one from its sides; None where they lead to no clear signs.
 
         Near a kink the sides of another solution may pass, so that the result would depend on it; and wrong sides may
         hold dependent rows although the solution's do not.
         """
-        if self._last_side is not None:
-            side = self._last_side.copy()
+        if self._last is not None and np.abs(c - self._last[0]).max() < FAR * np.abs(c).max():
+            side = self._last[1].copy()
         else:  # the bounds that the minimiser without constraints violates
             free = -(c @ self.kkt.T)
             side = (free > upper).astype(float) - (free < lower)

@@ -95,8 +95,35 @@ def test_prediction_gives_way_to_daqp_where_it_does_not_settle(monkeypatch):
     np.testing.assert_allclose(ParametricQP(Q, G).solve(c, h).y, expected, atol=1e-13)
     monkeypatch.setattr(qp_module, "MAX_PREDICTIONS", 12)
     wrong = ParametricQP(Q, G)
-    wrong._last_side = np.ones(len(wrong.R))  # dependent rows: 16 in 8 dimensions
+    wrong._last = c * wrong.scaling.variables, np.ones(len(wrong.R))  # dependent rows: 16 in 8 dimensions
     np.testing.assert_allclose(wrong.solve(c, h).y, expected, atol=1e-13)
+
+
+def test_prediction_begins_at_the_last_sides_where_c_is_near(monkeypatch):
+    Q, G, c, h = random_qp(5, 8, 8)
+    begun = []
+    original = qp_module.KKTPoint
+
+    def noted(kkt, side, *others):
+        begun.append(side.copy())
+        return original(kkt, side, *others)
+
+    monkeypatch.setattr(qp_module, "PREDICT_FROM", 0)
+    monkeypatch.setattr(qp_module, "KKTPoint", noted)
+    solver = ParametricQP(Q, G)
+    solver.solve(c, h)
+    sides = begun[-1]
+    fresh = ParametricQP(Q, G)
+    for other, near in ((1.1 * c, True), (-2.0 * c, False), (0.0 * c, False)):
+        solver._last = c * solver.scaling.variables, sides
+        begun.clear()
+        solver.solve(other, h)
+        expected = begun[0]
+        fresh._last = None
+        begun.clear()
+        fresh.solve(other, h)
+        assert np.array_equal(expected, sides if near else begun[0])
+    assert not np.array_equal(sides, begun[0])
 
 
 @pytest.mark.parametrize("condition", [10.0, 1e4, 1e8])

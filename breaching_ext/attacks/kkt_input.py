@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def released_network(
     return model.requires_grad_(False)
 
 
-def _fill(what: str, own: Sequence[Tensor], released: Sequence[Any]) -> None:
+def _fill(what: str, own: Sequence[Tensor], released: Iterable[Any]) -> None:
+    released = list(released)
     kinds = sorted({type(tensor).__name__ for tensor in released if not isinstance(tensor, Tensor)})
     if kinds:
         raise SharedDataError(f"The released {what} hold values of type {', '.join(kinds)}; valid: tensors.")

@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from .config import require
 from .description import describe
 from .records import GridSearchResult
-from .storage import plain, to_json_floats
+from .storage import plain, to_json_floats, write_atomically
 from .task import Cell, TrainingTask
 
-VALID = "a file of this run, or a new one: it holds an unfinished run of other settings, model or data (delete it)"
+VALID = (
+    "a file of this run, or a new one: it holds an unfinished run of other settings, model or data, or of another "
+    "version of this package (delete it)"
+)
 
 
 class Checkpoint:
@@ -59,8 +62,12 @@ class Checkpoint:
         content = {**self._run, "seconds": seconds, "results": [result.to_dict() for result in results]}
         text = json.dumps(content, allow_nan=False, default=plain)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = f"\n{text}\n".encode()  # the first line break ends a line that was cut short
+        if not self.path.exists():  # whole or not there: a file without a whole line is nobody's
+            write_atomically(self.path, lambda file: file.write(line))
+            return
         with self.path.open("ab") as file:
-            file.write(f"\n{text}\n".encode())  # the first line break ends a line that was cut short
+            file.write(line)
 
     def _is_ours(self, line: dict[str, Any]) -> bool:
         """Whether a line was kept by this run."""
@@ -83,7 +90,9 @@ def start_of(task: TrainingTask) -> list[float]:
     the digits of the type, since other machines and numbers of threads round otherwise.
     """
     model, batch = copy.deepcopy(task.model), next(task.batches(0))  # a copy: batch norm counts what it sees
-    loss = F.mse_loss(model(batch), batch)
+    with torch.random.fork_rng():  # a model that draws starts alike in every call
+        torch.manual_seed(task.seed)
+        loss = F.mse_loss(model(batch), batch)
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     norms = [gradient.detach().norm() for gradient in found if gradient is not None]
     return [float(loss.detach()), float(torch.stack(norms).norm()) if norms else 0.0]

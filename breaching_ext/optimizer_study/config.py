@@ -160,6 +160,7 @@ class Budget:
         for key in ("points", "batch_size", "epochs"):
             value = getattr(self, key)
             require(is_whole(value) and value >= 1, key, value, "a whole number >= 1")
+            object.__setattr__(self, key, int(value))  # NumPy's are no whole numbers to torch
 
     @property
     def steps_per_epoch(self) -> int:

@@ -120,7 +120,7 @@ def run_grid(
         model=model,
         train=inputs.to(parameter),
         test=held_out.to(parameter),
-        seed=seed,
+        seed=int(seed),
         log_steps=log_steps,
         sample_epochs=tuple(sample_epochs),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -222,16 +222,16 @@ def _check_device(name: object) -> None:
     require(found, "device", name, f"a device of torch{reason}, such as cpu or cuda")
 
 
-def select_variants(choice: str | Sequence[str]) -> list[str]:
-    """Ids from ``all``, one id, or a list of ids.
+def select_variants(choice: str | Iterable[str]) -> list[str]:
+    """Ids from ``all``, one id, or several.
 
     Raises:
         ValueError: If an id is unknown or twice there, or none is given.
     """
     if choice == "all":
         return list(VARIANTS)
-    ids = [choice] if isinstance(choice, str) else choice
-    require(isinstance(ids, (list, tuple)) and len(ids) > 0, "variant", ids, "all, or ids such as B3")
+    ids = [choice] if isinstance(choice, str) else list(choice) if isinstance(choice, Iterable) else []
+    require(len(ids) > 0, "variant", choice, "all, or ids such as B3")
     chosen = [get_variant(variant_id).id for variant_id in ids]
     require(len(set(chosen)) == len(chosen), "variant", chosen, "each id once")
     return chosen

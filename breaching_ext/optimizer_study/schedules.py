@@ -10,7 +10,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..values import is_number, is_whole
 from .config import require, require_choice
@@ -81,7 +81,7 @@ class StepDrop(LRScheduler):
             ValueError: If a fraction lies outside (0, 1), they do not increase, or gamma lies outside (0, 1].
         """
         super().__init__(epochs)
-        listed = isinstance(fractions, (list, tuple)) and all(map(is_number, fractions))
+        listed = isinstance(fractions, Iterable) and all(map(is_number, fractions))
         require(listed, "fractions", fractions, "a list of increasing numbers in (0, 1)")
         increasing = all(a < b for a, b in zip((0.0, *fractions), (*fractions, 1.0), strict=True))
         require(increasing, "fractions", fractions, "increasing numbers in (0, 1)")

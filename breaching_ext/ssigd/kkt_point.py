@@ -157,5 +157,6 @@ class KKTPoint:
         upper, lower = self._upper - self._Ry, self._Ry - self._lower
         nearer = np.abs(np.where(upper <= lower, self._upper, self._lower))
         unit = 64.0 * EXTENDED
-        slack = SIGN_TOLERANCE * (magnitude @ size_y + nearer) + unit * (magnitude @ error)
+        rounding = 16.0 * EPS**2 * (np.abs(kkt.Q_inverse) @ terms)
+        slack = SIGN_TOLERANCE * (magnitude @ size_y + nearer) + magnitude @ (unit * error + rounding)
         return slack, SIGN_TOLERANCE * (magnitude[index] @ terms) + unit * error_force

@@ -45,7 +45,7 @@ def _tensor(value: ArrayLike | Tensor, name: str) -> Tensor:
 
 def _bound(value: ArrayLike | Tensor, name: str, n: int) -> Tensor:
     tensor = _tensor(value, name)
-    if tensor.shape not in ((), (n,)):
+    if tensor.shape not in ((), (1,), (n,)):
         raise SSIGDError(f"{name} has shape {tuple(tensor.shape)}; expected ({n},) or a number")
     return tensor.expand(n).clone()
 

@@ -68,7 +68,8 @@ class ParametricQP:
         self.R = self.rows.R
         self.scaling = Scaling.of(self.Q, self.R)
         self.kkt = KKTSystem(*self.scaling.apply(self.Q, self.R), self.rows.upper_of)
-        self._lengths = np.linalg.norm(self.R, axis=1)
+        largest = np.abs(self.R).max(axis=1, initial=0.0)  # squares of entries overflow
+        self._lengths = largest * np.linalg.norm(self.R / largest[:, None], axis=1)
         #: what a scaled multiplier is multiplied by, and a scaled slack divided by, in the margin
         self.margin_units = self.scaling.rows * self._lengths
         self._sides_by_daqp = WarmStartedSides(self.kkt.Q, self.kkt.R, self.rows.simple_bounds)

@@ -57,7 +57,8 @@ class StronglyConvexBilevelProblem(QuadraticBilevelProblem):
         check_number("condition", condition, least=1)
         check_number("coupling", coupling)
         check_number("upper_y_weight", upper_y_weight, least=0)
-        check_number("x_bound", x_bound, least=0)
+        if constraints != "box" or x_bound != float("inf"):  # coupled rows are as wide as the box of x
+            check_number("x_bound", x_bound, least=0)
         rng = np.random.default_rng(seed)
         p = dim if dim_lower is None else dim_lower
         data = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from breaching_ext.ssigd.errors import SSIGDError
 from breaching_ext.ssigd.rows import Array
 
 
@@ -31,8 +32,11 @@ class Scaling:
     def of(cls, Q: Array, R: Array) -> Scaling:
         """Return the factors for Q (n, n), of positive diagonal, and rows R (p, n), none of them zero."""
         variables = _power_of_two(1.0 / np.sqrt(np.diag(Q)))
-        scaled = R * variables
+        with np.errstate(over="ignore"):
+            scaled = R * variables
         largest = np.abs(scaled).max(axis=1, initial=0.0)  # first: squares of large entries overflow
+        if not ((largest > 1e-300) & (largest < 1e300)).all():
+            raise SSIGDError("rows of G are too large or too small beside the root of Q's diagonal; rescale Q and G")
         rows = _power_of_two(1.0 / largest)
         return cls(variables, rows * _power_of_two(1.0 / np.linalg.norm(scaled * rows[:, None], axis=1)))
 

@@ -22,12 +22,14 @@ from breaching_ext.data import fashion_mnist_files as data_module
 from breaching_ext.errors import ConfigError
 from breaching_ext.optimizer_study import cli, merging, study
 from breaching_ext.optimizer_study.callbacks import MergeResults
+from breaching_ext.optimizer_study.config import Budget
 from breaching_ext.optimizer_study.data import images_of, load_fashion_mnist
 from breaching_ext.optimizer_study.merging import load_results, merge_results
 from breaching_ext.optimizer_study.models import create_model
 from breaching_ext.optimizer_study.protocol import Protocol, planned, select_variants
+from breaching_ext.optimizer_study.schedules import StepDrop
 from breaching_ext.optimizer_study.study import run_study
-from breaching_ext.optimizer_study.variants import VARIANTS
+from breaching_ext.optimizer_study.variants import VARIANTS, get_variant
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -648,3 +650,11 @@ def test_the_module_imports_nothing_from_the_attacks_nor_the_data_from_the_modul
     names += ("tensor_files", "values", "data", "data.fashion_mnist", "data.fashion_mnist_files", "data.sample_photos")
     shared = {f"breaching_ext.{name}" for name in names}
     assert others <= {"breaching_ext", *shared}
+
+
+def test_numbers_and_lists_of_numpy_are_taken():
+    assert select_variants(VARIANTS) == list(VARIANTS)
+    assert select_variants(np.array(["B3", "A1"])) == ["B3", "A1"]
+    assert get_variant("B3").with_settings(weight_decay=np.float32(0.5)).config.weight_decay == 0.5
+    assert type(Budget(np.int64(10), np.int32(5), 2).batch_size) is int
+    assert StepDrop(10, fractions=np.array([0.3, 0.6])).milestones == [3, 6]

@@ -207,6 +207,43 @@ def test_a_line_that_was_cut_short_costs_its_chunk_and_no_other(tmp_path, monkey
     assert trained == [2]
 
 
+def test_nothing_is_left_of_a_first_chunk_that_cannot_be_written(tmp_path, monkeypatch):
+    """A full disk: the next call begins anew, and need not be told to delete a piece of a line."""
+    checkpoint = tmp_path / "grid.partial"
+    arguments = grid_arguments(executor="stacked", chunk=2, compile=False)
+
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("breaching_ext.files.write_atomically", full)
+        with pytest.raises(OSError, match="No space"):
+            run_grid(**arguments, checkpoint=checkpoint)
+    assert not checkpoint.exists()
+    assert losses(run_grid(**arguments, checkpoint=checkpoint)) == losses(run_grid(**arguments))
+
+
+class Noisy(nn.Module):
+    """A model that draws in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = create_model("mlp", 4, hidden=4, latent=2)
+
+    def forward(self, images):
+        return self.inner(images + 0.1 * torch.randn_like(images))
+
+
+def test_a_model_that_draws_goes_on_from_its_own_checkpoint(tmp_path):
+    checkpoint = tmp_path / "grid.partial"
+    arguments = grid_arguments(model=Noisy(), executor="sequential")
+    first = run_grid(**arguments, checkpoint=checkpoint)
+    state = torch.get_rng_state()
+    again = run_grid(**arguments, checkpoint=checkpoint)
+    assert losses(first) == losses(again)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_a_killed_grid_resumes_where_it_was(tmp_path, monkeypatch):
     """After an interruption in the third chunk the first two are not trained again, and the result is the
     same."""

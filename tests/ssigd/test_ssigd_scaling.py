@@ -10,7 +10,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from breaching_ext.ssigd import BatchedQP, InfeasibleError, LICQError, NotCertifiedError, ParametricQP, QPLayer
+from breaching_ext.ssigd import (
+    BatchedQP,
+    InfeasibleError,
+    LICQError,
+    NotCertifiedError,
+    ParametricQP,
+    QPLayer,
+    SSIGDError,
+    StronglyConvexBilevelProblem,
+)
 from breaching_ext.ssigd.kkt_point import KKTPoint
 from breaching_ext.ssigd.reference import random_spd
 
@@ -256,3 +265,44 @@ def test_cancelled_entries_are_refined_where_all_signs_are_clear(large, coupling
     for solve in (alone, in_a_batch):
         y = solve(Q, BOX, np.array([-large, -0.1]), np.ones(4), np.ones(2))[0]
         np.testing.assert_allclose(y, [1.0, 0.1 - coupling], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("rows", "c"), [([[-1.0], [-3.0]], 1.0), ([[1.0], [-3.0]], -1.0), ([[1.0], [-3.0]], 1.0)])
+def test_redundant_rows_at_a_vertex_in_the_origin(rows, c):
+    """Terms in y vanish there with y itself, which is a residue of rounding; what y was computed from does not."""
+    solver = ParametricQP([[7.0]], rows)
+    with pytest.raises(LICQError):
+        solver.solve([c], [0.0, 0.0])
+    assert abs(solver.solve([c], [0.0, 0.0], degenerate=True).y[0]) < 1e-16
+
+
+def test_redundant_rows_at_the_vertex_of_a_cone():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        n = int(rng.integers(2, 6))
+        square = rng.standard_normal((n, n))
+        G = np.vstack([-np.eye(n), -rng.uniform(0.1, 1.0, (2, n))])  # y ≥ 0, and two rows that follow from it
+        c = rng.uniform(0.1, 1.0, n)
+        solver = ParametricQP(np.eye(n) + 0.02 * square @ square.T, G)
+        if (solver.Q @ np.zeros(n) + c <= 0).any():
+            continue
+        with pytest.raises(LICQError):
+            solver.solve(c, np.zeros(n + 2))
+        assert np.abs(solver.solve(c, np.zeros(n + 2), degenerate=True).y).max() < 1e-15
+
+
+@pytest.mark.parametrize("sizes", [(1e-290, 1e200), (1e290, 1e-200)])
+def test_sizes_whose_quotients_overflow_are_refused(sizes):
+    with pytest.raises(SSIGDError, match="rescale Q and G"):
+        ParametricQP(sizes[0] * np.eye(2), sizes[1] * BOX)
+
+
+def test_lengths_of_rows_whose_squares_overflow():
+    point = ParametricQP(np.eye(2), 1e200 * BOX, min_margin=0.1).solve([-0.5, 0.25], np.full(4, 1e200))
+    assert point.margin == pytest.approx(0.5)
+
+
+def test_a_box_of_x_may_have_no_end_and_a_bound_one_entry():
+    assert StronglyConvexBilevelProblem(3, x_bound=float("inf")).certified_solution(torch.zeros(3)).residual < 1e-12
+    with pytest.raises(SSIGDError, match="x_bound"):
+        StronglyConvexBilevelProblem(3, constraints="coupled", x_bound=float("inf"))

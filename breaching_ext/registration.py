@@ -191,13 +191,17 @@ def _with_our_models(original: Callable) -> Callable:
 
     no_download = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
+    def failed(error: Exception) -> bool:  # other OSErrors, a full disk or a file of another owner, say what they are
+        of_timm = type(error).__name__ == "LocalEntryNotFoundError"  # huggingface_hub's, which need not be there
+        return isinstance(error, no_download) or of_timm
+
     def construct_vision_model(cfg_model: Any, cfg_data: Any, *args: Any, **kwargs: Any) -> Any:
         if not str(cfg_model).startswith("kkt-"):
             try:
                 return original(cfg_model, cfg_data, *args, **kwargs)
-            except (
-                no_download
-            ) as error:  # and no other OSError: a full disk or a file of another owner speak for themselves
+            except Exception as error:
+                if not failed(error):
+                    raise
                 raise unavailable_weights(cfg_model, error) from error
         from .kkt.models import build_network
 

@@ -83,7 +83,8 @@ def run(cfg: Any, output_dir: str | Path | None = None) -> RunResult:
     noting: AbstractContextManager[list[int]] = interrupts() if ranks_of_run().size == 1 else nullcontext([])
     with noting as noted, evaluations_counted(attacker) as count, failures_named(cfg, attacker):
         reconstruction, stats = attacker.reconstruct(payloads, shared_data, server.secrets, dryrun=cfg.dryrun)
-    stats.setdefault("gradient_evaluations", count.number if count else None)
+    # an attack that never calls these closures has evaluations of its own, of which nobody knows
+    stats.setdefault("gradient_evaluations", (count.number or None) if count else None)
     stats["interrupted"] = bool(stats.get("interrupted") or noted)
     seconds = time.perf_counter() - start + getattr(attacker, "seconds_before", 0.0)
     if output_dir is not None:  # before the evaluation, which may fail

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from .attacks.checks import check_dtype
-from .attacks.output_checks import output_of
+from .attacks.output_checks import output_of, trial_images
 from .data import is_registered_dataset
 from .errors import BreachingExtError, ConfigError, SharedDataError, first_line
 from .out_of_memory import is_out_of_memory
@@ -173,7 +173,7 @@ def _check_network(cfg: Any, user: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         return
     parameter = next(model.parameters(), torch.empty(0))
-    images = torch.zeros(1, *cfg.case.data.shape, dtype=parameter.dtype, device=parameter.device)
+    images = trial_images((1, *cfg.case.data.shape), parameter.device, parameter.dtype)
     try:
         output_of(copy.deepcopy(model).eval(), images)  # one image is not enough for batch norm in training
     except SharedDataError as error:

@@ -13,10 +13,10 @@ from breaching.attacks.auxiliaries.regularizers import regularizer_lookup
 from cases import attack_config, build_model, loss, observed
 from omegaconf import OmegaConf
 
-from breaching_ext.attacks import JointCandidateAttacker, MagiaAttacker
+from breaching_ext.attacks import JointCandidateAttacker, MagiaAttacker, observe
 from breaching_ext.attacks.config_keys import JOINT_KEYS, MAGIA_KEYS, check_keys
 from breaching_ext.attacks.output_checks import check_labels_of_output, output_of
-from breaching_ext.errors import ConfigError
+from breaching_ext.errors import ConfigError, SharedDataError
 
 SETUP = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -169,3 +169,66 @@ def test_an_augmentation_in_another_type_than_the_cases():
     model = build_model("own")
     found, _ = JointCandidateAttacker(model, loss(), cfg, single).reconstruct(*observed(model)[:2])
     assert found["data"].isfinite().all()
+
+
+def test_a_key_of_ones_own_at_the_top_may_be_what_others_refer_to(caplog):
+    attacker = built(JointCandidateAttacker, "joint_candidates", "+n=2", "restarts.num_trials=${n}")
+    assert attacker.cfg.restarts.num_trials == 2
+    assert "attack.n is a key that this attack does not read" in caplog.text
+    with pytest.raises(ConfigError, match=r"key='restart'.*restarts"):
+        built(JointCandidateAttacker, "joint_candidates", "+restart.num_trials=2")
+
+
+def test_sizes_of_augmentations_may_be_lists():
+    options = ["+augmentations.median={kernel_size: [3, 3]}", "differentiable_augmentations=true"]
+    built(JointCandidateAttacker, "joint_candidates", *options)
+
+
+class TwoViews(torch.nn.Module):
+    """Two rows an image; differentiates within, and takes no constant image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3 * 32 * 16, 8)
+
+    def forward(self, x):
+        if float(x.detach().std()) == 0:
+            raise ValueError("a constant image")
+        energies = torch.cat([self.head(view.flatten(1)).tanh() for view in (x[..., :16], x[..., 16:])])
+        weights = self.head.weight
+        (slope,) = torch.autograd.grad(weights.square().sum(), weights, create_graph=True)
+        return energies + 0.01 * slope.mean()
+
+
+def test_whatever_a_model_and_its_loss_agree_on_is_taken():
+    def both_views(output, labels):
+        return torch.nn.functional.cross_entropy(output, torch.cat([labels, labels]))
+
+    torch.manual_seed(0)
+    model, labels = TwoViews().double(), torch.tensor([1, 5])
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    gradients = torch.autograd.grad(both_views(model(images), labels), list(model.parameters()))
+    payload, shared = observe(model, gradients, (3, 32, 32), 2, 8, labels)
+    cfg = attack_config("joint_candidates", [], 1)
+    found, _ = JointCandidateAttacker(model, both_views, cfg, SETUP).reconstruct(payload, shared)
+    assert found["data"].isfinite().all()
+
+
+def test_labels_beyond_the_outputs_that_a_loss_takes():
+    class Shifted(torch.nn.CrossEntropyLoss):
+        def forward(self, output, labels):
+            return torch.nn.functional.cross_entropy(output, labels - 1)
+
+    check_labels_of_output(Shifted(), torch.zeros(2, 4), torch.tensor([1, 4]))
+    check_labels_of_output(torch.nn.CrossEntropyLoss(ignore_index=255), torch.zeros(2, 4), torch.tensor([0, 255]))
+    with pytest.raises(SharedDataError, match=r"\[0, 4\] do not fit the model's 4 outputs"):
+        check_labels_of_output(torch.nn.CrossEntropyLoss(), torch.zeros(2, 4), torch.tensor([0, 4]))
+
+
+def test_rows_that_are_no_images_are_not_told_apart_by_local_steps():
+    steps = {"steps": 1, "labels": [torch.tensor([0, 3])]}
+
+    def never(output, labels):
+        raise AssertionError
+
+    check_labels_of_output(never, torch.zeros(4, 5), torch.tensor([0, 3]), steps)

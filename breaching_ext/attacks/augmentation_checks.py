@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from breaching.attacks.auxiliaries.augmentations import augmentation_lookup
+from omegaconf import OmegaConf
 
 from ..errors import ConfigError, first_line
+from ..matching.randomness import CandidateStreams
 from .config_keys import check_arguments, check_option, is_section
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ def check_augmentation_options(augmentations: Any) -> None:
     Raises:
         ConfigError: naming the key, its value and the valid ones.
     """
-    if augmentations is None:
+    if augmentations is None or (OmegaConf.is_list(augmentations) and not augmentations):
         return
     if not is_section(augmentations):
         raise ConfigError(f"augmentations={augmentations} is not possible; valid: such as augmentations.flip.p=0.5.")
@@ -69,7 +71,7 @@ def check_augmentations(
     own = len(options) != len(augmentations)  # a subclass's, of which the config tells nothing
     keys = [type(module).__name__ for module in augmentations] if own else list(options)
     tried = copy.deepcopy(augmentations)  # some keep what they drew first
-    with torch.random.fork_rng(devices=[]):
+    with CandidateStreams([0], start.device).use(0):
         for module, key in zip(tried, keys, strict=True):
             try:
                 images = module(images)

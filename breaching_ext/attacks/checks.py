@@ -113,7 +113,9 @@ def _check_regularizer(key: str, options: Any) -> None:
     if options is None or options == {}:
         return
     if not is_section(options):
-        raise ConfigError(f"regularization.{key}={options} is not possible; valid: regularization.{key}.scale=0.1.")
+        raise ConfigError(
+            f"regularization.{key}={options} is not possible; valid: regularization.{key}.scale=0 (off), or above."
+        )
     check_number(f"regularization.{key}.scale", options.get("scale"), least=0)  # 0 switches it off
     if key == "group_regularization":
         GroupRegularization({}, **options)  # where it is off, choosing reads its aligner

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -12,6 +14,8 @@ from omegaconf import OmegaConf
 
 from ..errors import ConfigError, unknown
 from ..values import check_number, check_switch, is_number
+
+log = logging.getLogger(__name__)
 
 #: Section of an attack's config ("" is its top) -> keys that are valid there. Sections that are not named are free.
 ConfigKeys = Mapping[str, tuple[str, ...]]
@@ -48,7 +52,8 @@ def check_keys(cfg: Any, valid: ConfigKeys) -> None:
         valid: the keys.
 
     Raises:
-        ConfigError: for the first that is unknown, or a section that is none.
+        ConfigError: for the first that is unknown, or a section that is none. At the top, only names that are near a
+            valid one are refused, and the log tells of others: values may refer to keys of one's own.
     """
     for section, keys in valid.items():
         part = cfg.get(section) if section else cfg
@@ -57,8 +62,11 @@ def check_keys(cfg: Any, valid: ConfigKeys) -> None:
         if not is_section(part):
             raise ConfigError(f"{section}={part} is not possible; valid: its keys {', '.join(keys)}.")
         for key in part:
-            if key not in keys and key not in keys_of_breaching(section):
+            if key in keys or key in keys_of_breaching(section):
+                continue
+            if section or get_close_matches(str(key), keys, 1):
                 raise unknown(f"{section} key".strip(), key, keys)
+            log.warning("attack.%s is a key that this attack does not read.", key)  # others may refer to it: ${..n}
 
 
 def is_section(part: Any) -> bool:
@@ -112,5 +120,5 @@ def check_arguments(name: str, kind: Any, options: Mapping[str, Any]) -> None:
             check_option(f"{name} key", key, named)
         if isinstance(named.get(key), bool):
             check_switch(f"{name}.{key}", value)
-        elif is_number(named.get(key)):
+        elif is_number(named.get(key)) and not (OmegaConf.is_list(value) and "augmentations" in name):
             check_number(f"{name}.{key}", value)

@@ -33,7 +33,7 @@ from .magia_checks import check_loss, check_output, warn_of_grid, warn_of_sizes
 from .magia_choice import MagiaChoice
 from .magia_options import MagiaOptions
 from .observation import own_copy
-from .output_checks import check_direction, output_of
+from .output_checks import check_direction, output_of, trial_images
 from .shared_data_checks import check_initial_data, check_shared_data
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class MagiaAttacker(MagiaChoice, JointCandidateAttacker):
         size = [shared[0]["metadata"]["num_data_points"], *self.data_shape]
         device_shared = self._cast_shared_data(shared)
         labels = torch.zeros(size[0], dtype=torch.long, device=self.setup["device"])
-        images = torch.zeros(size, **self.setup)  # as many as there are: batch norm may need several
+        images = trial_images(size, **self.setup)  # as many as there are: batch norm may need several
         output = output_of(models[0], images)
         check_output(output)
         check_loss(self.loss_fn, output)

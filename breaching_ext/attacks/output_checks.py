@@ -23,20 +23,31 @@ _MASK = 1e-6  # what Breaching's masked objective leaves out, whatever its confi
 _CLASS_LOSSES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss, torch.nn.MultiMarginLoss)
 
 
-def output_of(model: torch.nn.Module, images: torch.Tensor) -> Any:
-    """Return what a model gives for images (B, C, H, W), without gradient and without side effects.
+def trial_images(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return images to try things on, always the same: noise, because some models take no constant image."""
+    with CandidateStreams([0], device).use(0):
+        return torch.rand(tuple(shape), device=device, dtype=dtype)
+
+
+def output_of(model: torch.nn.Module, images: torch.Tensor, what: str = "data") -> Any:
+    """Return what a model gives for images (B, C, H, W), without side effects; a forward may differentiate.
+
+    Args:
+        model: the model.
+        images: what it is tried on.
+        what: their name, for the error.
 
     Raises:
         SharedDataError: where it does not take them.
     """
     try:
-        with torch.no_grad(), CandidateStreams([0], images.device).use(0):  # dropout that is on draws
+        with torch.enable_grad(), CandidateStreams([0], images.device).use(0):  # dropout that is on draws
             return copy.deepcopy(model)(images)  # a copy: in training mode statistics move
     except Exception as error:  # whatever a user's model throws
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise SharedDataError(f"The model does not take data of shape {tuple(images.shape)} ({reason}).") from error
+        raise SharedDataError(f"The model does not take {what} of shape {tuple(images.shape)} ({reason}).") from error
 
 
 def check_labels_of_output(
@@ -56,22 +67,24 @@ def check_labels_of_output(
     """
     if not isinstance(output, torch.Tensor) or not output.dim():
         return
-    steps = local_hyperparams["labels"][: local_hyperparams["steps"]] if local_hyperparams else [labels]
-    for told in steps:
-        _check_step(unscripted(loss_fn), output[: len(told)], told.to(output.device))
+    if not local_hyperparams:
+        _check_step(unscripted(loss_fn), output, labels.to(output.device))
+    elif len(output) == len(labels):  # otherwise its rows are not images, and a step's cannot be told
+        for told in local_hyperparams["labels"][: local_hyperparams["steps"]]:
+            _check_step(unscripted(loss_fn), output[: len(told)], told.to(output.device))
 
 
 def _check_step(loss_fn: Callable[..., torch.Tensor], output: torch.Tensor, labels: torch.Tensor) -> None:
     classes = output.shape[1] if output.dim() > 1 else 1
     outside = not labels.is_floating_point() and int(labels.max()) >= classes
-    if outside and isinstance(loss_fn, _CLASS_LOSSES):
+    if outside and type(loss_fn) in _CLASS_LOSSES and getattr(loss_fn, "ignore_index", -100) < classes:
         raise SharedDataError(
             f"The labels {labels.tolist()} do not fit the model's {classes} outputs; valid: 0 to {classes - 1}."
         )
     if outside and output.is_cuda:
         return  # a loss of the user's own may take them; asking it could cost the process its GPU
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             value = loss_fn(output, labels)
     except Exception as error:  # whatever a user's loss throws
         raise SharedDataError(
@@ -108,7 +121,8 @@ def check_direction(gradients: Sequence[torch.Tensor], objective: str, scoring: 
         norm = float(sum(g.pow(2).sum() for g in seen))
         if not 0 < norm < float("inf"):
             dtype = str(gradients[0].dtype).removeprefix("torch.")
+            wider = "" if dtype == "float64" else "impl.dtype=double" + (", euclidean" if norm == 0 else "")
             raise SharedDataError(
                 f"The squared norm of the shared gradient is {norm:g} in {dtype}, so it has no direction to compare "
-                f"with by {key}={name}; valid: euclidean."
+                f"with by {key}={name}; valid: {wider or 'euclidean'}."
             )

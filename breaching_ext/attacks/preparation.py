@@ -13,7 +13,7 @@ from ..regularizers import GroupRegularization
 from .augmentation_checks import check_augmentations
 from .candidate_choice import Target
 from .inferred_labels import infer_labels
-from .output_checks import check_direction, check_labels_of_output, output_of
+from .output_checks import check_direction, check_labels_of_output, output_of, trial_images
 
 
 class Preparation(OptimizationBasedAttacker):
@@ -47,14 +47,14 @@ class Preparation(OptimizationBasedAttacker):
 
     def _check_evaluation(self, target: Target, group: GroupRegularization | None, modality: str) -> None:
         """Check that augmentations, model, loss, labels and gradients fit each other."""
-        start = torch.zeros(target.shape, **self.setup)
+        start = trial_images(target.shape, **self.setup)
         augmented = check_augmentations(
             self.augmentations, self.cfg.augmentations or {}, start, self.cfg.differentiable_augmentations, group
         )
         for model, data in zip(target.models, target.shared_data, strict=True):
             check_direction(data["gradients"], self.cfg.objective.type, self.cfg.restarts.scoring)
             if modality == "vision":
-                output = output_of(model, augmented)
+                output = output_of(model, augmented, "data" if augmented.shape == start.shape else "augmented data")
                 check_labels_of_output(self.loss_fn, output, target.labels, target.local_hyperparams)
 
     def _recover_label_information(self, user_data: list[dict], server_payload: list[dict], rec_models: Any) -> Any:

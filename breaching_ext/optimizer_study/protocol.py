@@ -228,7 +228,7 @@ def select_variants(choice: str | Iterable[str]) -> list[str]:
     Raises:
         ValueError: If an id is unknown or twice there, or none is given.
     """
-    if choice == "all":
+    if isinstance(choice, str) and choice == "all":
         return list(VARIANTS)
     ids = [choice] if isinstance(choice, str) else list(choice) if isinstance(choice, Iterable) else []
     require(len(ids) > 0, "variant", choice, "all, or ids such as B3")

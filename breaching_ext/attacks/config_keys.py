@@ -42,6 +42,13 @@ MAGIA_KEYS: ConfigKeys = {
     "image_prior": ("kind", "weight", "anneal_from", "relative", "chroma", "eps"),
     "pyramid": ("factors", "shares"),
 }
+#: Those of the attack on weights; `extraction` is checked where it is read.
+KKT_KEYS: ConfigKeys = {
+    "": (*_TOP, "extraction"),
+    "restarts": ("num_trials", "scoring", "seed"),
+    "optim": ("optimizer", "max_iterations"),
+    "impl": ("dtype", "progress", "checkpoint_every", "checkpoint_path"),
+}
 
 
 def check_keys(cfg: Any, valid: ConfigKeys) -> None:

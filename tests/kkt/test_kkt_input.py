@@ -163,6 +163,9 @@ def test_what_counts_as_two_labels():
         (["restarts.scoring=euclidean"], "restarts.scoring=euclidean is not possible for kkt; valid: kkt-loss"),
         (["impl.dtype=float16"], r"impl\.dtype=float16 is not possible for kkt.*valid: float, double"),
         (["impl.dtype=bfloat16"], r"impl\.dtype=bfloat16 is not possible for kkt"),
+        (["+restarts.trials=3"], r"restarts key='trials'.*num_trials"),
+        (["+impl.memory_budget=1GB"], r"impl key='memory_budget'.*checkpoint_every"),
+        (["+extractions.span=3"], r"key='extractions'.*extraction"),
     ],
 )
 def test_what_can_be_known_is_said_before_a_network_is_trained(model, overrides, words):

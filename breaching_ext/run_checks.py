@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from .attacks.checks import check_dtype
 from .attacks.output_checks import output_of, trial_images
 from .data import is_registered_dataset
 from .errors import BreachingExtError, ConfigError, SharedDataError, first_line
+from .modes import evaluating
 from .out_of_memory import is_out_of_memory
 from .ranks import current as ranks_of_run
 from .values import check_number, check_switches, check_whole
@@ -175,7 +175,8 @@ def _check_network(cfg: Any, user: Any) -> None:
     parameter = next(model.parameters(), torch.empty(0))
     images = trial_images((1, *cfg.case.data.shape), parameter.device, parameter.dtype)
     try:
-        output_of(copy.deepcopy(model).eval(), images)  # one image is not enough for batch norm in training
+        with evaluating(model):  # one image is not enough for batch norm in training
+            output_of(model, images)
     except SharedDataError as error:
         raise ConfigError(
             f"case.model={cfg.case.model} does not go with case.data.shape={list(cfg.case.data.shape)}: {error}"

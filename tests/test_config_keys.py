@@ -13,7 +13,7 @@ from breaching.attacks.auxiliaries.regularizers import regularizer_lookup
 from cases import attack_config, build_model, loss, observed
 from omegaconf import OmegaConf
 
-from breaching_ext.attacks import JointCandidateAttacker, MagiaAttacker, observe
+from breaching_ext.attacks import JointCandidateAttacker, MagiaAttacker, config_keys, observe
 from breaching_ext.attacks.config_keys import JOINT_KEYS, MAGIA_KEYS, check_keys
 from breaching_ext.attacks.output_checks import check_labels_of_output, output_of
 from breaching_ext.errors import ConfigError, SharedDataError
@@ -232,3 +232,16 @@ def test_rows_that_are_no_images_are_not_told_apart_by_local_steps():
         raise AssertionError
 
     check_labels_of_output(never, torch.zeros(4, 5), torch.tensor([0, 3]), steps)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(JointCandidateAttacker, "joint_candidates"), (MagiaAttacker, "magia")])
+def test_a_config_that_says_what_ours_say_needs_none_of_breachings_files(monkeypatch, kind, name):
+    """They are looked at for keys that are not known otherwise; no run should wait for that."""
+
+    def read():
+        raise AssertionError("Breaching's configs were read")
+
+    monkeypatch.setattr(config_keys, "_of_breaching", read)
+    built(kind, name)
+    with pytest.raises(AssertionError, match="were read"):
+        built(kind, name, "+optim.unknown=1")

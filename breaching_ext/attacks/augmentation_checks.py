@@ -36,7 +36,7 @@ def check_augmentation_options(augmentations: Any) -> None:
         if not is_section(options):
             raise ConfigError(f"{name}={options} is not possible; valid: its arguments, or {{}} for their defaults.")
         said = {k: v for k, v in options.items() if (k, v) != ("none", None)}  # so a config of Breaching's says {}
-        check_arguments(name, kind, said)
+        check_arguments(name, kind, said, lists=True)
         try:
             kind(**said)
         except Exception as error:  # whatever is thrown there; Breaching's classes check nothing

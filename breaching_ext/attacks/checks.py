@@ -94,9 +94,13 @@ def _check_objective(objective: Any) -> None:
     # Breaching's pearlmutter-* change leaf parameters in place, which torch refuses in the first iteration.
     valid = [key for key in objective_lookup if not key.startswith("pearlmutter")]
     check_option("objective.type", objective.type, valid)
-    kind, others = objective_lookup[objective.type], {"type"}
-    others |= keys_of_breaching("objective") - set(inspect.signature(kind.__init__).parameters)  # another one's
-    check_arguments("objective", kind, {key: value for key, value in objective.items() if key not in others})
+    kind = objective_lookup[objective.type]
+    parameters = inspect.signature(kind.__init__).parameters
+
+    def anothers(key: str) -> bool:  # a key of another objective, which Breaching's configs leave there
+        return key == "type" or (key not in parameters and key in keys_of_breaching("objective"))
+
+    check_arguments("objective", kind, {key: value for key, value in objective.items() if not anothers(key)})
 
 
 def _check_regularizers(regularization: Any) -> None:

@@ -10,12 +10,15 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError, unknown
 from ..values import check_number, check_switch, is_number
 
 log = logging.getLogger(__name__)
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 #: Section of an attack's config ("" is its top) -> keys that are valid there. Sections that are not named are free.
 ConfigKeys = Mapping[str, tuple[str, ...]]
@@ -49,6 +52,11 @@ KKT_KEYS: ConfigKeys = {
     "optim": ("optimizer", "max_iterations"),
     "impl": ("dtype", "progress", "checkpoint_every", "checkpoint_path"),
 }
+
+
+def own_keys(attacker: Any) -> ConfigKeys | None:
+    """Return the keys that an attack's class itself says; a subclass that says none may have any."""
+    return vars(type(attacker)).get("config_keys")
 
 
 def check_keys(cfg: Any, valid: ConfigKeys) -> None:
@@ -92,8 +100,7 @@ def _of_breaching() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {"": set()}
     for file in resources.files("breaching.config.attack").iterdir():
         if file.name.endswith(".yaml"):
-            content = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-            assert isinstance(content, dict)
+            content = yaml.load(file.read_text(encoding="utf-8"), Loader=_LOADER)  # OmegaConf's takes seconds for all
             found[""] |= {str(key) for key in content}
             for section, part in content.items():
                 found.setdefault(str(section), set()).update(part if isinstance(part, dict) else ())
@@ -106,7 +113,7 @@ def check_option(key: str, value: Any, valid: Iterable[Any]) -> None:
         raise unknown(key, value, valid)
 
 
-def check_arguments(name: str, kind: Any, options: Mapping[str, Any]) -> None:
+def check_arguments(name: str, kind: Any, options: Mapping[str, Any], lists: bool = False) -> None:
     """Check a part of a config that a class takes as its keyword arguments: their names, and values by their defaults.
 
     Breaching's classes swallow every name (`**kwargs`) and ignore it; somebody else's that take any may read it.
@@ -115,6 +122,7 @@ def check_arguments(name: str, kind: Any, options: Mapping[str, Any]) -> None:
         name: the part's, for the error.
         kind: the class.
         options: the part.
+        lists: whether a list may stand for a number, such as a size each way.
 
     Raises:
         ConfigError: for an unknown name, a value that is no number where the default is one, or no switch likewise.
@@ -127,5 +135,5 @@ def check_arguments(name: str, kind: Any, options: Mapping[str, Any]) -> None:
             check_option(f"{name} key", key, named)
         if isinstance(named.get(key), bool):
             check_switch(f"{name}.{key}", value)
-        elif is_number(named.get(key)) and not (OmegaConf.is_list(value) and "augmentations" in name):
+        elif is_number(named.get(key)) and not (lists and OmegaConf.is_list(value)):
             check_number(f"{name}.{key}", value)

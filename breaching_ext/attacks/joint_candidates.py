@@ -28,7 +28,7 @@ from . import checks
 from .candidate_choice import CandidateChoice, Target
 from .candidate_engines import CandidateEngines, record_choice
 from .candidate_objective import match_only_trainable
-from .config_keys import JOINT_KEYS, ConfigKeys
+from .config_keys import JOINT_KEYS, ConfigKeys, own_keys
 from .inferred_labels import labels_of_steps
 from .joint_loop import JointLoop, LoopResult
 from .observation import own_copy
@@ -67,7 +67,7 @@ class JointCandidateAttacker(SequentialTrials, CandidateEngines, CandidateChoice
         cfg_attack: Any,
         setup: dict[str, Any] = _DEFAULT_SETUP,
     ) -> None:
-        checks.check_config(cfg_attack, vars(type(self)).get("config_keys"))
+        checks.check_config(cfg_attack, own_keys(self))
         # Breaching builds regularizers from its lookup, which knows ours only after register(); build them here, so
         # that an attack imported into a project works either way.
         without = copy.deepcopy(cfg_attack)

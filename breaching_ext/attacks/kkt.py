@@ -24,7 +24,7 @@ from ..kkt.nearest import nearest
 from ..kkt.problem import Problem, build_problem
 from ..values import check_seed, check_whole
 from .checkpoint import Checkpoint, KeepsCheckpoint, fingerprint
-from .config_keys import KKT_KEYS, ConfigKeys, check_keys
+from .config_keys import KKT_KEYS, ConfigKeys, check_keys, own_keys
 from .kkt_input import labels_of_candidates, released_network, report_slopes, start_of
 from .kkt_options import check_precision, check_search, check_span, extraction_options, report_span
 
@@ -60,7 +60,7 @@ class KKTAttacker(KeepsCheckpoint, OptimizationBasedAttacker):
                 "case=kkt_fashion_mnist with case.model=kkt-mlp-300, kkt-mlp-1000-1000, kkt-conv, ..., or a "
                 "breaching_ext.kkt.HomogeneousNetwork of your own."
             )
-        keys = vars(type(self)).get("config_keys")  # a subclass that says none may have any
+        keys = own_keys(self)
         if keys is not None:
             check_keys(cfg_attack, keys)
         check_precision(cfg_attack.impl)

@@ -6,8 +6,6 @@ Raises:
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from breaching_ext.ssigd.errors import NonFiniteError, SSIGDError
 from breaching_ext.ssigd.rows import Array
+from breaching_ext.values import is_number, is_whole
 
 
 def check_number(
@@ -35,8 +34,7 @@ def check_number(
         above, least, below: limits, None (default) for none; `least` itself is possible, the others are not.
         where: added to the error, such as " in the regime 'convex'".
     """
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    inside = number and all(
+    inside = is_number(value) and all(
         (above is None or value > above, least is None or value >= least, below is None or value < below)
     )
     if not inside:
@@ -47,7 +45,7 @@ def check_number(
 
 def check_whole(name: str, value: Any, least: int) -> None:
     """Refuse what is not a whole number from `least` on."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    if not is_whole(value) or value < least:
         raise SSIGDError(f"{name}={value!r} is not possible; valid: a whole number from {least}")
 
 

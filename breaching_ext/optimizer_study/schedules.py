@@ -81,7 +81,8 @@ class StepDrop(LRScheduler):
             ValueError: If a fraction lies outside (0, 1), they do not increase, or gamma lies outside (0, 1].
         """
         super().__init__(epochs)
-        listed = isinstance(fractions, Iterable) and all(map(is_number, fractions))
+        fractions = tuple(fractions) if isinstance(fractions, Iterable) else fractions
+        listed = isinstance(fractions, tuple) and all(map(is_number, fractions))
         require(listed, "fractions", fractions, "a list of increasing numbers in (0, 1)")
         increasing = all(a < b for a, b in zip((0.0, *fractions), (*fractions, 1.0), strict=True))
         require(increasing, "fractions", fractions, "increasing numbers in (0, 1)")

@@ -658,3 +658,4 @@ def test_numbers_and_lists_of_numpy_are_taken():
     assert get_variant("B3").with_settings(weight_decay=np.float32(0.5)).config.weight_decay == 0.5
     assert type(Budget(np.int64(10), np.int32(5), 2).batch_size) is int
     assert StepDrop(10, fractions=np.array([0.3, 0.6])).milestones == [3, 6]
+    assert StepDrop(10, fractions=(f for f in (0.3, 0.6))).milestones == [3, 6]
